@@ -1,0 +1,339 @@
+"""The plain PyTorch host: a loop that reads from top to bottom.
+
+loader -> batch of rows -> log-probs -> loss -> update -> metrics, evaluation, checkpoint
+"""
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from sage_select.audit import replace_durably
+from sage_select.dataset import PreferenceDataset
+from sage_select.hashing import Int64Array
+from sage_select.losses import nca
+from sage_select.measuring import autocast, measure, pair_logps
+from sage_select.metrics import preference_metrics
+from sage_select.pairs import PairLogps, Reference
+
+
+class Loader(Protocol):
+    """Batches of dataset rows over a whole run, such as `SelectiveLoader`."""
+
+    step: int
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Int64Array]: ...
+    def metrics(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. Defaults are the paper's (Table 4) where it says anything.
+
+    Args:
+        learning_rate: Peak of the schedule.
+        beta: Temperature of the implicit reward, handed to the loss.
+        loss: `(policy, reference, beta=...) -> [P]`.
+        micro_batch_size: Pairs per forward and backward pass; gradients are accumulated over a
+            batch. By default the whole batch at once.
+        schedule: Decay of the learning rate over the exact total of steps.
+        warmup_share: Share of the steps in which the learning rate rises.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are clipped to this norm.
+        mixed_precision: Autocast dtype of the body, such as torch.bfloat16; the head, the loss and
+            the sums stay in fp32 or wider. By default the model's own dtype.
+        compile_model: Whether to compile the model's body with torch.compile.
+        evaluate_every: Steps between evaluations on held-out pairs; also at the start and the end.
+        best_by: Metric of an evaluation by which the best weights are kept: "loss" (lowest),
+            "accuracy" or "margin" (highest).
+        checkpoint_every: Steps between checkpoints; also at the end.
+        keep_checkpoints: How many are kept.
+    """
+
+    learning_rate: float = 5e-7
+    beta: float = 0.1
+    loss: Callable[..., Tensor] = nca
+    micro_batch_size: int | None = None
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_share: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mixed_precision: torch.dtype | None = None
+    compile_model: bool = False
+    evaluate_every: int = 50
+    best_by: Literal["loss", "accuracy", "margin"] = "loss"
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision == torch.float16:
+            raise ValueError(
+                "Training: float16 autocast needs a gradient scaler, which this loop has not; use "
+                "mixed_precision=torch.bfloat16"
+            )
+        for name in (
+            "learning_rate",
+            "beta",
+            "max_grad_norm",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Training: {name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass
+class History:
+    """What happened: one record per step, and one per evaluation."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    loader: Loader,
+    dataset: PreferenceDataset,
+    reference: Reference,
+    training: Training,
+    *,
+    held_out: PreferenceDataset | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    show_progress: bool | None = None,
+) -> History:
+    """Train a policy on the batches of a loader, on one device.
+
+    Args:
+        model: The policy, a Hugging Face causal language model on its device.
+        loader: Batches of rows, such as `SelectiveLoader` or `ShuffledLoader`.
+        dataset: The pairs the rows refer to.
+        reference: Log-probs under the reference of every pair trained on or held out.
+        training: How to train.
+        held_out: Pairs to evaluate on, `dataset.take(rows)`.
+        folder: Where to put `metrics.jsonl`, `evaluations.jsonl`, checkpoints and `best.pt`.
+        resume: Go on from the folder's newest checkpoint, if there is one. The run then ends with
+            the same bits as one that was never interrupted, where the device is deterministic.
+        show_progress: Whether to show a bar; by default where the output is a terminal.
+
+    Returns:
+        Metrics per step and per evaluation, those before the resumption included.
+
+    Raises:
+        FileExistsError: If the folder holds a run already and resume is False.
+        FloatingPointError: If a gradient is not finite.
+    """
+    run = _Run(model, loader, training, Path(folder) if folder is not None else None)
+    run.start(resume)
+    if training.compile_model:
+        model.base_model.compile()  # type: ignore[union-attr]
+    model.train()
+    if loader.step == 0:
+        run.evaluate(held_out, reference)
+    bar = tqdm(
+        total=len(loader),
+        initial=loader.step,
+        desc="training",
+        unit="steps",
+        disable=None if show_progress is None else not show_progress,
+    )
+    with bar:
+        for rows in loader:
+            batch = dataset.take(rows)
+            metrics = run.update(batch, reference)
+            run.record(metrics)
+            bar.update()
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy")})
+            last = loader.step == len(loader)
+            if last or loader.step % training.evaluate_every == 0:
+                run.evaluate(held_out, reference)
+            if last or loader.step % training.checkpoint_every == 0:
+                run.checkpoint()
+    return run.history
+
+
+def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
+    """Put the best weights of a run into the model, and return the evaluation they won.
+
+    Raises:
+        FileNotFoundError: If the run was never evaluated.
+    """
+    best = torch.load(Path(folder) / "best.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(best["model"])
+    evaluation: dict[str, float] = best["evaluation"]
+    return evaluation
+
+
+class _Run:
+    """A training run: what changes while it goes on, and what of it is on disk."""
+
+    def __init__(
+        self, model: nn.Module, loader: Loader, training: Training, folder: Path | None
+    ) -> None:
+        self.model = model
+        self.loader = loader
+        self.training = training
+        self.folder = folder
+        self.history = History()
+        self.tokens_trained = 0
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+        )
+        self.scheduler = get_scheduler(
+            training.schedule,
+            self.optimizer,
+            num_warmup_steps=round(training.warmup_share * len(loader)),
+            num_training_steps=len(loader),
+        )
+
+    def update(self, batch: PreferenceDataset, reference: Reference) -> dict[str, float]:
+        """One optimizer step on a batch, in micro-batches whose gradients add up."""
+        training = self.training
+        micro = training.micro_batch_size or len(batch)
+        parts: list[tuple[PairLogps, Tensor]] = []
+        for start in range(0, len(batch), micro):
+            pairs = batch.take(batch.index[start : start + micro])
+            with autocast(self.model, training.mixed_precision):
+                policy = pair_logps(self.model, pairs)
+            losses = training.loss(
+                policy, reference.take(pairs.index).to(policy.chosen.device), beta=training.beta
+            )
+            torch.autograd.backward(losses.sum() / len(batch))
+            parts.append((PairLogps(*(x.detach().cpu() for x in policy)), losses.detach().cpu()))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"train: the gradient of step {self.loader.step} has norm {norm}; its rows are "
+                f"{batch.index.tolist()}"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tokens_trained += int(batch.num_tokens.sum())
+        policy = PairLogps.concatenate([part for part, _ in parts])
+        return {
+            "loss": torch.cat([losses for _, losses in parts]).mean().item(),
+            **preference_metrics(policy, reference.take(batch.index), beta=training.beta),
+            "gradient_norm": norm,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "pairs": len(batch),
+            "tokens_trained": self.tokens_trained,
+            **self.loader.metrics(),
+        }
+
+    def evaluate(self, held_out: PreferenceDataset | None, reference: Reference) -> None:
+        """Measure the held-out pairs, and keep the weights if they are the best so far."""
+        if held_out is None:
+            return
+        policy = measure(self.model, held_out, mixed_precision=self.training.mixed_precision)
+        known = reference.take(held_out.index)
+        losses = self.training.loss(policy, known, beta=self.training.beta)
+        evaluation = {
+            "step": self.loader.step,
+            "loss": losses.mean().item(),
+            **preference_metrics(policy, known, beta=self.training.beta),
+        }
+        earlier = [self._merit(e) for e in self.history.evaluations]
+        self.history.evaluations.append(evaluation)
+        self._append("evaluations.jsonl", evaluation)
+        if self.folder is not None and self._merit(evaluation) > max(earlier, default=-math.inf):
+            self._save("best.pt", {"model": self.model.state_dict(), "evaluation": evaluation})
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Add a step's metrics to the history and to the file."""
+        record = {"step": self.loader.step, **metrics}
+        self.history.steps.append(record)
+        self._append("metrics.jsonl", record)
+
+    def checkpoint(self) -> None:
+        """Put on disk all that a resumed run needs, and drop the oldest checkpoints."""
+        if self.folder is None:
+            return
+        self._save(
+            f"checkpoint-{self.loader.step:08d}.pt",
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "loader": self.loader.state_dict(),
+                "tokens_trained": self.tokens_trained,
+                "steps": self.history.steps,
+                "evaluations": self.history.evaluations,
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all(),
+            },
+        )
+        for old in self._checkpoints()[self.training.keep_checkpoints :]:
+            old.unlink()
+
+    def start(self, resume: bool) -> None:
+        """Begin in an empty folder, or where the newest readable checkpoint stands."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not resume and (self._checkpoints() or (self.folder / "metrics.jsonl").exists()):
+            raise FileExistsError(
+                f"train: {self.folder} holds a run already; pass resume=True to go on with it, or "
+                "another folder"
+            )
+        for path in self._checkpoints():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                warn(f"train: {path} cannot be read, trying an older one: {error}", stacklevel=3)
+                continue
+            self._restore(state)
+            break
+        for name, records in (
+            ("metrics.jsonl", self.history.steps),
+            ("evaluations.jsonl", self.history.evaluations),
+        ):  # lines of steps after the checkpoint are void: those steps are taken again
+            partial = self.folder / f"{name}.partial"
+            partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+            replace_durably(partial, self.folder / name)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.tokens_trained = state["tokens_trained"]
+        self.history = History(state["steps"], state["evaluations"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def _merit(self, evaluation: dict[str, float]) -> float:
+        value = evaluation[self.training.best_by]
+        return -value if self.training.best_by == "loss" else value
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        assert self.folder is not None
+        return sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        assert self.folder is not None
+        partial = self.folder / f"{name}.partial"
+        torch.save(state, partial)
+        replace_durably(partial, self.folder / name)
+
+    def _append(self, name: str, record: dict[str, float]) -> None:
+        if self.folder is not None:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,72 @@
+"""Train on all pairs, in a plain PyTorch loop.
+
+Its twin `plain_sage.py` trains on the pairs that SAGE selects; the difference between the two files
+is all that selection asks of you.
+"""
+
+import argparse
+from argparse import RawDescriptionHelpFormatter as RawText
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage_select import PreferenceDataset, measure
+from sage_select.adapters.plain import Training, train
+from sage_select.loader import ShuffledLoader
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
+    parser.add_argument("--pairs", required=True, help="a .jsonl or .parquet file of pairs")
+    parser.add_argument("--model", required=True, help="a folder or hub name of a causal model")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens, prompt + response")
+    parser.add_argument("--folder", default="runs/plain_full", help="where logs and checkpoints go")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs per forward pass")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="paper, 1.5B-7B: 5e-7")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
+    parser.add_argument("--limit", type=int, help="use this many pairs only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device)
+
+    dataset = PreferenceDataset.read(args.pairs, tokenizer=tokenizer, max_length=args.max_length)
+    print(dataset.waterfall())
+    rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
+    reference = measure(model, dataset.take([*rows, *held_out]))
+
+    loader = ShuffledLoader(
+        dataset.take(rows), batch_size=args.batch_size, epochs=args.epochs, seed=args.seed
+    )
+
+    training = Training(
+        learning_rate=args.learning_rate,
+        micro_batch_size=args.micro_batch_size,
+        checkpoint_every=args.checkpoint_every,
+    )
+    history = train(
+        model,
+        loader,
+        dataset,
+        reference,
+        training,
+        held_out=dataset.take(held_out),
+        folder=args.folder,
+        resume=args.resume,
+    )
+    before, after = history.evaluations[0], history.evaluations[-1]
+    for name in ("loss", "accuracy", "likelihood_accuracy", "margin"):
+        print(f"held-out {name:20} {before[name]:8.4f} -> {after[name]:8.4f}")
+    model.save_pretrained(Path(args.folder) / "model")
+    tokenizer.save_pretrained(Path(args.folder) / "model")
+
+
+if __name__ == "__main__":
+    main()

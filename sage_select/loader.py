@@ -1,0 +1,236 @@
+"""Loaders: the batches of a whole run, in order, as dataset rows. They know how to resume."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_select.audit import SelectionLog
+from sage_select.dataset import PreferenceDataset
+from sage_select.hashing import Int64Array, hash_order
+from sage_select.pairs import Selection
+from sage_select.plan import Timeline
+from sage_select.selector import Selector
+
+State = dict[str, Any]
+
+
+class SelectiveLoader:
+    """A sized iterable over a run: each item is one batch of dataset rows, int64.
+
+    An interval's pool is scored when its first batch is pulled, hence with the policy as it is
+    after all earlier updates. Its kept pairs come in a seeded shuffled order, in whole batches;
+    what is left over is carried to the front of the next interval, and only the last batch of the
+    run may be short.
+
+    The loader's state is a value: the step, the interval and the rows still to come of it. Resuming
+    never scores an interval again, and repeats or loses no pair. Save it after an update, before
+    the next batch is pulled.
+
+    Args:
+        selector: Decides what is kept.
+        timeline: The plan, the keep schedule and the batch size.
+        dataset: The pairs that the plan's rows refer to.
+        model: The current policy, handed to the selector.
+        seed: Key of the shuffle.
+        log: Where decisions are put on disk before the first update that follows from them.
+        on_select: Called with the interval and the selection, after it is on disk.
+
+    Example:
+        >>> for rows in loader:  # doctest: +SKIP
+        ...     train_step(model, dataset.take(rows))
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        timeline: Timeline,
+        dataset: PreferenceDataset,
+        model: Any,
+        *,
+        seed: int = 0,
+        log: SelectionLog | None = None,
+        on_select: Callable[[int, Selection], None] | None = None,
+    ) -> None:
+        largest = max(int(pool.max()) for pool in timeline.plan.pools)
+        if largest >= dataset.annotations.height:
+            raise ValueError(
+                f"SelectiveLoader: the plan deals row {largest}, but the dataset has only "
+                f"{dataset.annotations.height} pairs; plan with the same dataset"
+            )
+        for name in ("keep", "multiple"):
+            ours, planned = getattr(selector, name), getattr(timeline, name)
+            if ours != planned:
+                raise ValueError(
+                    f"SelectiveLoader: the selector's {name} is {ours}, the timeline's is "
+                    f"{planned}; they must agree, since totals are computed beforehand"
+                )
+        self.selector = selector
+        self.timeline = timeline
+        self.dataset = dataset
+        self.model = model
+        self.seed = seed
+        self.log = log
+        self.on_select = on_select
+        self.step = 0
+        self._scored = 0  # intervals scored so far
+        self._rows: Int64Array = np.empty(0, dtype=np.int64)  # kept and not yet handed out
+        self.tokens_scored = 0
+        self._run = _digest(
+            *timeline.plan.pools,
+            np.array([*timeline.kept_count, timeline.batch_size, seed]),
+            dataset.annotations["pair_id"].to_numpy().astype(np.str_),
+        )
+
+    def __len__(self) -> int:
+        return self.timeline.total_steps
+
+    @property
+    def interval(self) -> int:
+        """The interval under way, from 0; -1 before the first."""
+        return self._scored - 1
+
+    def __iter__(self) -> Iterator[Int64Array]:
+        """The batches that are still to come."""
+        size, pools = self.timeline.batch_size, self.timeline.plan.pools
+        while self.step < len(self):
+            while len(self._rows) < size and self._scored < len(pools):
+                self._begin_interval()
+            batch, self._rows = self._rows[:size], self._rows[size:]
+            self.step += 1
+            yield batch
+
+    def metrics(self) -> dict[str, float]:
+        """What a log should say of the interval under way."""
+        kept, pool = (
+            self.timeline.kept_count[self.interval],
+            len(self.timeline.plan.pools[self.interval]),
+        )
+        return {
+            "interval": self.interval,
+            "kept_share": kept / pool,
+            "tokens_scored": self.tokens_scored,
+        }
+
+    def state_dict(self) -> State:
+        """Where the run stands: plain numbers and lists."""
+        return {
+            "run": self._run,
+            "step": self.step,
+            "scored": self._scored,
+            "rows": self._rows.tolist(),
+            "tokens_scored": self.tokens_scored,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another loader of the same run stood.
+
+        Raises:
+            ValueError: If the state belongs to another plan, schedule, batch size or seed.
+        """
+        _check_same_run(state, self._run)
+        self.step = state["step"]
+        self._scored = state["scored"]
+        self._rows = np.asarray(state["rows"], dtype=np.int64)
+        self.tokens_scored = state["tokens_scored"]
+
+    def _begin_interval(self) -> None:
+        k = self._scored
+        rows = self.timeline.plan.pools[k]
+        pool = self.dataset.take(rows)
+        selection = self.selector.select(
+            self.model, pool, self.step, progress=self.timeline.plan.progress[k]
+        )
+        if len(selection) != self.timeline.kept_count[k]:
+            raise ValueError(
+                f"SelectiveLoader: interval {k} should keep {self.timeline.kept_count[k]} of "
+                f"{len(rows)} pairs, but the selection has {len(selection)}"
+            )
+        if selection.rule != "all":
+            self.tokens_scored += int(pool.num_tokens.sum())
+        if self.log is not None:
+            self.log.write(k, selection, pool.ids)
+        if self.on_select is not None:
+            self.on_select(k, selection)
+        kept = np.asarray(selection)
+        shuffled = kept[hash_order(self.dataset.take(kept).ids, "train", self.seed, k)]
+        self._rows = np.concatenate([self._rows, shuffled])
+        self._scored += 1
+
+
+class ShuffledLoader:
+    """Plain epochs over all pairs, without selection: the baseline.
+
+    Args:
+        pairs: The pairs to train on.
+        batch_size: Pairs per optimizer step; the rest of an epoch is carried to the next, so that
+            only the very last batch may be short.
+        epochs: Traversals of the pairs.
+        seed: Key of the shuffle.
+
+    Example:
+        >>> for rows in ShuffledLoader(dataset, batch_size=16, epochs=3):  # doctest: +SKIP
+        ...     train_step(model, dataset.take(rows))
+    """
+
+    def __init__(
+        self, pairs: PreferenceDataset, *, batch_size: int, epochs: int = 1, seed: int = 0
+    ) -> None:
+        if batch_size < 1 or epochs < 1:
+            raise ValueError(
+                "ShuffledLoader: batch_size and epochs must be at least 1, got "
+                f"{batch_size} and {epochs}"
+            )
+        self.pairs = pairs
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.step = 0
+        self._run = _digest(np.array([batch_size, epochs, seed]), pairs.ids)
+
+    def __len__(self) -> int:
+        return -(-len(self.pairs) * self.epochs // self.batch_size)
+
+    def __iter__(self) -> Iterator[Int64Array]:
+        """The batches that are still to come."""
+        ids = self.pairs.ids
+        sequence = np.concatenate(
+            [
+                self.pairs.index[hash_order(ids, "epoch", self.seed, epoch)]
+                for epoch in range(self.epochs)
+            ]
+        )
+        while self.step < len(self):
+            self.step += 1
+            yield sequence[(self.step - 1) * self.batch_size : self.step * self.batch_size]
+
+    def metrics(self) -> dict[str, float]:
+        """What a log should say of the batch under way: everything is kept, nothing scored."""
+        return {"kept_share": 1.0, "tokens_scored": 0}
+
+    def state_dict(self) -> State:
+        """Where the run stands."""
+        return {"run": self._run, "step": self.step}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another loader of the same run stood."""
+        _check_same_run(state, self._run)
+        self.step = state["step"]
+
+
+def _digest(*arrays: npt.NDArray[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _check_same_run(state: State, run: str) -> None:
+    if state["run"] != run:
+        raise ValueError(
+            "load_state_dict: this state belongs to another run: the pairs, the plan, the keep "
+            "schedule, the batch size or the seed differ; resume with the same, or start a new run"
+        )

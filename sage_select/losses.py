@@ -1,0 +1,113 @@
+"""Losses: what a pair is trained on. `(policy, reference) -> [P]`, one value per pair, in nats."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from sage_select.pairs import PairLogps, rewards
+
+
+def dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
+    """Direct preference optimisation: -log sigmoid(r_w - r_l)  (Eq. 2).
+
+    Args:
+        policy: Log-probs under the policy; gradients flow through them.
+        reference: Log-probs of the same pairs under the reference.
+        beta: Temperature of the implicit reward (Eq. 1), > 0.
+
+    Returns:
+        [P], log 2 at policy = reference.
+    """
+    return -logsigmoid(rewards(policy, reference, beta=beta).margin)
+
+
+def nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
+    """Noise-contrastive alignment of a pair, with one-hot weights  (Eq. 4 with K = 2, w = (1, 0)).
+
+        -log sigmoid(r_w) - 0.5 log sigmoid(-r_w) - 0.5 log sigmoid(-r_l)
+
+    The formula known elsewhere as `nca_pair`. Its slopes at zero are (-1/4, +1/4), half of DPO's,
+    and it is lowest at r_w = log 2: the chosen response is not pushed up without end.
+
+    Args:
+        policy: Log-probs under the policy; gradients flow through them.
+        reference: Log-probs of the same pairs under the reference.
+        beta: Temperature of the implicit reward (Eq. 1), > 0.
+
+    Returns:
+        [P], 2 log 2 at policy = reference.
+
+    Example:
+        >>> pair = PairLogps(*torch.tensor([[0], [-30.0], [-20.0], [10], [10]]))
+        >>> nca(pair, pair)
+        tensor([1.3863])
+    """
+    r = rewards(policy, reference, beta=beta)
+    return -logsigmoid(r.chosen) - 0.5 * logsigmoid(-r.chosen) - 0.5 * logsigmoid(-r.rejected)
+
+
+def nca_responses(
+    policy: Tensor, reference: Tensor, weights: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """Noise-contrastive alignment of K responses to each of B prompts  (Eq. 4).
+
+        -sum_i [ w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i) ]
+
+    The weights come from the data (see `response_weights`). Taken from the policy itself, as
+    Eq. 3 is printed, they would contain no label: the loss would not know which response is better.
+
+    Args:
+        policy: [B, K] summed log-probs under the policy; gradients flow through them.
+        reference: [B, K] the same under the reference.
+        weights: [B, K], >= 0, each row sums to 1.
+        beta: Temperature of the implicit reward (Eq. 1), > 0.
+
+    Returns:
+        [B].
+
+    Raises:
+        ValueError: If shapes differ, or weights are negative or do not sum to 1.
+
+    Example:
+        >>> logps = torch.zeros(1, 2)
+        >>> nca_responses(logps, logps, torch.tensor([[1.0, 0.0]]))
+        tensor([1.3863])
+    """
+    if not policy.shape == reference.shape == weights.shape or policy.dim() != 2:
+        raise ValueError(
+            "nca_responses: policy, reference and weights must all be [B, K], got "
+            f"{list(policy.shape)}, {list(reference.shape)} and {list(weights.shape)}"
+        )
+    if not beta > 0:
+        raise ValueError(f"nca_responses: beta must be positive, got {beta}")
+    total = weights.sum(dim=1)
+    if not bool((weights >= 0).all()) or not torch.allclose(total, torch.ones_like(total)):
+        raise ValueError("nca_responses: weights must be >= 0 and sum to 1 for each prompt")
+    r = beta * (policy - reference)
+    num_responses = policy.shape[1]
+    return -(weights * logsigmoid(r) + logsigmoid(-r) / num_responses).sum(dim=1)
+
+
+def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
+    """Weights of K responses from the scores a dataset gives them: softmax(score / alpha)  (Eq. 3).
+
+    Args:
+        scores: [B, K] ratings, rewards or judge scores; higher is better.
+        alpha: Temperature, > 0, in units of the score; by default a thousandth of each row's range,
+            which is nearly one-hot.
+
+    Returns:
+        [B, K], each row sums to 1. Equal scores get equal weights.
+
+    Example:
+        >>> response_weights(torch.tensor([[1.0, 5.0, 3.0]])).tolist()
+        [[0.0, 1.0, 0.0]]
+    """
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"response_weights: alpha must be positive, got {alpha}")
+    spread = scores.amax(dim=1, keepdim=True) - scores.amin(dim=1, keepdim=True)
+    if alpha is None:
+        temperature = torch.where(spread > 0, 1e-3 * spread, torch.ones_like(spread))
+    else:
+        temperature = torch.full_like(spread, alpha)
+    return torch.softmax((scores - scores.amax(dim=1, keepdim=True)) / temperature, dim=1)

@@ -1,0 +1,276 @@
+"""Measuring: forward passes of a causal language model over pairs, to `PairLogps`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sage_select.dataset import PreferenceDataset, TokenSequence
+from sage_select.ops.token_logps import Implementation, sequence_logps
+from sage_select.pairs import PairLogps
+
+
+def measure(
+    model: nn.Module,
+    pool: PreferenceDataset,
+    *,
+    max_batch_tokens: int = 16_384,
+    impl: Implementation = "auto",
+    mixed_precision: torch.dtype | None = None,
+    show_progress: bool | None = None,
+) -> PairLogps:
+    """Summed log-probs of every response of a pool under a model: one forward-only pass.
+
+    The model runs in eval mode, without gradients or cache. Its modes, its gradients and the
+    generators' state are left as they were. Distinct responses, not pairs, are sorted by length and
+    batched to a token budget, the longest first, so that what does not fit in memory fails at once.
+
+    Args:
+        model: A Hugging Face causal language model.
+        pool: The pairs, `dataset` or `dataset.take(rows)`.
+        max_batch_tokens: Padded tokens of one forward pass; a longer sequence runs alone.
+        impl: How the head's log-probs are computed, see `token_logps`.
+        mixed_precision: Autocast dtype of the body, as in training; the head stays in fp32.
+        show_progress: Whether to show a bar; by default where the output is a terminal.
+
+    Returns:
+        Log-probs of the pool's pairs, in its order, on the CPU.
+
+    Raises:
+        TypeError: If the model has no output head to reach.
+        ValueError: If the model does something to its logits that this library does not know, or
+            a log-prob is not finite.
+    """
+    _head(model)  # a model that cannot be measured is refused before anything runs
+    sequences = pool.sequences()
+    # pairs of one prompt often share a response; sorted by content, what is batched with what does
+    # not depend on the order of the rows
+    distinct = sorted(set(map(_content, sequences)), reverse=True)
+    logps = torch.zeros(len(distinct), dtype=torch.float64)
+    with (
+        _undisturbed(model),
+        autocast(model, mixed_precision),
+        tqdm(
+            total=len(distinct),
+            desc="scoring",
+            unit="responses",
+            leave=False,
+            disable=None if show_progress is None else not show_progress,
+        ) as bar,
+    ):
+        if distinct:
+            _check_head(model, _sequence(distinct[-1]), impl)
+        for batch in _batches([length for length, *_ in distinct], max_batch_tokens):
+            some = [_sequence(content) for content in distinct[batch]]
+            logps[batch] = response_logps(model, some, impl=impl).cpu()
+            bar.update(len(some))
+    position = {content: i for i, content in enumerate(distinct)}
+    return _joined(pool, logps[[position[_content(sequence)] for sequence in sequences]])
+
+
+def pair_logps(
+    model: nn.Module, pairs: PreferenceDataset, *, impl: Implementation = "auto"
+) -> PairLogps:
+    """Log-probs of a few pairs in one padded batch, differentiable: what a training step needs.
+
+    Args:
+        model: A Hugging Face causal language model, in the mode it should run in.
+        pairs: The pairs, `dataset.take(rows)`.
+        impl: How the head's log-probs are computed, see `token_logps`.
+
+    Returns:
+        Log-probs on the model's device; gradients flow to its parameters.
+    """
+    logps = response_logps(model, pairs.sequences(), impl=impl)
+    return _joined(pairs, logps)
+
+
+def response_logps(
+    model: nn.Module, sequences: Sequence[TokenSequence], *, impl: Implementation = "auto"
+) -> Tensor:
+    """Summed log-prob of each sequence's response, float64 [S], in one padded batch.
+
+    The head is reached from inside the model's own forward, where its weight is whole even when
+    it is sharded. There it sees the positions that predict response tokens, and no others.
+    """
+    head = _head(model)
+    device = next(model.parameters()).device
+    batch = _pad(sequences)
+    result: list[Tensor] = []
+
+    def score_instead(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        hidden: Tensor = args[0]
+        result.append(
+            sequence_logps(
+                hidden[batch.predicts.to(device)] * head.scale,
+                head.weight,
+                batch.targets.to(device),
+                batch.cu_seqlens,
+                bias=head.bias,
+                softcap=head.softcap,
+                impl=impl,
+            )
+        )
+        return (hidden[:, :0],)  # the model goes on with logits of no positions
+
+    hook = head.module.register_forward_pre_hook(score_instead)
+    try:
+        model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+        )
+    finally:
+        hook.remove()
+    if len(result) != 1:
+        raise TypeError(
+            f"measure: the forward of {type(model).__name__} called its output head "
+            f"{len(result)} times, not once"
+        )
+    return result[0]
+
+
+class _Batch(NamedTuple):
+    """S sequences padded to T tokens, and their n response tokens."""
+
+    input_ids: Tensor  # int64 [S, T]
+    attention_mask: Tensor  # int64 [S, T]
+    predicts: Tensor  # bool [S, T]: the next token is scored
+    targets: Tensor  # int64 [n]: these tokens, sequence by sequence
+    cu_seqlens: Tensor  # int64 [S + 1]
+
+
+def _pad(sequences: Sequence[TokenSequence]) -> _Batch:
+    shape = (len(sequences), max(len(s.tokens) for s in sequences))
+    input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    predicts = np.zeros(shape, np.bool_)
+    for i, (tokens, start) in enumerate(sequences):
+        input_ids[i, : len(tokens)] = tokens
+        attention_mask[i, : len(tokens)] = 1
+        predicts[i, start - 1 : len(tokens) - 1] = True
+    targets = np.concatenate([tokens[start:] for tokens, start in sequences]).astype(np.int64)
+    return _Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.from_numpy(predicts),
+        torch.from_numpy(targets),
+        torch.from_numpy(np.concatenate([[0], np.cumsum(predicts.sum(axis=1))])),
+    )
+
+
+_Content = tuple[int, int, bytes]
+
+
+def _content(sequence: TokenSequence) -> _Content:
+    return len(sequence.tokens), sequence.response_start, sequence.tokens.tobytes()
+
+
+def _sequence(content: _Content) -> TokenSequence:
+    return TokenSequence(np.frombuffer(content[2], np.int32), content[1])
+
+
+def _batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[slice]:
+    """Runs of sequences that fit the budget when padded to their first, which is the longest."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (end + 1 - start) * lengths[start] > max_batch_tokens:
+            yield slice(start, end)
+            start = end
+
+
+def _joined(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
+    """From sequences, all chosen and then all rejected, to pairs."""
+    chosen, rejected = logps[: len(pairs)], logps[len(pairs) :]
+    bad = ~(chosen.isfinite() & rejected.isfinite())
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"measure: pair {pairs.ids[first]} (row {pairs.index[first]}) has log-probs "
+            f"{chosen[first].item()} and {rejected[first].item()}; the model's weights or "
+            "activations are not finite"
+        )
+    return PairLogps(
+        index=torch.from_numpy(pairs.index),
+        chosen=chosen,
+        rejected=rejected,
+        chosen_tokens=torch.from_numpy(pairs.chosen_tokens),
+        rejected_tokens=torch.from_numpy(pairs.rejected_tokens),
+    )
+
+
+class _Head(NamedTuple):
+    """The output head, and what the model does to its logits."""
+
+    module: nn.Module
+    softcap: float | None
+    scale: float
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H], looked up when it is used: a sharded weight is whole only inside the forward."""
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or none."""
+        return cast(Tensor | None, getattr(self.module, "bias", None))
+
+
+def _head(model: nn.Module) -> _Head:
+    find = getattr(model, "get_output_embeddings", None)
+    module = find() if find is not None else None
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"measure: {type(model).__name__} has no output head (get_output_embeddings); pass a "
+            "Hugging Face causal language model, or your own measure to the Selector"
+        )
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return _Head(
+        module,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+        scale=getattr(config, "logit_scale", 1.0)  # Cohere
+        / getattr(config, "logits_scaling", 1.0),  # Granite
+    )
+
+
+def _check_head(model: nn.Module, sequence: TokenSequence, impl: Implementation) -> None:
+    """Hold one short piece against the model's own logits: some models rescale them."""
+    tokens = sequence.tokens[max(0, sequence.response_start - 32) : sequence.response_start + 32]
+    start = min(sequence.response_start, 32)
+    input_ids = torch.from_numpy(tokens.astype(np.int64))[None].to(next(model.parameters()).device)
+    logits = model(input_ids=input_ids, use_cache=False).logits[0, start - 1 : -1]
+    expected = logits.float().log_softmax(-1).gather(-1, input_ids[0, start:, None]).sum()
+    found = response_logps(model, [TokenSequence(tokens, start)], impl=impl)[0]
+    error = abs(float(expected) - float(found)) / (len(tokens) - start)
+    if error > (1e-3 if logits.dtype == torch.float32 else 0.2):  # bf16 logits are that coarse
+        raise ValueError(
+            f"measure: {type(model).__name__} changes its logits after the output head in a way "
+            f"this library does not know: its own log-probs differ by {error:.3g} nats per token. "
+            "Pass your own measure to the Selector"
+        )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; modes and generators as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def autocast(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Mixed precision on the model's device; none where the dtype is None."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield

@@ -1,0 +1,151 @@
+"""The two operations, checked and dispatched."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sage_select.ops.chunked import token_logps_chunked
+from sage_select.ops.reference import token_logps_reference
+
+Implementation = Literal["auto", "reference", "chunked", "fused"]
+
+IGNORED = -100
+"""Target of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Log-probability of each target token, from hidden states and the output head's weight.
+
+    The same as `log_softmax(hidden @ weight.T + bias)` at the targets, with fp32 logits whatever
+    the inputs' dtype. Differentiable in hidden, weight and bias.
+
+    Args:
+        hidden: [N, H], states that predict the targets.
+        weight: [V, H], the output head.
+        targets: int64 [N]; -100 is ignored and gives 0.
+        bias: [V].
+        softcap: Logits become softcap * tanh(logits / softcap), as in Gemma 2.
+        impl: "reference" keeps all logits; "chunked" (also "auto") keeps one block of the
+            vocabulary at a time; "fused" is not part of this version and raises.
+
+    Returns:
+        float32 [N] (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: If shapes, targets or options do not fit.
+        TypeError: If the targets are not int64, or hidden and weight are not floating.
+
+    Example:
+        >>> token_logps(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, -100])).exp()
+        tensor([0.2500, 1.0000])
+    """
+    _check(hidden, weight, targets, bias, softcap)
+    if impl == "fused":
+        raise NotImplementedError(
+            'token_logps: impl="fused" is not part of this version; use impl="chunked"'
+        )
+    implementations = {
+        "auto": token_logps_chunked,
+        "chunked": token_logps_chunked,
+        "reference": token_logps_reference,
+    }
+    if impl not in implementations:
+        raise ValueError(
+            f"token_logps: impl must be auto, reference, chunked or fused, got {impl!r}"
+        )
+    scored = targets != IGNORED
+    everything = bool(scored.all())
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to bf16
+        logps = implementations[impl](
+            hidden if everything else hidden[scored],
+            weight,
+            targets if everything else targets[scored],
+            bias,
+            softcap,
+        )
+    if everything:
+        return logps
+    return logps.new_zeros(len(targets)).index_put((scored,), logps)
+
+
+def sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Summed log-probability of each sequence's targets, added up in float64 in token order.
+
+    Args:
+        hidden: [N, H], the tokens of all sequences one after the other.
+        weight: [V, H].
+        targets: int64 [N]; -100 is ignored and adds 0.
+        cu_seqlens: int [S + 1], where each sequence starts, and N at the end.
+        bias: As in `token_logps`.
+        softcap: As in `token_logps`.
+        impl: As in `token_logps`.
+
+    Returns:
+        float64 [S], in nats; 0 for an empty sequence.
+
+    Example:
+        >>> hidden, weight, targets = torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([0, 1, 2])
+        >>> sequence_logps(hidden, weight, targets, torch.tensor([0, 1, 3])).exp()
+        tensor([0.2500, 0.0625], dtype=torch.float64)
+    """
+    lengths = cu_seqlens.diff().to(device=hidden.device, dtype=torch.int64)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens[0] != 0:
+        raise ValueError("sequence_logps: cu_seqlens must be [S + 1] and start at 0")
+    if bool((lengths < 0).any()) or int(cu_seqlens[-1]) != len(targets):
+        raise ValueError(
+            f"sequence_logps: cu_seqlens must rise from 0 to {len(targets)}, got {cu_seqlens}"
+        )
+    logps = token_logps(hidden, weight, targets, bias=bias, softcap=softcap, impl=impl)
+    # a segment's own tokens in their own order: the same bits whatever stands beside it
+    total: Tensor = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0.0)
+    return total
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "token_logps: hidden must be [N, H] and weight [V, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if not hidden.is_floating_point() or not weight.is_floating_point():
+        raise TypeError(
+            "token_logps: hidden and weight must be floating, got "
+            f"{hidden.dtype} and {weight.dtype}"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"token_logps: targets must be int64, got {targets.dtype}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_logps: {len(hidden)} hidden states but targets of shape {list(targets.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"token_logps: bias must be [V] = [{len(weight)}], got {list(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"token_logps: softcap must be positive, got {softcap}")
+    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= len(weight)))
+    if bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"token_logps: target {int(targets[position])} at position {position} is outside the "
+            f"vocabulary of {len(weight)}; use {IGNORED} for tokens that are not scored"
+        )

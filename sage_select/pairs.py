@@ -1,0 +1,224 @@
+"""The words of the library: what a model thinks of some pairs, and what was decided about them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sage_select.hashing import Int64Array
+
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+NOISE_FLOOR = 1e-3
+"""Nats of a log-ratio below which two models count as alike: rounding of long fp32 sums is smaller,
+a single training step moves more."""
+
+
+class PairLogps(NamedTuple):
+    """What one model thinks of P pairs. Every field has shape [P].
+
+    Log-probabilities are natural (nats), summed over the response's tokens; the token counts are
+    those of the very tokens that were summed, after truncation and with the end token counted.
+
+    Example:
+        >>> policy = PairLogps(
+        ...     index=torch.tensor([4, 9]),
+        ...     chosen=torch.tensor([-11.0, -20.5], dtype=torch.float64),
+        ...     rejected=torch.tensor([-12.0, -18.0], dtype=torch.float64),
+        ...     chosen_tokens=torch.tensor([10, 21]),
+        ...     rejected_tokens=torch.tensor([12, 20]),
+        ... )
+        >>> policy.take([9]).chosen.item()
+        -20.5
+    """
+
+    index: Tensor  # type: ignore[assignment]  # int64: the pair's row in the dataset
+    chosen: Tensor  # float64
+    rejected: Tensor  # float64
+    chosen_tokens: Tensor  # int64
+    rejected_tokens: Tensor  # int64
+
+    @property
+    def tokens(self) -> Tensor:
+        """L of Eq. 8: response tokens of both sides together, int64 [P]."""
+        return self.chosen_tokens + self.rejected_tokens
+
+    def take(self, index: npt.ArrayLike | Tensor) -> "PairLogps":
+        """The pairs with these dataset rows, in the order asked for.
+
+        Raises:
+            KeyError: If a row was never measured.
+            ValueError: If a row stands here more than once.
+        """
+        wanted = torch.as_tensor(np.asarray(index), dtype=torch.int64, device=self.index.device)
+        rows = _positions(self.index, wanted)
+        return PairLogps(*(field[rows] for field in self))
+
+    def to(self, device: torch.device | str) -> "PairLogps":
+        """The same on another device."""
+        return PairLogps(*(field.to(device) for field in self))
+
+    @classmethod
+    def concatenate(cls, parts: "list[PairLogps]") -> "PairLogps":
+        """The pairs of all parts, one after the other."""
+        return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def _positions(index: Tensor, wanted: Tensor) -> Tensor:
+    """Where each wanted row stands in `index`."""
+    size = len(index)
+    if len(wanted) == 0:
+        return wanted
+    inside = int(wanted.min()) >= 0 and int(wanted.max()) < size
+    if inside and torch.equal(index, torch.arange(size, device=index.device)):
+        return wanted  # the usual case: the whole dataset, in row order
+    order = index.argsort()
+    ascending = index[order]
+    if bool((ascending.diff() == 0).any()):
+        twice = ascending[:-1][ascending.diff() == 0][0].item()
+        raise ValueError(f"PairLogps.take: row {twice} stands in these log-probs more than once")
+    found = torch.searchsorted(ascending, wanted).clamp(max=max(size - 1, 0))
+    missing = wanted[ascending[found] != wanted] if size else wanted
+    if len(missing):
+        raise KeyError(
+            f"PairLogps.take: {len(missing)} of {len(wanted)} rows were never measured, "
+            f"the first is row {missing[0].item()}; measure them before selecting "
+            f"(these log-probs cover {size} rows)"
+        )
+    return order[found]
+
+
+class Rewards(NamedTuple):
+    """The implicit rewards of P pairs, float [P] each (Eq. 1)."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """The argument of the sigmoid in the DPO loss, r_w - r_l (Eq. 2)."""
+        return self.chosen - self.rejected
+
+
+def rewards(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Rewards:
+    """Implicit rewards r(x, y) = beta * log(policy(y | x) / reference(y | x))  (Eq. 1).
+
+    Args:
+        policy: Log-probs under the policy.
+        reference: Log-probs of the same pairs, in the same order, under the reference.
+        beta: Temperature, > 0.
+
+    Raises:
+        ValueError: If beta is not positive, or the two do not describe the same pairs.
+    """
+    if not beta > 0:
+        raise ValueError(f"rewards: beta must be positive, got {beta}")
+    if policy.index.shape != reference.index.shape:
+        raise ValueError(
+            f"rewards: the policy has {len(policy.index)} pairs, the reference "
+            f"{len(reference.index)}; align them with reference.take(policy.index)"
+        )
+    # a comparison is a graph break for the compiler and a device sync; indices live on the CPU
+    if not torch.compiler.is_compiling() and not torch.equal(policy.index, reference.index):
+        raise ValueError(
+            "rewards: policy and reference list their pairs in different order; "
+            "align them with reference.take(policy.index)"
+        )
+    return Rewards(
+        chosen=beta * (policy.chosen - reference.chosen.to(policy.chosen)),
+        rejected=beta * (policy.rejected - reference.rejected.to(policy.rejected)),
+    )
+
+
+Score = Callable[[PairLogps, PairLogps], Tensor]
+"""`(policy, reference) -> [P]`: pairs with higher scores are kept first."""
+
+Loss = Callable[[PairLogps, PairLogps], Tensor]
+"""`(policy, reference) -> [P]`: what a pair is trained on. The same type as a score."""
+
+Schedule = Callable[[float], Any]
+"""`progress in [0, 1] -> value`: a keep ratio, or a tuple of shares, one per stratum."""
+
+Progress = Callable[[int], float]
+"""`optimizer step -> progress in [0, 1]`."""
+
+
+class Reference(Protocol):
+    """Anything that knows the reference log-probs of pairs: a `PairLogps`, or a store."""
+
+    def take(self, index: npt.ArrayLike, /) -> PairLogps:
+        """The log-probs of these dataset rows, in the order asked for."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What was decided about one pool, and the evidence for it.
+
+    `np.asarray(selection)`, `len(selection)` and iteration give the kept rows, best first.
+
+    Attributes:
+        indices: int64 [n], kept dataset rows, best first.
+        pool: int64 [P], the rows that were candidates.
+        scores: float64 [P], aligned with pool; NaN where nothing was scored.
+        kept: bool [P], aligned with pool.
+        step: Optimizer steps taken before this decision.
+        progress: The run's progress in [0, 1] at this decision.
+        rule: What ranked the pool: "score", or "hash" where the rewards carried no signal, or
+            "all" where nothing could be dropped and nothing was scored.
+        signal: Spread of the log-ratios over the pool in nats; 0 at policy = reference.
+        policy: The pool's log-probs under the policy, aligned with pool, where they were measured.
+        reference: The same under the reference.
+        weight: float64 [n], loss weight per kept pair, for methods that weight.
+        objective: [n], name of the loss per kept pair, for methods that route.
+        beta_scale: float64 [n], factor on beta per kept pair.
+        margin: float64 [n], target margin per kept pair.
+    """
+
+    indices: Int64Array
+    pool: Int64Array
+    scores: Float64Array
+    kept: BoolArray
+    step: int
+    progress: float
+    rule: str = "score"
+    signal: float = float("nan")
+    policy: PairLogps | None = None
+    reference: PairLogps | None = None
+    weight: Float64Array | None = None
+    objective: npt.NDArray[np.str_] | None = None
+    beta_scale: Float64Array | None = None
+    margin: Float64Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices.tolist())
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        return np.array(self.indices, dtype=dtype, copy=copy if copy is not None else True)
+
+    @property
+    def cut(self) -> float:
+        """The lowest score that was kept; NaN where the rule was not the score."""
+        return float(self.scores[self.kept].min()) if self.rule == "score" else float("nan")
+
+    @property
+    def dropped(self) -> Int64Array:
+        """The candidates that were not kept, in pool order."""
+        return self.pool[~self.kept]
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection(kept {len(self)} of {len(self.pool)} at step {self.step}, "
+            f"progress {self.progress:.3f}, by {self.rule}, cut {self.cut:.4g})"
+        )

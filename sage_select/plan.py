@@ -1,0 +1,583 @@
+"""Plans: which pairs are candidates when, dealt before the run starts, exact to the pair."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import floor
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_select.hashing import Int64Array, hash_order, keyed_hash
+from sage_select.pairs import Float64Array, Schedule
+
+STRATA = ("easy", "medium", "hard")
+
+ProgressRule = Literal["inclusive", "k_over_K"]
+OnInfeasible = Literal["rebalance", "error"]
+Scope = Literal["run", "epoch", "single_pass"]
+
+
+def strata_from_judgments(clarity: npt.ArrayLike, rejected_score: npt.ArrayLike) -> Int64Array:
+    """Difficulty strata from a judge's two labels (section 3.2).
+
+    easy: clarity high and score <= 2; medium: clarity medium and score 2 or 3; hard: the rest.
+
+    Args:
+        clarity: [N], how clearly the chosen response is preferred: high, medium or low, any case.
+        rejected_score: [N], quality of the rejected response, a whole number from 1 to 5.
+
+    Returns:
+        int64 [N]: 0 easy, 1 medium, 2 hard.
+
+    Raises:
+        ValueError: If a pair is not judged, or a label is none of these.
+
+    Example:
+        >>> strata_from_judgments(["High", "medium", "low"], [1, 3, 2]).tolist()
+        [0, 1, 2]
+    """
+    given = np.asarray(clarity, dtype=object)
+    labels = np.array([str(label).strip().lower() for label in given], dtype=np.str_)
+    quality = np.asarray(rejected_score, dtype=np.float64)
+    if labels.shape != quality.shape:
+        raise ValueError(
+            f"strata_from_judgments: {len(labels)} clarity labels but {quality.size} scores"
+        )
+    for row in np.flatnonzero(~np.isin(labels, ["high", "medium", "low"]))[:1]:
+        raise ValueError(
+            f"strata_from_judgments: clarity of row {row} is {given[row]!r}, not high, medium or "
+            "low; judge the pair, or drop it before planning"
+        )
+    for row in np.flatnonzero(~np.isin(quality, [1, 2, 3, 4, 5]))[:1]:
+        raise ValueError(
+            f"strata_from_judgments: rejected_score of row {row} is {quality[row]}, not a whole "
+            "number from 1 to 5; judge the pair, or drop it before planning"
+        )
+    easy = (labels == "high") & (quality <= 2)
+    medium = (labels == "medium") & ((quality == 2) | (quality == 3))
+    return np.select([easy, medium], [0, 1], default=2).astype(np.int64)
+
+
+def strata_from_values(
+    values: npt.ArrayLike,
+    shares: Sequence[float] = (0.65, 0.25, 0.10),
+    *,
+    ids: npt.ArrayLike | None = None,
+    seed: int = 0,
+) -> Int64Array:
+    """Strata from any number that is higher for easier pairs, cut at shares of the data.
+
+    For pairs that no judge has labelled: a reward margin, a rating difference, an agreement rate.
+
+    Args:
+        values: [N], higher is easier.
+        shares: One share of the pairs per stratum, the easiest first; they sum to 1.
+        ids: [N], stable ids; a keyed hash of them decides between equal values at a cut.
+        seed: Key of that hash.
+
+    Returns:
+        int64 [N]: 0 is the easiest stratum.
+
+    Raises:
+        ValueError: If a value is missing, or the shares do not sum to 1.
+
+    Example:
+        >>> strata_from_values([0.9, 0.1, 0.5, 0.7], shares=(0.5, 0.5)).tolist()
+        [0, 1, 1, 0]
+    """
+    easiness = np.asarray(values, dtype=np.float64)
+    for row in np.flatnonzero(np.isnan(easiness))[:1]:
+        raise ValueError(f"strata_from_values: the value of row {row} is missing")
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"strata_from_values: shares must be >= 0 and sum to 1, got {shares}")
+    names = np.arange(len(easiness)) if ids is None else np.asarray(ids)
+    order = np.lexsort((keyed_hash(names, "strata", seed), -easiness))
+    cuts = np.rint(np.cumsum(shares)[:-1] * len(easiness))
+    strata = np.empty(len(easiness), dtype=np.int64)
+    strata[order] = np.searchsorted(cuts, np.arange(len(easiness)), side="right")
+    return strata
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which pairs stand in which pool.
+
+    Attributes:
+        pools: Dataset rows of each pool, int64, in a seeded order. A row stands at most once in a
+            pool and `copies` times in all (Eq. 5 for each traversal of the dataset).
+        progress: The progress in [0, 1] that belongs to each pool.
+        counts: int64 [K, C], pairs of each stratum in each pool.
+        ideal: float64 [K, C], what the mixing schedule asks for: rho_c(k) |P_k|  (Eq. 6).
+        copies: How many times each pair is dealt.
+        seed: The seed of the deal.
+    """
+
+    pools: tuple[Int64Array, ...]
+    progress: tuple[float, ...]
+    counts: Int64Array
+    ideal: Float64Array
+    copies: int
+    seed: int
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in the dataset, each dealt `copies` times."""
+        return int(self.counts.sum()) // self.copies
+
+    @property
+    def largest_deviation(self) -> float:
+        """The largest difference between a cell's count and its ideal, in pairs."""
+        return float(np.abs(self.counts - self.ideal).max())
+
+    def on_rows(self, rows: npt.ArrayLike) -> "Plan":
+        """The same plan for pairs that stand in other rows: what was row i is now rows[i]."""
+        names = np.asarray(rows, dtype=np.int64)
+        if len(names) != self.num_pairs:
+            raise ValueError(
+                f"Plan.on_rows: the plan deals {self.num_pairs} pairs, but got {len(names)} rows"
+            )
+        return replace(self, pools=tuple(names[pool] for pool in self.pools))
+
+    def __len__(self) -> int:
+        return len(self.pools)
+
+    def __repr__(self) -> str:
+        sizes = sorted({len(pool) for pool in self.pools})
+        return (
+            f"Plan({len(self)} pools of {' or '.join(map(str, sizes))}, {self.num_pairs} pairs "
+            f"dealt {self.copies} times, largest deviation {self.largest_deviation:.2f} pairs)"
+        )
+
+
+def plan_pools(
+    strata: npt.ArrayLike,
+    mix: Schedule,
+    num_pools: int,
+    *,
+    copies: int = 1,
+    seed: int = 0,
+    ids: npt.ArrayLike | None = None,
+    on_infeasible: OnInfeasible = "rebalance",
+    progress: ProgressRule = "inclusive",
+) -> Plan:
+    """Deal every pair into disjoint pools whose composition follows a schedule  (Eq. 5-6).
+
+    Exact: pool sizes differ by at most one, every pair is dealt exactly `copies` times and at most
+    once per pool. The schedule is met as closely as the data allow: its shares are fitted to the
+    sizes of pools and strata by proportional fitting, then rounded with both totals kept.
+
+    Args:
+        strata: [N], stratum of each pair, whole numbers from 0; C strata.
+        mix: Schedule of shares, a tuple of C that sums to 1.
+        num_pools: K, the number of pools.
+        copies: Traversals of the dataset that are dealt out, at most K.
+        seed: Key of the deal.
+        ids: [N], a stable id per pair; with ids the deal does not depend on the row order.
+        on_infeasible: What to do where the data cannot follow the mix to within one pair or one
+            percentage point of a pool: "rebalance" deals as near to it as the data allow, "error"
+            refuses.
+        progress: Progress of pool k = 1..K: "inclusive" is (k - 1) / (K - 1), so that the first
+            pool stands at the schedule's start; "k_over_K" is k / K, as printed in Eq. 6.
+
+    Returns:
+        The plan; its `largest_deviation` tells how far the mix had to be left.
+
+    Raises:
+        ValueError: If no such plan exists, or an argument is malformed.
+
+    Example:
+        >>> from sage_select import Linear
+        >>> strata = [0] * 6 + [1] * 2
+        >>> plan_pools(strata, Linear((1.0, 0.0), (0.5, 0.5)), num_pools=2).counts.tolist()
+        [[4, 0], [2, 2]]
+    """
+    strata = _checked_strata(strata)
+    names = np.arange(len(strata)) if ids is None else np.asarray(ids)
+    if len(names) != len(strata):
+        raise ValueError(f"plan_pools: {len(strata)} strata but {len(names)} ids")
+    slots = len(strata) * copies
+    if not 1 <= num_pools <= slots:
+        raise ValueError(
+            f"plan_pools: num_pools must lie between 1 and the {slots} pairs to deal, "
+            f"got {num_pools}"
+        )
+    if not 1 <= copies <= num_pools:
+        raise ValueError(
+            f"plan_pools: copies must lie between 1 and num_pools, since a pair stands at most "
+            f"once in a pool; got copies={copies} and num_pools={num_pools}"
+        )
+    times = _progress(num_pools, progress)
+    shares = np.array([_checked_shares(mix(t), int(strata.max()) + 1) for t in times])
+    # N K = pool sizes in order; the first `slots % K` pools take one pair more
+    sizes = np.full(num_pools, slots // num_pools)
+    sizes[: slots % num_pools] += 1
+    members = np.bincount(strata, minlength=shares.shape[1])
+    ideal = shares * sizes[:, None]
+    fitted = _fit(ideal, rows=sizes, columns=copies * members, most=members)
+    if on_infeasible == "error":
+        _refuse_deviation(ideal, fitted, sizes, members)
+    elif on_infeasible != "rebalance":
+        raise ValueError(
+            f"plan_pools: on_infeasible must be rebalance or error, got {on_infeasible!r}"
+        )
+    counts = _round_keeping_totals(fitted, rows=sizes, columns=copies * members, most=members)
+    parts: list[list[Int64Array]] = [[] for _ in range(num_pools)]
+    for stratum in range(len(members)):
+        rows = np.flatnonzero(strata == stratum)
+        dealt = _deal(rows, names[rows], counts[:, stratum], copies, seed)
+        for pool, part in zip(parts, dealt, strict=True):
+            pool.append(part)
+    pools = [np.concatenate(part) for part in parts]
+    return Plan(
+        pools=tuple(pool[hash_order(names[pool], "pool", seed, k)] for k, pool in enumerate(pools)),
+        progress=times,
+        counts=counts,
+        ideal=ideal,
+        copies=copies,
+        seed=seed,
+    )
+
+
+def plan_run(
+    strata: npt.ArrayLike,
+    mix: Schedule,
+    *,
+    batch_size: int,
+    refresh_steps: int = 25,
+    epochs: int = 3,
+    scope: Scope = "run",
+    seed: int = 0,
+    ids: npt.ArrayLike | None = None,
+    on_infeasible: OnInfeasible = "rebalance",
+    progress: ProgressRule = "inclusive",
+) -> Plan:
+    """The plan of a training run in the paper's terms: batch size, refresh steps and epochs.
+
+    A pool holds about `refresh_steps * batch_size` candidates. The paper's Table 4 with 4,134
+    pairs gives 31 pools of 400.
+
+    Args:
+        strata: [N], stratum of each pair.
+        mix: Schedule of shares.
+        batch_size: Pairs per optimizer step.
+        refresh_steps: Candidate batches per pool.
+        epochs: Traversals of the dataset.
+        scope: "run" makes one plan over all traversals, with one schedule; "epoch" makes a fresh
+            partition for each epoch, and the schedule starts again; "single_pass" deals every pair
+            once, whatever the number of epochs.
+        seed: Key of the deal.
+        ids: [N], a stable id per pair.
+        on_infeasible: As in `plan_pools`.
+        progress: As in `plan_pools`.
+
+    Example:
+        >>> from sage_select import Constant
+        >>> plan_run([0] * 64, Constant((1.0,)), batch_size=4, refresh_steps=4, epochs=2)
+        Plan(8 pools of 16, 64 pairs dealt 2 times, largest deviation 0.00 pairs)
+    """
+    for name, value in (
+        ("batch_size", batch_size),
+        ("refresh_steps", refresh_steps),
+        ("epochs", epochs),
+    ):
+        if value < 1:
+            raise ValueError(f"plan_run: {name} must be at least 1, got {value}")
+    traversals = {"run": epochs, "epoch": 1, "single_pass": 1}.get(scope)
+    if traversals is None:
+        raise ValueError(f"plan_run: scope must be run, epoch or single_pass, got {scope!r}")
+    strata = _checked_strata(strata)
+    slots = len(strata) * traversals
+    num_pools = max(1, traversals, round(slots / (refresh_steps * batch_size)))
+    parts = [
+        plan_pools(
+            strata,
+            mix,
+            num_pools,
+            copies=traversals,
+            seed=seed + epoch,
+            ids=ids,
+            on_infeasible=on_infeasible,
+            progress=progress,
+        )
+        for epoch in range(epochs if scope == "epoch" else 1)
+    ]
+    return Plan(
+        pools=tuple(pool for part in parts for pool in part.pools),
+        progress=tuple(t for part in parts for t in part.progress),
+        counts=np.concatenate([part.counts for part in parts]),
+        ideal=np.concatenate([part.ideal for part in parts]),
+        copies=traversals * len(parts),
+        seed=seed,
+    )
+
+
+def kept_count(ratio: float, size: int, multiple: int = 1) -> int:
+    """How many of `size` candidates a keep ratio retains: floor(ratio * size)  (Eq. 9).
+
+    Rounded down to a multiple where one is asked for; never less than one pair, or one multiple.
+
+    Example:
+        >>> kept_count(0.7, 10), kept_count(0.7, 10, multiple=4), kept_count(0.0, 10)
+        (7, 4, 1)
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"kept_count: a keep ratio must lie in [0, 1], got {ratio}")
+    if multiple < 1:
+        raise ValueError(f"kept_count: multiple must be at least 1, got {multiple}")
+    count = floor(ratio * size + 1e-9)  # 0.7 * 10 is 7, whatever binary fractions say
+    return min(size, max(count - count % multiple, multiple))
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A plan, a keep schedule and a batch size: every step of the run, known before the first.
+
+    Kept pairs are trained in whole batches. What is left over of an interval is carried to the
+    front of the next; only the run's very last batch may be short. No pair is lost, so
+    `total_steps` is the total of kept pairs over the batch size, rounded up.
+
+    Args:
+        plan: The pools.
+        keep: Schedule of keep ratios.
+        batch_size: Pairs per optimizer step, over all processes and accumulation steps.
+        multiple: Kept counts are rounded down to a multiple of this, as by the `Selector`.
+
+    Example:
+        >>> from sage_select import Constant, Linear, plan_pools
+        >>> plan = plan_pools([0] * 30, Constant((1.0,)), num_pools=3)
+        >>> timeline = Timeline(plan, Linear(1.0, 0.5), batch_size=4)
+        >>> timeline.kept_count, timeline.first_step, timeline.total_steps
+        ((10, 7, 5), (0, 2, 4), 6)
+    """
+
+    plan: Plan
+    keep: Schedule
+    batch_size: int
+    multiple: int = 1
+    kept_count: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"Timeline: batch_size must be at least 1, got {self.batch_size}")
+        counts = tuple(
+            kept_count(self.keep(t), len(pool), self.multiple)
+            for t, pool in zip(self.plan.progress, self.plan.pools, strict=True)
+        )
+        object.__setattr__(self, "kept_count", counts)
+
+    @cached_property
+    def first_step(self) -> tuple[int, ...]:
+        """For each interval, the optimizer steps taken before its pool is scored."""
+        before = np.cumsum((0, *self.kept_count[:-1]))
+        return tuple((before // self.batch_size).tolist())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.total_kept // self.batch_size)
+
+    @property
+    def total_kept(self) -> int:
+        """Kept pairs of the run; a pair kept in two intervals counts twice."""
+        return sum(self.kept_count)
+
+    def interval_at(self, step: int) -> int:
+        """The interval under way after `step` optimizer steps, from 0."""
+        if not 0 <= step <= self.total_steps:
+            raise ValueError(
+                f"Timeline.interval_at: step must lie in [0, {self.total_steps}], got {step}"
+            )
+        return bisect_right(self.first_step, step) - 1
+
+    def progress(self, step: int) -> float:
+        """Progress in [0, 1] of the interval under way; 0 throughout a run of one interval."""
+        return self.plan.progress[self.interval_at(step)]
+
+
+def _checked_strata(strata: npt.ArrayLike) -> Int64Array:
+    array = np.asarray(strata)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"plan_pools: strata must be [N] with N >= 1, got shape {array.shape}")
+    if array.dtype.kind not in "iu" or array.min() < 0:
+        raise ValueError(
+            f"plan_pools: strata must be whole numbers from 0, got {array.dtype} with minimum "
+            f"{array.min()}; see strata_from_judgments"
+        )
+    return array.astype(np.int64)
+
+
+def _checked_shares(value: object, num_strata: int) -> tuple[float, ...]:
+    shares = value if isinstance(value, tuple) else (value,)
+    if len(shares) < num_strata:
+        raise ValueError(
+            f"plan_pools: the mix gives {len(shares)} shares for {num_strata} strata: {value}"
+        )
+    if min(shares) < -1e-9 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(
+            f"plan_pools: the shares of the mix must be >= 0 and sum to 1, got {value}"
+        )
+    return tuple(max(0.0, float(share)) for share in shares)
+
+
+def _progress(num_pools: int, rule: ProgressRule) -> tuple[float, ...]:
+    if rule == "inclusive":
+        return tuple(k / max(num_pools - 1, 1) for k in range(num_pools))
+    if rule == "k_over_K":
+        return tuple((k + 1) / num_pools for k in range(num_pools))
+    raise ValueError(f"plan_pools: progress must be inclusive or k_over_K, got {rule!r}")
+
+
+def _fit(
+    ideal: Float64Array, *, rows: Int64Array, columns: Int64Array, most: Int64Array
+) -> Float64Array:
+    """The table nearest to `ideal` with these row and column sums and cells of at most `most`.
+
+    Iterative proportional fitting: alternate scalings of rows and columns (Deming and Stephan,
+    1940). Cells start a hair above zero, so that a stratum the mix never asks for can be dealt.
+    """
+    table = np.maximum(ideal, 1e-9 * rows[:, None])
+    caps = np.broadcast_to(most.astype(np.float64), table.shape)
+    for _ in range(10_000):
+        table = _scale_columns_below(table, columns.astype(np.float64), caps)
+        sums = table.sum(axis=1)
+        if np.abs(sums - rows).max() < 1e-9 * rows.max():
+            break
+        table = table * (rows / sums)[:, None]
+    return np.asarray(table, dtype=np.float64)
+
+
+def _scale_columns_below(
+    table: Float64Array, columns: Float64Array, caps: Float64Array
+) -> Float64Array:
+    """Each column scaled to its sum, cells cut at the cap and the rest scaled on."""
+    full = np.zeros(table.shape, dtype=bool)
+    while True:
+        left = columns - np.where(full, caps, 0).sum(axis=0)
+        free = np.where(full, 0, table).sum(axis=0)
+        scale = np.divide(left, free, out=np.zeros_like(left), where=free > 0)
+        scaled: Float64Array = np.where(full, caps, table * scale)
+        over = ~full & (scaled > caps)
+        if not over.any():
+            return scaled
+        full |= over
+
+
+def _refuse_deviation(
+    ideal: Float64Array, fitted: Float64Array, sizes: Int64Array, members: Int64Array
+) -> None:
+    deviation = np.abs(fitted - ideal)
+    if (deviation > np.maximum(1.0, 0.01 * sizes)[:, None]).any():
+        pool, stratum = np.unravel_index(deviation.argmax(), deviation.shape)
+        asked = ideal.sum(axis=0) / ideal.sum()
+        raise ValueError(
+            f"plan_pools: the data cannot follow the mix: pool {pool} should hold "
+            f"{ideal[pool, stratum]:.1f} pairs of stratum {stratum} but can get "
+            f"{fitted[pool, stratum]:.1f}. On average the mix asks for shares "
+            f"{np.round(asked, 3).tolist()}, the data hold "
+            f"{np.round(members / members.sum(), 3).tolist()}; move the schedule's ends towards "
+            'these, or pass on_infeasible="rebalance"'
+        )
+
+
+def _round_keeping_totals(
+    table: Float64Array, *, rows: Int64Array, columns: Int64Array, most: Int64Array
+) -> Int64Array:
+    """Controlled rounding: cells to a neighbouring whole number, row and column sums exact.
+
+    Everything is rounded down, then the missing pairs are put back one by one, as a flow from rows
+    to columns. A table whose totals are whole always has such a rounding (Cox, 1987).
+    """
+    whole = np.rint(table)
+    table = np.where(np.abs(table - whole) < 1e-6, whole, table)  # what the fit left of a 3.0
+    cells = np.floor(table).astype(np.int64)
+    _fill_up(cells, table, np.floor(table), np.ceil(table), rows, columns)
+    # a fit that stopped short of exact totals may need a wider choice
+    _fill_up(cells, table, np.zeros_like(table), np.broadcast_to(most, table.shape), rows, columns)
+    assert (cells.sum(axis=0) == columns).all()
+    assert (cells.sum(axis=1) == rows).all()
+    return cells
+
+
+def _fill_up(
+    cells: Int64Array,
+    wish: Float64Array,
+    least: Float64Array,
+    most: Float64Array,
+    rows: Int64Array,
+    columns: Int64Array,
+) -> None:
+    """Add pairs to rows and columns that lack them, in place; cells stay in [least, most].
+
+    Maximum flow by augmenting paths (Ford and Fulkerson, 1956), the largest remainders first.
+    """
+    missing = columns - cells.sum(axis=0)
+    for k, lacking in enumerate(rows - cells.sum(axis=1)):
+        for _ in range(lacking):
+            path = _augmenting_path(k, cells, wish, least, most, missing)
+            if path is None:
+                return
+            for row, column, change in path:
+                cells[row, column] += change
+            missing[path[0][1]] -= 1
+
+
+def _augmenting_path(
+    start: int,
+    cells: Int64Array,
+    wish: Float64Array,
+    least: Float64Array,
+    most: Float64Array,
+    missing: Int64Array,
+) -> list[tuple[int, int, int]] | None:
+    """Changes (row, column, +1 or -1) that add a pair to row `start`, the last column's first."""
+    came_from: dict[int, tuple[int, int | None]] = {}  # column -> row, the column it gave up
+    frontier: list[tuple[int, int | None]] = [(start, None)]
+    seen = np.zeros(len(cells), dtype=bool)
+    seen[start] = True
+    while frontier:
+        following: list[tuple[int, int | None]] = []
+        for row, given_up in frontier:
+            for column in np.argsort(cells[row] - wish[row], kind="stable").tolist():
+                if column in came_from or cells[row, column] >= most[row, column]:
+                    continue
+                came_from[column] = (row, given_up)
+                if missing[column] > 0:
+                    return _trace(column, came_from)
+                others = np.flatnonzero(~seen & (cells[:, column] > least[:, column]))
+                seen[others] = True
+                following += [(other, column) for other in others.tolist()]
+        frontier = following
+    return None
+
+
+def _trace(column: int, came_from: dict[int, tuple[int, int | None]]) -> list[tuple[int, int, int]]:
+    path = []
+    while True:
+        row, given_up = came_from[column]
+        path.append((row, column, +1))
+        if given_up is None:
+            return path
+        path.append((row, given_up, -1))
+        column = given_up
+
+
+def _deal(
+    rows: Int64Array, names: npt.NDArray[np.generic], counts: Int64Array, copies: int, seed: int
+) -> list[Int64Array]:
+    """Deal a stratum's rows to pools: each `copies` times in all, at most once per pool."""
+    ends = np.cumsum(counts)
+    sequence = np.empty(0, dtype=np.int64)
+    for copy in range(copies):
+        order = rows[hash_order(names, "deal", seed, copy)]
+        # a pool that straddles two traversals must not get a pair of the first part again
+        start = len(rows) * copy
+        straddling = np.searchsorted(ends, start, side="right")
+        if copy and straddling < len(ends) and ends[straddling] - counts[straddling] < start:
+            already = sequence[ends[straddling] - counts[straddling] :]
+            fresh = np.flatnonzero(~np.isin(order, already))[: ends[straddling] - start]
+            order = np.concatenate([order[fresh], np.delete(order, fresh)])
+        sequence = np.concatenate([sequence, order])
+    return np.split(sequence, ends[:-1])

@@ -1,0 +1,44 @@
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real data that is not part of the project; see the README for how to point at it."""
+    folder = os.environ.get("SAGE_SELECT_DATA")
+    if not folder:
+        pytest.skip("SAGE_SELECT_DATA is not set, so there is no real data to test with")
+    return Path(folder)
+
+
+@pytest.fixture
+def world():
+    """A fresh copy of the demo's policy, with pairs of its own making, before a small run."""
+    from worlds import arithmetic_world
+
+    return arithmetic_world()
+
+
+@pytest.fixture(scope="session")
+def still():
+    """The same, shared by tests that train nothing."""
+    from worlds import arithmetic_world
+
+    return arithmetic_world()
+
+
+@pytest.fixture(scope="session")
+def stories(data):
+    """A small Llama that was really trained, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = data / "models" / "stories260K"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

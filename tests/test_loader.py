@@ -1,0 +1,253 @@
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import pair_logps
+
+from sage_select import (
+    Constant,
+    Linear,
+    PreferenceDataset,
+    Selection,
+    Selector,
+    Timeline,
+    plan_pools,
+)
+from sage_select.audit import SCHEMA_VERSION, SelectionLog
+from sage_select.loader import SelectiveLoader, ShuffledLoader
+
+
+@pytest.fixture(scope="module")
+def pairs() -> PreferenceDataset:
+    from arithmetic import build_tokenizer
+
+    rows = [{"prompt": f"{i % 13}+{i // 13}?", "chosen": "1", "rejected": "2"} for i in range(100)]
+    return PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=9)
+
+
+class Policy:
+    """A policy that only counts its updates; its log-probs depend on that count."""
+
+    updates = 0
+
+    def measure(self, pool: PreferenceDataset):
+        chosen = torch.from_numpy(np.cos(pool.index * (1.0 + self.updates)) * 5)
+        return pair_logps(pool.index, chosen, -chosen, pool.chosen_tokens, pool.rejected_tokens)
+
+
+def reference(size: int):
+    zero, two = torch.zeros(size), torch.full((size,), 2)
+    return pair_logps(range(size), zero, zero, two, two)
+
+
+def loader_of(pairs, timeline, policy, *, seed=0, measured=None, **options) -> SelectiveLoader:
+    def measure(model, pool):
+        if measured is not None:
+            measured.append((model.updates, pool.index.tolist()))
+        return model.measure(pool)
+
+    def score(policy, reference):
+        return policy.chosen.double()
+
+    selector = Selector(
+        score, timeline.keep, reference(100), timeline.progress, measure, no_signal="score"
+    )
+    return SelectiveLoader(selector, timeline, pairs, policy, seed=seed, **options)
+
+
+@st.composite
+def timelines(draw) -> Timeline:
+    size, copies = draw(st.integers(1, 100)), draw(st.integers(1, 3))
+    num_pools = draw(st.integers(copies, min(12, size * copies)) if copies <= size * copies
+                     else st.just(copies))  # fmt: skip
+    plan = plan_pools(
+        [0] * size,
+        Constant((1.0,)),
+        max(copies, num_pools),
+        copies=copies,
+        seed=draw(st.integers(0, 9)),
+    )
+    keep = Linear(draw(st.floats(0.05, 1)), draw(st.floats(0.05, 1)))
+    return Timeline(plan, keep, batch_size=draw(st.integers(1, 20)))
+
+
+def run(loader: SelectiveLoader, policy: Policy) -> list[list[int]]:
+    batches = []
+    for rows in loader:
+        batches.append(rows.tolist())
+        policy.updates += 1
+    return batches
+
+
+@given(timelines())
+def test_each_interval_is_measured_after_exactly_the_steps_before_it(pairs, timeline):
+    policy, measured = Policy(), []
+    run(loader_of(pairs, timeline, policy, measured=measured), policy)
+    assert [updates for updates, _ in measured] == list(timeline.first_step)
+    assert [pool for _, pool in measured] == [pool.tolist() for pool in timeline.plan.pools]
+
+
+@given(timelines())
+def test_every_kept_pair_is_trained_exactly_once_in_whole_batches(pairs, timeline):
+    policy, selections = Policy(), {}
+    loader = loader_of(pairs, timeline, policy, on_select=selections.__setitem__)
+    batches = run(loader, policy)
+    assert len(batches) == len(loader) == timeline.total_steps
+    assert {len(batch) for batch in batches[:-1]} <= {timeline.batch_size}
+    kept = Counter(row for selection in selections.values() for row in selection)
+    assert Counter(row for batch in batches for row in batch) == kept
+    trained, carried = iter(row for batch in batches for row in batch), 0
+    for k in sorted(selections):  # interval by interval, the rest of one before the next
+        count = len(selections[k])
+        assert sorted(next(trained) for _ in range(count)) == sorted(selections[k])
+        carried += count
+
+
+@given(timelines(), st.data())
+@settings(max_examples=50)
+def test_resuming_anywhere_repeats_and_loses_nothing(pairs, timeline, data):
+    policy, measured = Policy(), []
+    whole = run(loader_of(pairs, timeline, policy, measured=measured), policy)
+    stop = data.draw(st.integers(0, len(whole)))
+
+    first, policy = [], Policy()
+    loader = loader_of(pairs, timeline, policy)
+    state = loader.state_dict()
+    for rows in loader:
+        if len(first) == stop:
+            break
+        first.append(rows.tolist())
+        policy.updates += 1
+        state = loader.state_dict()
+
+    again, rest = loader_of(pairs, timeline, policy, measured=(later := [])), []
+    again.load_state_dict(state)
+    rest = run(again, policy)
+    assert first + rest == whole
+    # what was scored before the stop is not scored again
+    assert later == measured[len(measured) - len(later) :]
+    assert all(updates >= stop for updates, _ in later)
+
+
+def test_the_training_order_is_shuffled_and_seeded(pairs):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 2), Constant(1.0), 10)
+    orders = [
+        [row for batch in run(loader_of(pairs, timeline, p, seed=s), p) for row in batch]
+        for p, s in ((Policy(), 0), (Policy(), 0), (Policy(), 1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    best_first = sorted(timeline.plan.pools[0], key=lambda row: -np.cos(row))
+    assert orders[0][:50] != best_first
+
+
+def test_a_state_of_another_run_is_refused(pairs):
+    plans = [plan_pools([0] * 100, Constant((1.0,)), 4, seed=seed) for seed in (0, 1)]
+    state = loader_of(pairs, Timeline(plans[0], Constant(0.5), 8), Policy()).state_dict()
+    for plan, keep, batch_size, seed in [
+        (plans[1], 0.5, 8, 0),
+        (plans[0], 0.6, 8, 0),
+        (plans[0], 0.5, 4, 0),
+        (plans[0], 0.5, 8, 1),
+    ]:
+        other = loader_of(pairs, Timeline(plan, Constant(keep), batch_size), Policy(), seed=seed)
+        with pytest.raises(ValueError, match="this state belongs to another run"):
+            other.load_state_dict(state)
+
+
+def test_a_selector_that_keeps_another_share_is_refused(pairs):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
+    selector = loader_of(pairs, timeline, Policy()).selector
+    with pytest.raises(ValueError, match="they must agree, since totals are computed beforehand"):
+        SelectiveLoader(replace(selector, keep=Constant(0.4)), timeline, pairs, Policy())
+
+
+def test_a_plan_for_more_pairs_is_refused(pairs):
+    timeline = Timeline(plan_pools([0] * 101, Constant((1.0,)), 4), Constant(0.5), 8)
+    with pytest.raises(ValueError, match="deals row 100, but the dataset has only 100 pairs"):
+        loader_of(pairs, timeline, Policy())
+
+
+@given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 3), st.data())
+def test_the_baseline_trains_everything_and_resumes(pairs, size, batch_size, epochs, data):
+    def fresh():
+        return ShuffledLoader(pairs.take(np.arange(size)), batch_size=batch_size, epochs=epochs)
+
+    whole = [rows.tolist() for rows in fresh()]
+    assert len(whole) == len(fresh())
+    assert Counter(row for batch in whole for row in batch) == dict.fromkeys(range(size), epochs)
+    stop, loader = data.draw(st.integers(0, len(whole))), fresh()
+    state = loader.state_dict() | {"step": stop}
+    loader.load_state_dict(state)
+    assert [rows.tolist() for rows in loader] == whole[stop:]
+
+
+# The log
+
+
+def test_a_decision_is_on_disk_before_its_first_batch(pairs, tmp_path):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Linear(1.0, 0.4), 8)
+    policy, log = Policy(), SelectionLog(tmp_path)
+    loader = loader_of(pairs, timeline, policy, log=log)
+    for _ in loader:
+        assert log.read()["interval"].n_unique() == loader.interval + 1
+        policy.updates += 1
+    table = log.read()
+    assert table.height == 100
+    assert table.filter("kept")["interval"].value_counts().sort("interval")["count"].to_list() == [
+        *timeline.kept_count
+    ]
+    assert table["step"].unique(maintain_order=True).to_list() == [*timeline.first_step]
+
+
+def test_the_log_holds_the_evidence_for_the_same_decision(still, tmp_path):
+    log, pool = SelectionLog(tmp_path), still.dataset.take(np.arange(30))
+    model, decide = still.model, replace(still.selector, no_signal="score")
+    decision = decide.select(model, pool, step=3, progress=0.5)
+    log.write(0, decision, pool.ids)
+    table = log.read()
+    assert table["pair_id"].to_list() == pool.ids.tolist()
+    names = ["row", "policy_chosen", "policy_rejected", "chosen_tokens", "rejected_tokens"]
+    policy = pair_logps(*(table[name].to_list() for name in names))
+    again = decide.rank(policy, decide.reference, 0.5, 3, ids=table["pair_id"].to_list())
+    assert list(again) == list(decision)
+    assert table.filter("kept").sort("rank")["row"].to_list() == list(decision)
+    assert sorted(table["rank"]) == list(range(1, 31))
+
+
+def selection(size=3, **options) -> Selection:
+    return Selection(np.arange(size), np.arange(size), np.full(size, np.nan), np.full(size, True),
+                     0, 0.0, rule="all", **options)  # fmt: skip
+
+
+def test_a_partial_interval_is_passed_over(tmp_path):
+    log = SelectionLog(tmp_path)
+    log.write(0, selection(), ["a", "b", "c"])
+    log.write(1, selection(), ["a", "b", "c"])
+    whole = (tmp_path / "interval-000001.parquet").read_bytes()
+    (tmp_path / "interval-000002.partial").write_bytes(whole[:100])  # a crash while writing
+    assert log.read()["interval"].to_list() == [0] * 3 + [1] * 3
+    (tmp_path / "interval-000001.parquet").write_bytes(whole[:-50])  # a disk that lost the end
+    with pytest.warns(UserWarning, match=r"interval-000001\.parquet cannot be read"):
+        assert log.read()["interval"].to_list() == [0] * 3
+
+
+def test_a_log_of_a_later_version_is_refused(tmp_path):
+    log = SelectionLog(tmp_path)
+    log.write(0, selection(), ["a", "b", "c"])
+    path = tmp_path / "interval-000000.parquet"
+    pl.read_parquet(path).with_columns(schema_version=SCHEMA_VERSION + 1).write_parquet(path)
+    with pytest.raises(
+        ValueError, match="has schema version 2, this version of sage-select reads 1"
+    ):
+        log.read()
+
+
+def test_what_was_not_scored_is_null(tmp_path):
+    log = SelectionLog(tmp_path)
+    log.write(0, selection(), ["a", "b", "c"])
+    assert log.read()["score"].null_count() == log.read()["rank"].null_count() == 3

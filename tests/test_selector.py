@@ -1,0 +1,188 @@
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from cases import SCORES
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import pools, with_rewards
+
+from sage_select import Constant, Linear, Selector, log_sage, measure, sage, scores
+from sage_select.ranking import top
+from sage_select.selector import log_ratio_spread
+
+
+def selector(score=sage, keep=Constant(0.5), reference=None, **options) -> Selector:  # noqa: B008
+    return Selector(score, keep, reference, lambda step: 0.0, no_signal="score", **options)
+
+
+# The cut (Eq. 9)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0]), min_size=1, max_size=30), st.data())
+def test_top_is_the_head_of_a_full_sort(values, data):
+    values = np.array(values)
+    count = data.draw(st.integers(0, len(values)))
+    best = top(values, count, ids=np.arange(len(values)))
+    dropped = np.delete(values, best)
+    assert len(np.unique(best)) == count
+    assert (np.diff(values[best]) <= 0).all()
+    assert not count or not len(dropped) or values[best].min() >= dropped.max()
+    full = top(values, len(values), ids=np.arange(len(values)))
+    assert best.tolist() == full[:count].tolist()
+
+
+@given(st.integers(2, 30), st.randoms(use_true_random=False))
+def test_ties_are_broken_by_id(size, shuffler):
+    order = list(range(size))
+    shuffler.shuffle(order)
+    ids = np.array([f"pair-{i}" for i in range(size)])
+    first = ids[top(np.zeros(size), size // 2, ids=ids)]
+    assert first.tolist() == ids[order][top(np.zeros(size), size // 2, ids=ids[order])].tolist()
+
+
+def test_another_key_breaks_ties_otherwise():
+    draws = {tuple(top(np.zeros(20), 5, ids=np.arange(20), key=(seed,))) for seed in range(10)}
+    assert len(draws) > 5
+
+
+# rank
+
+
+@pytest.mark.parametrize("name", SCORES)
+@given(pool=pools(), ratio=st.floats(0, 1))
+def test_keeps_the_highest_scores(name, pool, ratio):
+    policy, reference = pool
+    decision = selector(SCORES[name], Constant(ratio), reference).rank(policy, reference, 0.0)
+    assert len(decision) == max(1, int(ratio * len(policy.index) + 1e-9))
+    assert set(decision) <= set(policy.index.tolist())
+    assert decision.pool[decision.kept].tolist() == [r for r in decision.pool if r in set(decision)]
+    kept, dropped = decision.scores[decision.kept], decision.scores[~decision.kept]
+    assert not len(dropped) or kept.min() >= dropped.max()
+    assert decision.cut == kept.min()
+
+
+@given(pools(), st.randoms(use_true_random=False), st.floats(0, 1))
+def test_the_order_of_rows_changes_nothing(pool, shuffler, ratio):
+    policy, reference = pool
+    order = policy.index.tolist()
+    shuffler.shuffle(order)
+    decide = selector(log_sage, Constant(ratio), reference).rank
+    # the reference is looked up by row: neither its order nor what else it covers matters
+    assert list(decide(policy, reference, 0.0)) == list(
+        decide(policy.take(order), reference.take(order[::-1]), 0.0)
+    )
+
+
+@given(pools(min_size=8), st.integers(1, 4))
+def test_a_multiple(pool, multiple):
+    policy, reference = pool
+    decision = selector(keep=Constant(0.7), reference=reference, multiple=multiple).rank(
+        policy, reference, 0.0
+    )
+    assert len(decision) % multiple == 0
+
+
+def test_the_keep_schedule_is_read_at_the_progress():
+    policy, reference = with_rewards(torch.randn(100), torch.randn(100))
+    decide = selector(keep=Linear(1.0, 0.4), reference=reference).rank
+    assert [len(decide(policy, reference, t)) for t in (0.0, 0.5, 1.0)] == [100, 70, 40]
+
+
+def test_a_missing_reference_row_is_an_error():
+    policy, reference = with_rewards([1.0, 2.0], [0.0, 0.0])
+    with pytest.raises(KeyError, match="1 of 2 rows were never measured, the first is row 1"):
+        selector(reference=reference).rank(policy, reference.take([0]), 0.0)
+
+
+def test_a_reference_of_other_tokens_is_an_error():
+    policy, reference = with_rewards([1.0, 2.0], [0.0, 0.0])
+    other = reference._replace(chosen_tokens=reference.chosen_tokens + 1)
+    with pytest.raises(ValueError, match="counted different response tokens for row 0"):
+        selector(reference=other).rank(policy, other, 0.0)
+
+
+# A score that carries no signal must not select
+
+
+def alike(noise: float = 0.0):
+    tokens = torch.arange(1, 101)
+    policy, reference = with_rewards(torch.zeros(100), torch.zeros(100), tokens)
+    return policy._replace(chosen=noise * torch.randn(100).double()), reference
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4])
+def test_without_signal_the_hash_decides_and_says_so(noise):
+    policy, reference = alike(noise)
+    decide = Selector(sage, Constant(0.4), reference, lambda step: 0.0)
+    with pytest.warns(UserWarning, match="log-ratios of all 100 candidates are alike"):
+        decision = decide.rank(policy, reference, 0.0)
+    assert decision.rule == "hash"
+    assert len(decision) == 40
+    assert decision.signal <= 1e-3
+    shortest = set(range(40))
+    assert len(shortest & set(decision)) < 30  # by length alone it would be all of them
+    with pytest.warns(UserWarning, match="are alike"):
+        assert list(decide.rank(policy, reference, 0.0)) == list(decision)
+
+
+def test_the_paper_to_the_letter_keeps_the_shortest():
+    policy, reference = alike()
+    decision = selector(keep=Constant(0.4), reference=reference).rank(policy, reference, 0.0)
+    assert decision.rule == "score"
+    assert sorted(decision) == list(range(40))
+
+
+def test_with_signal_or_nothing_to_drop_there_is_no_warning():
+    policy, reference = alike()
+    moved, _ = with_rewards(torch.linspace(-1, 1, 100), torch.zeros(100), torch.arange(1, 101))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decide = Selector(sage, Constant(1.0), reference, lambda step: 0.0)
+        assert decide.rank(policy, reference, 0.0).rule == "score"
+        decide = Selector(sage, Constant(0.4), reference, lambda step: 0.0)
+        assert decide.rank(moved, reference, 0.0).rule == "score"
+
+
+def test_a_common_shift_is_no_signal():
+    policy, reference = with_rewards(torch.full((9,), 5.0), torch.full((9,), -5.0))
+    assert log_ratio_spread(policy, reference) == pytest.approx(0.0, abs=1e-9)
+
+
+# select
+
+
+def test_select_measures_the_pool_and_ranks_it(still):
+    pool = still.dataset.take(np.arange(0, 40, 2))
+    policy = measure(still.model, pool)
+    decision = selector(reference=policy).select(still.model, pool, step=7)
+    assert decision.step == 7
+    assert decision.pool.tolist() == pool.index.tolist()
+    again = selector(reference=policy).rank(policy, policy, 0.0, 7, ids=pool.ids)
+    assert list(decision) == list(again)
+
+
+def test_any_measure_and_any_pool():
+    policy, reference = with_rewards([3.0, -3.0], [0.0, 0.0])
+    decide = selector(reference=reference, measure=lambda model, pool: policy)
+    assert list(decide.select("any model", "any pool", step=0)) == [1]
+
+
+def test_nothing_is_measured_where_nothing_can_be_dropped(still):
+    decide = selector(
+        keep=Constant(1.0),
+        reference=still.selector.reference,
+        measure=lambda model, pool: pytest.fail("measured"),
+        skip_full=True,
+    )
+    decision = decide.select(still.model, still.dataset.take(np.arange(10)), step=0)
+    assert sorted(decision) == list(range(10))
+    assert decision.rule == "all"
+
+
+def test_a_score_with_parameters():
+    policy, reference = with_rewards([1.0, -1.0], [0.0, 0.0])
+    score = partial(scores.sage, beta=1.0, length_norm="none")
+    assert list(selector(score, reference=reference).rank(policy, reference, 0.0)) == [1]

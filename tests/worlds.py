@@ -1,0 +1,65 @@
+"""Small real parts to test with: trained models, real tokenizers, pairs of their own making."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from arithmetic import load_base, make_pairs, make_problems
+from sage_select import Linear, PreferenceDataset, Selector, Timeline, measure, sage
+from sage_select.plan import plan_run, strata_from_judgments
+
+base = cache(load_base)
+
+
+@cache
+def arithmetic_pairs() -> tuple[dict[str, Any], ...]:
+    """About a hundred verified pairs that the demo's policy made itself."""
+    model, tokenizer = base()
+    return tuple(make_pairs(model, tokenizer, make_problems(90, seed=7, zipf=0.3), seed=0))
+
+
+@dataclass
+class World:
+    """A policy, its pairs, and all that a run needs."""
+
+    model: Any
+    tokenizer: Any
+    dataset: PreferenceDataset
+    timeline: Timeline
+    selector: Selector
+
+
+def arithmetic_world(
+    *, num_pairs: int = 96, batch_size: int = 4, refresh_steps: int = 6, epochs: int = 1
+) -> World:
+    """A fresh copy of the demo's policy before a small run of SAGE."""
+    torch.manual_seed(0)
+    model, tokenizer = deepcopy(base()[0]), base()[1]
+    dataset = PreferenceDataset.from_records(
+        list(arithmetic_pairs())[:num_pairs], tokenizer=tokenizer, max_length=64
+    )
+    strata = strata_from_judgments(dataset.column("clarity"), dataset.column("rejected_score"))
+    plan = plan_run(
+        strata,
+        Linear((0.9, 0.1, 0.0), (0.4, 0.4, 0.2)),
+        batch_size=batch_size,
+        refresh_steps=refresh_steps,
+        epochs=epochs,
+        ids=dataset.ids,
+    )
+    timeline = Timeline(plan, Linear(1.0, 0.4), batch_size)
+    selector = Selector(sage, timeline.keep, measure(model, dataset), timeline.progress)
+    return World(model, tokenizer, dataset, timeline, selector)
+
+
+def naive_response_logps(model: Any, tokens: np.ndarray, response_start: int) -> float:
+    """Summed log-prob of a response, from the model's own logits in float64."""
+    input_ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=input_ids).logits[0].double()
+    logps = logits.log_softmax(-1)[response_start - 1 : -1]
+    return float(logps.gather(-1, input_ids[0, response_start:, None]).sum())
