@@ -1,0 +1,172 @@
+"""Bad input gets an error that names the call, the value and the fix."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from strategies import with_rewards
+
+from sage_select import (
+    Constant,
+    Linear,
+    PairLogps,
+    PreferenceDataset,
+    Selector,
+    Timeline,
+    dpo,
+    nca_responses,
+    plan_pools,
+    sage,
+    sequence_logps,
+    strata_from_judgments,
+    token_logps,
+)
+from sage_select.adapters.plain import Training
+from sage_select.loader import ShuffledLoader
+from sage_select.losses import response_weights
+from sage_select.plan import kept_count, plan_run, strata_from_values
+from sage_select.ranking import top
+
+ONE = Constant((1.0,))
+POLICY, REFERENCE = with_rewards([1.0, 2.0], [0.0, 0.0])
+PLAN = plan_pools([0] * 8, ONE, 2)
+H, W, T = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
+
+
+def selector(**options) -> Selector:
+    arguments = {"score": sage, "keep": Constant(0.5), "reference": REFERENCE} | options
+    return Selector(progress=lambda step: 0.0, **arguments)
+
+
+ERRORS = [
+    # schedules
+    (lambda: Linear(1.0, 0.4)(1.5), ValueError, "progress must lie in [0, 1], got 1.5"),
+    (lambda: Constant(1.0)(-0.1), ValueError, "Constant(value=1.0): progress must lie in [0, 1]"),
+    (lambda: Linear(1.0, (0.5, 0.5)), ValueError, "start and end must have the same shape"),
+    # strata
+    (lambda: strata_from_judgments(["great"], [1]), ValueError, "row 0 is 'great', not high"),
+    (lambda: strata_from_judgments([None], [1]), ValueError, "judge the pair, or drop it"),
+    (lambda: strata_from_judgments(["high"], [6]), ValueError, "row 0 is 6.0, not a whole number"),
+    (lambda: strata_from_judgments(["high"], [None]), ValueError, "rejected_score of row 0 is nan"),
+    (lambda: strata_from_judgments(["high"], [1, 2]), ValueError, "1 clarity labels but 2 scores"),
+    (lambda: strata_from_values([1.0, None]), ValueError, "the value of row 1 is missing"),
+    (lambda: strata_from_values([1.0], (0.5, 0.1)), ValueError, "must be >= 0 and sum to 1"),
+    # plans
+    (lambda: plan_pools([], ONE, 1), ValueError, "strata must be [N] with N >= 1"),
+    (lambda: plan_pools([0.5], ONE, 1), ValueError, "whole numbers from 0, got float64"),
+    (lambda: plan_pools([0], ONE, 2), ValueError, "between 1 and the 1 pairs to deal, got 2"),
+    (lambda: plan_pools([0, 0], ONE, 1, copies=2), ValueError, "at most once in a pool"),
+    (lambda: plan_pools([0, 1], ONE, 1), ValueError, "gives 1 shares for 2 strata"),
+    (lambda: plan_pools([0], Constant((0.5,)), 1), ValueError, "sum to 1, got (0.5,)"),
+    (lambda: plan_pools([0], ONE, 1, ids=["a", "b"]), ValueError, "1 strata but 2 ids"),
+    (lambda: plan_pools([0], ONE, 1, on_infeasible="x"), ValueError, "rebalance or error, got 'x'"),
+    (lambda: plan_pools([0], ONE, 1, progress="x"), ValueError, "inclusive or k_over_K, got 'x'"),
+    (lambda: plan_run([0], ONE, batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
+    (lambda: plan_run([0], ONE, batch_size=1, scope="x"), ValueError, "run, epoch or single_pass"),
+    (lambda: PLAN.on_rows([1]), ValueError, "the plan deals 8 pairs, but got 1 rows"),
+    (lambda: kept_count(1.2, 10), ValueError, "a keep ratio must lie in [0, 1], got 1.2"),
+    (lambda: kept_count(0.5, 10, 0), ValueError, "multiple must be at least 1, got 0"),
+    (lambda: Timeline(PLAN, Constant(0.5), 0), ValueError, "batch_size must be at least 1, got 0"),
+    (lambda: Timeline(PLAN, Constant(0.5), 2).interval_at(9), ValueError, "in [0, 2], got 9"),
+    # scores and losses
+    (lambda: sage(POLICY, REFERENCE, beta=0), ValueError, "beta must be positive, got 0"),
+    (lambda: sage(POLICY, REFERENCE, eps=-1), ValueError, "eps must be >= 0, got -1"),
+    (lambda: sage(POLICY, REFERENCE, length_norm="x"), ValueError, "stratified, got 'x'"),
+    (lambda: dpo(POLICY, REFERENCE.take([0])), ValueError, "align them with reference.take("),
+    (
+        lambda: sage(*with_rewards([1.0], [1.0], tokens=0)),
+        ValueError,
+        "pair 0 has no response tokens; set such pairs aside",
+    ),
+    (lambda: nca_responses(H, H, W), ValueError, "must all be [B, K], got [2, 3], [2, 3] and"),
+    (lambda: nca_responses(H, H, H), ValueError, "must be >= 0 and sum to 1 for each prompt"),
+    (lambda: response_weights(H, alpha=0), ValueError, "alpha must be positive, got 0"),
+    # ranking and selecting
+    (lambda: top(np.zeros(2), 3, ids=[0, 1]), ValueError, "cannot keep 3 of 2 candidates"),
+    (lambda: top(np.array([np.nan]), 1, ids=[7]), ValueError, "the score of pair 7 is NaN"),
+    (lambda: selector(no_signal="x"), ValueError, "must be hash or score, got 'x'"),
+    (lambda: selector(reference="model"), TypeError, "use measure(reference_model, dataset)"),
+    (
+        lambda: selector(score=lambda p, r: torch.zeros(1)).rank(POLICY, REFERENCE, 0.0),
+        ValueError,
+        "the score must return one value per pair, [2], got shape [1]",
+    ),
+    # operations
+    (lambda: token_logps(H, W[:, :2], T), ValueError, "got [2, 3] and [4, 2]"),
+    (lambda: token_logps(H, W, T.int()), TypeError, "targets must be int64, got torch.int32"),
+    (lambda: token_logps(H, W, T[:1]), ValueError, "2 hidden states but targets of shape [1]"),
+    (lambda: token_logps(H, W, T + 3), ValueError, "target 4 at position 1 is outside the vocab"),
+    (lambda: token_logps(H, W, T - 1), ValueError, "use -100 for tokens that are not scored"),
+    (lambda: token_logps(H, W, T, softcap=0), ValueError, "softcap must be positive, got 0"),
+    (lambda: token_logps(H, W, T, bias=T[:1]), ValueError, "bias must be [V] = [4], got [1]"),
+    (lambda: token_logps(H, W, T, impl="fast"), ValueError, "chunked or fused, got 'fast'"),
+    (lambda: token_logps(H, W, T, impl="fused"), NotImplementedError, 'use impl="chunked"'),
+    (lambda: token_logps(H.long(), W, T), TypeError, "hidden and weight must be floating"),
+    (lambda: sequence_logps(H, W, T, torch.tensor([0, 1])), ValueError, "rise from 0 to 2"),
+    (lambda: sequence_logps(H, W, T, torch.tensor([1, 2])), ValueError, "[S + 1] and start at 0"),
+    # training
+    (lambda: Training(mixed_precision=torch.float16), ValueError, "torch.bfloat16"),
+    (lambda: Training(learning_rate=0), ValueError, "learning_rate must be positive, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), ERRORS, ids=[row[2] for row in ERRORS])
+def test_messages(call, kind, words):
+    with pytest.raises(kind) as error:
+        call()
+    assert words in str(error.value)
+
+
+def dataset(**options) -> PreferenceDataset:
+    from arithmetic import build_tokenizer
+
+    arguments = {"records": [{"prompt": "1?", "chosen": "2", "rejected": "3"}]} | options
+    records = arguments.pop("records")
+    arguments = {"tokenizer": build_tokenizer(), "max_length": 8} | arguments
+    return PreferenceDataset.from_records(records, **arguments)
+
+
+DATASET_ERRORS = [
+    (lambda: dataset(max_length=1), ValueError, "max_length must be at least 2, got 1"),
+    (lambda: dataset(on_bad="skip"), ValueError, "set_aside or error, got 'skip'"),
+    (lambda: dataset(records="pairs.jsonl"), TypeError, "must be a list of dicts, a polars"),
+    (lambda: dataset(records=[1, 2]), TypeError, "got list"),
+    (lambda: dataset(records=[{"chosen": "2"}]), ValueError, "none of the 1 rows can be used"),
+    (lambda: dataset().column("clarity"), KeyError, "no column 'clarity'; there are ["),
+    (lambda: dataset().take([[0]]), ValueError, "rows must be [P], got (1, 1)"),
+    (lambda: dataset().split(1.5), ValueError, "fraction must lie in (0, 1), got 1.5"),
+    (lambda: dataset().split(0.5), ValueError, "pass a smaller fraction"),
+    (lambda: ShuffledLoader(dataset(), batch_size=0), ValueError, "at least 1, got 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"), DATASET_ERRORS, ids=[row[2] for row in DATASET_ERRORS]
+)
+def test_messages_of_datasets(call, kind, words):
+    test_messages(call, kind, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("pairs.txt", "", "cannot read pairs.txt; known endings are .jsonl, .ndjson, .parquet"),
+        ("pairs.jsonl", '{"prompt": "1?"}\n{oops', "line 2 of"),
+    ],
+)
+def test_messages_of_files(name, text, words, tmp_path):
+    from arithmetic import build_tokenizer
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        PreferenceDataset.read(tmp_path / name, tokenizer=build_tokenizer(), max_length=8)
+    with pytest.raises(FileNotFoundError, match=r"datasets\.load_dataset"):
+        PreferenceDataset.read(tmp_path / "none.jsonl", tokenizer=None, max_length=8)
+
+
+def test_a_reference_of_other_rows_is_named():
+    other = PairLogps(*(field.clone() for field in REFERENCE))
+    other = replace(selector(), reference=other._replace(index=other.index + 5))
+    with pytest.raises(KeyError, match="measure them before selecting"):
+        other.rank(POLICY, other.reference, 0.0)

@@ -1,0 +1,102 @@
+import difflib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import ROOT
+
+from sage_select.audit import SelectionLog
+
+
+def example(script: str, *arguments: object, threads: int = 1) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_twins_differ_in_selection_alone():
+    full, sage = (
+        (ROOT / "examples" / name).read_text().splitlines()
+        for name in ("plain_full.py", "plain_sage.py")
+    )
+    lines = [line for line in difflib.unified_diff(full, sage, n=0, lineterm="")][2:]
+    removed = [line for line in lines if line.startswith("-")]
+    assert len(removed) <= 12  # what the baseline does instead
+    assert len(lines) <= 75
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    output = example("demo.py", "--seeds", 2, "--problems", 150, "--pairs", 96,
+                     "--test-problems", 50, "--folder", tmp_path)  # fmt: skip
+    report = (tmp_path / "report.txt").read_text()
+    assert report in output
+    rows = {line[:23].strip(): line[23:].split() for line in report.splitlines()}
+    pairs = {name: float(rows[name][-3]) for name in ("DPO (full)", "NCA (random)", "SAGE")}
+    assert pairs["SAGE"] == pairs["NCA (random)"] < pairs["DPO (full)"] == 96
+    for name in ("DPO (full)", "NCA (full)", "NCA (random)", "SAGE"):
+        accuracy, plus_minus, half_width, gold = rows[name][:4]
+        assert 0 <= float(accuracy) <= 1
+        assert 0 <= float(gold) <= 1
+        assert plus_minus == "±"
+        assert float(half_width) >= 0
+    assert SelectionLog(tmp_path / "seed-0" / "SAGE" / "selection").read().height == 96
+
+
+@pytest.mark.slow
+def test_sage_on_real_pairs_with_a_real_model(data, tmp_path):
+    """End to end, then stopped after a checkpoint and resumed: the same bits and kept sets."""
+    arguments = [
+        "--pairs", data / "pairs" / "gsm8k_verified.parquet",
+        "--model", data / "models" / "stories260K",
+        "--max-length", 512, "--limit", 140, "--refresh-steps", 2, "--checkpoint-every", 3,
+    ]  # fmt: skip
+    output = example("plain_sage.py", *arguments, "--folder", tmp_path / "whole")
+    assert "held-out accuracy" in output
+    assert "held-out loss" in output
+    resumed = tmp_path / "resumed"
+    example("plain_sage.py", *arguments, "--folder", resumed)
+    newest, middle = sorted(resumed.glob("checkpoint-*.pt"), reverse=True)
+    newest.unlink()  # as after a kill between the two
+    example("plain_sage.py", *arguments, "--folder", resumed, "--resume")
+    states = [
+        torch.load(folder / newest.name, weights_only=True)["model"]
+        for folder in (tmp_path / "whole", resumed)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    logs = [SelectionLog(folder / "selection").read() for folder in (tmp_path / "whole", resumed)]
+    assert logs[0].equals(logs[1])
+    assert middle.exists()
+
+
+@pytest.mark.slow
+def test_the_full_twin_and_a_file_with_judgments(data, tmp_path):
+    from arithmetic import BASE
+    from worlds import arithmetic_pairs
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, arithmetic_pairs())))
+    for script in ("plain_full.py", "plain_sage.py"):
+        example(script, "--pairs", path, "--model", BASE, "--tokenizer", BASE / "tokenizer",
+                "--max-length", 96, "--folder", tmp_path / script, "--refresh-steps", 3)  # fmt: skip
+        metrics = pl.read_ndjson(tmp_path / script / "metrics.jsonl")
+        assert np.isfinite(metrics["loss"].to_numpy()).all()
+
+
+@pytest.mark.slow
+def test_the_planning_benchmark():
+    output = example("benchmarks/plan_and_rank.py", "--pairs", 100_000, "--pool", 1000)
+    assert "planning:" in output
+    assert "ranking:" in output

@@ -1,0 +1,114 @@
+"""Imports go strictly downward, and the library drags in no host framework."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A module may import modules of lower levels only, and of other packages only those named.
+PURE = {"numpy", "torch"}
+LEVELS: dict[str, tuple[int, set[str]]] = {
+    "hashing": (0, {"numpy"}),
+    "records": (0, set()),
+    "schedules": (0, set()),
+    "ops.reference": (0, {"torch"}),
+    "ops.chunked": (0, {"torch"}),
+    "ops.token_logps": (1, {"torch"}),
+    "ops": (2, set()),
+    "pairs": (1, PURE),
+    "plan": (2, {"numpy"}),
+    "scores": (2, PURE),
+    "losses": (2, {"torch"}),
+    "metrics": (2, {"torch"}),
+    "ranking": (2, {"numpy"}),
+    "audit": (3, {"numpy", "polars"}),
+    "dataset": (3, {"jinja2", "numpy", "polars", "tqdm"}),
+    "measuring": (4, {"numpy", "torch", "tqdm"}),
+    "selector": (5, PURE),
+    "loader": (6, {"numpy"}),
+    "adapters": (7, set()),
+    "adapters.plain": (8, {"torch", "tqdm", "transformers"}),
+}
+HOSTS = {"accelerate", "datasets", "lightning", "peft", "trl", "matplotlib", "pandas"}
+
+
+def module_files() -> dict[str, Path]:
+    files = {}
+    for folder, prefix in ((ROOT / "sage_select", ""), (ROOT / "adapters", "adapters.")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = prefix + ".".join(part for part in parts if part != "__init__")
+            if name:
+                files[name.rstrip(".")] = path
+    return files
+
+
+def violations(name: str, source: str) -> list[str]:
+    """What a module of this name must not import, and does."""
+    level, packages = LEVELS[name]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            imported = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        else:
+            continue
+        for target in imported:
+            top = target.split(".")[0]
+            if top == "sage_select":
+                inner = target.removeprefix("sage_select.")
+                if inner not in LEVELS or LEVELS[inner][0] >= level:
+                    found.append(f"{name} (level {level}) imports {target}")
+            elif top not in sys.stdlib_module_names and top not in packages:
+                found.append(f"{name} imports {target}")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(module_files()))
+def test_imports_go_downward(name):
+    assert violations(name, module_files()[name].read_text()) == []
+
+
+def test_every_level_is_a_module():
+    assert set(LEVELS) == set(module_files())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from sage_select.selector import Selector", "from sage_select.scores import sage",
+     "import polars", "import transformers.models"],
+)  # fmt: skip
+def test_the_test_above_can_fail(line):
+    assert violations("losses", line)
+
+
+def imported_by(statement: str, names: set[str]) -> set[str]:
+    """Which of these packages a fresh interpreter has loaded after the statement."""
+    code = f"{statement}\nimport sys\nprint(*({names!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_no_host_framework_is_imported():
+    assert imported_by("import sage_select", HOSTS | {"transformers"}) == set()
+
+
+def test_the_test_above_can_fail_too():
+    assert imported_by("import sage_select", {"torch"}) == {"torch"}
+
+
+def test_every_module_imports():
+    modules = [f"sage_select.{name}" for name in LEVELS]
+    imported_by("\n".join(f"import {module}" for module in modules), set())
+
+
+def test_few_exports():
+    import sage_select
+
+    names = [name for name in vars(sage_select) if not name.startswith("_")]
+    exported = [name for name in names if f"sage_select.{name}" not in sys.modules]
+    assert len(exported) <= 20

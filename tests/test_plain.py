@@ -1,0 +1,187 @@
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sage_select import dpo, measure
+from sage_select.adapters.plain import Training, load_best, train
+from sage_select.audit import SelectionLog
+from sage_select.loader import SelectiveLoader, ShuffledLoader
+
+TRAINING = Training(learning_rate=1e-3, evaluate_every=5, checkpoint_every=4)
+
+
+def run(world, *, training=TRAINING, rows=64, seed=0, **options):
+    loader = ShuffledLoader(world.dataset.take(np.arange(rows)), batch_size=8, seed=seed)
+    return train(world.model, loader, world.dataset, world.selector.reference, training, **options)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def worlds(world):
+    """As many copies of a fresh world as a test asks for."""
+    from copy import deepcopy
+
+    return lambda: replace(world, model=deepcopy(world.model))
+
+
+def test_training_lowers_the_loss_on_the_training_pairs(world):
+    held_out = world.dataset.take(np.arange(64))
+    loader = ShuffledLoader(held_out, batch_size=8, epochs=4)
+    history = train(world.model, loader, world.dataset, world.selector.reference,
+                    TRAINING, held_out=held_out)  # fmt: skip
+    first, last = history.evaluations[0], history.evaluations[-1]
+    assert first["loss"] == pytest.approx(2 * np.log(2), abs=1e-4)
+    assert first["accuracy"] == 0.5
+    assert last["loss"] < first["loss"] - 0.1
+    assert last["accuracy"] > 0.8
+    assert [e["step"] for e in history.evaluations] == [0, 5, 10, 15, 20, 25, 30, 32]
+
+
+def test_a_step_against_torch_by_hand(worlds):
+    """One step of the loop equals the loss of Eq. 4 and AdamW written out."""
+    ours, by_hand = worlds(), worlds()
+    training = Training(learning_rate=1e-3, schedule="constant_with_warmup", warmup_share=0.0)
+    run(ours, training=training, rows=8)
+    from torch.nn.functional import logsigmoid
+
+    from sage_select.measuring import pair_logps
+
+    optimizer = torch.optim.AdamW(by_hand.model.parameters(), lr=1e-3, weight_decay=0.0)
+    by_hand.model.train()
+    rows = next(iter(ShuffledLoader(by_hand.dataset.take(np.arange(8)), batch_size=8)))
+    policy = pair_logps(by_hand.model, by_hand.dataset.take(rows))
+    reference = by_hand.selector.reference.take(rows)
+    c, r = (0.1 * (getattr(policy, s) - getattr(reference, s)) for s in ("chosen", "rejected"))
+    (-logsigmoid(c) - 0.5 * logsigmoid(-c) - 0.5 * logsigmoid(-r)).mean().backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
+    optimizer.step()
+    assert torch.equal(weights(ours.model), weights(by_hand.model))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_accumulation_changes_rounding_only(micro_batch_size, worlds):
+    whole, parts = worlds(), worlds()
+    first = run(whole).steps
+    second = run(parts, training=replace(TRAINING, micro_batch_size=micro_batch_size)).steps
+    for a, b in zip(first, second, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+    assert torch.allclose(weights(whole.model), weights(parts.model), atol=1e-3)
+
+
+def test_learning_rates_follow_the_exact_total(world):
+    training = replace(TRAINING, warmup_share=0.25)
+    rates = [step["learning_rate"] for step in run(world, training=training).steps]
+    assert rates == pytest.approx([5e-4, 1e-3] + [1e-3 * k / 6 for k in range(5, -1, -1)])
+
+
+def test_metrics_of_every_step(world, tmp_path):
+    loader = SelectiveLoader(world.selector, world.timeline, world.dataset, world.model,
+                             log=SelectionLog(tmp_path / "selection"))  # fmt: skip
+    history = train(world.model, loader, world.dataset, world.selector.reference, TRAINING,
+                    folder=tmp_path)  # fmt: skip
+    assert len(history.steps) == len(loader) == world.timeline.total_steps
+    assert set(history.steps[0]) == {
+        "step", "loss", "reward_chosen", "reward_rejected", "margin", "accuracy",
+        "likelihood_accuracy", "gradient_norm", "learning_rate", "pairs", "tokens_trained",
+        "interval", "kept_share", "tokens_scored",
+    }  # fmt: skip
+    assert sum(step["pairs"] for step in history.steps) == world.timeline.total_kept
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history.steps
+    kept = SelectionLog(tmp_path / "selection").read().filter("kept")["row"].to_list()
+    lengths = dict(
+        zip(world.dataset.index.tolist(), world.dataset.num_tokens.tolist(), strict=True)
+    )
+    assert history.steps[-1]["tokens_trained"] == sum(lengths[row] for row in kept)
+    assert history.steps[-1]["tokens_scored"] == sum(lengths.values())
+
+
+def test_the_best_weights_are_kept(world, tmp_path):
+    held_out = world.dataset.take(np.arange(64, 80))
+    wild = replace(TRAINING, learning_rate=0.3, warmup_share=0.0, evaluate_every=1)
+    history = run(world, training=wild, held_out=held_out, folder=tmp_path)
+    losses = [evaluation["loss"] for evaluation in history.evaluations]
+    assert losses[-1] > min(losses)
+    best = load_best(world.model, tmp_path)
+    assert best["loss"] == min(losses)
+    policy = measure(world.model, held_out)
+    reference = world.selector.reference.take(held_out.index)
+    assert TRAINING.loss(policy, reference).mean().item() == pytest.approx(min(losses))
+
+
+def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path):
+    whole, stopped = worlds(), worlds()
+    run(whole, folder=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stopping_loss(policy, reference, *, beta):
+        if stopping_loss.calls == 6:
+            raise Stop
+        stopping_loss.calls += 1
+        return TRAINING.loss(policy, reference, beta=beta)
+
+    stopping_loss.calls = 0
+    with pytest.raises(Stop):
+        run(stopped, training=replace(TRAINING, loss=stopping_loss), folder=tmp_path / "parts")
+    again = worlds()
+    history = run(again, folder=tmp_path / "parts", resume=True)
+    assert torch.equal(weights(whole.model), weights(again.model))
+    assert [step["step"] for step in history.steps] == list(range(1, 9))
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert metrics[0] == metrics[1]
+    assert len(list((tmp_path / "parts").glob("checkpoint-*.pt"))) == 2
+
+
+def test_a_spoiled_checkpoint_is_passed_over(worlds, tmp_path):
+    run(worlds(), folder=tmp_path)
+    newest = max(tmp_path.glob("checkpoint-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="cannot be read, trying an older one"):
+        history = run(worlds(), folder=tmp_path, resume=True)
+    assert len(history.steps) == 8
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(worlds, tmp_path):
+    run(worlds(), folder=tmp_path)
+    with pytest.raises(FileExistsError, match="pass resume=True to go on with it"):
+        run(worlds(), folder=tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(world):
+    def loss(policy, reference, *, beta):
+        return TRAINING.loss(policy, reference, beta=beta) * torch.inf
+
+    with pytest.raises(FloatingPointError, match=r"gradient of step 1 has norm .*its rows are \["):
+        run(world, training=replace(TRAINING, loss=loss))
+
+
+OPTIONS = [
+    {"mixed_precision": torch.bfloat16},
+    {"loss": dpo, "beta": 1.0},
+    {"schedule": "cosine"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, world):
+    history = run(world, training=replace(TRAINING, **options), rows=32)
+    assert len(history.steps) == 4
+    assert all(np.isfinite(step["loss"]) for step in history.steps)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(worlds):
+    plain, compiled = worlds(), worlds()
+    first = run(plain, rows=24).steps
+    second = run(compiled, rows=24, training=replace(TRAINING, compile_model=True)).steps
+    assert [s["loss"] for s in first] == pytest.approx([s["loss"] for s in second], rel=1e-3)
