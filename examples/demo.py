@@ -47,7 +47,6 @@ from sage_select.plan import STRATA, plan_run
 from sage_select.scores import random as random_score
 
 BATCH_SIZE = 16
-REFRESH_STEPS = 16  # 256 candidates per pool: five intervals, where the paper has 31
 # As in the paper, the schedule's mean is the strata's own shares, so that every pair is dealt once
 MIX = Linear((0.60, 0.35, 0.05), (0.30, 0.40, 0.30))
 KEEP = Linear(1.0, 0.4)
@@ -126,6 +125,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--problems", type=int, default=2000, help="to make pairs from")
     parser.add_argument("--pairs", type=int, default=1280, help="drawn per seed")
+    parser.add_argument(
+        "--refresh-steps", type=int, default=16, help="candidate batches per pool (paper: 25)"
+    )
     parser.add_argument("--test-problems", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
@@ -141,7 +143,7 @@ def main() -> None:
 
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ARMS}
     for seed in range(args.seeds):
-        setting = draw(dataset, base, args.pairs, seed, args.folder)
+        setting = draw(dataset, base, args.pairs, args.refresh_steps, seed, args.folder)
         for name in ARMS:
             outcome = run(name, setting, base, tokenizer, test)
             outcomes[name].append(outcome)
@@ -160,7 +162,14 @@ def main() -> None:
     print(f"\n{report}\n\nEvery decision: {args.folder}/seed-*/SAGE/selection/*.parquet")
 
 
-def draw(dataset: PreferenceDataset, base: Any, num_pairs: int, seed: int, folder: Path) -> Setting:
+def draw(
+    dataset: PreferenceDataset,
+    base: Any,
+    num_pairs: int,
+    refresh_steps: int,
+    seed: int,
+    folder: Path,
+) -> Setting:
     """Draw a seed's pairs, deal them into pools, and measure the reference."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num_pairs])
     pairs = dataset.take(rows)
@@ -169,7 +178,7 @@ def draw(dataset: PreferenceDataset, base: Any, num_pairs: int, seed: int, folde
         strata,
         MIX,
         batch_size=BATCH_SIZE,
-        refresh_steps=REFRESH_STEPS,
+        refresh_steps=refresh_steps,
         epochs=1,
         seed=seed,
         ids=pairs.ids,
@@ -237,6 +246,8 @@ def kept_and_dropped(folder: Path, seeds: int) -> str:
     logs = [SelectionLog(folder / f"seed-{seed}" / "SAGE" / "selection") for seed in range(seeds)]
     decisions = pl.concat([log.read() for log in logs]).filter(pl.col("progress") > 0)
     length = pl.col("chosen_tokens") + pl.col("rejected_tokens")
+    if decisions["kept"].all():
+        return "SAGE dropped nothing: the run had a single interval."
     means = decisions.group_by("kept").agg(length.mean().alias("length")).sort("kept")
     dropped, kept = means["length"].to_list()
     by_length = decisions.select(
