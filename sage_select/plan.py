@@ -488,40 +488,50 @@ def _round_keeping_totals(
     """Controlled rounding: cells to a neighbouring whole number, row and column sums exact.
 
     Everything is rounded down, then the missing pairs are put back one by one, as a flow from rows
-    to columns. A table whose totals are whole always has such a rounding (Cox, 1987).
+    to columns (Ford and Fulkerson, 1956). A table whose totals are whole always has such a
+    rounding (Cox, 1987).
     """
     whole = np.rint(table)
     table = np.where(np.abs(table - whole) < 1e-6, whole, table)  # what the fit left of a 3.0
-    cells = np.floor(table).astype(np.int64)
-    _fill_up(cells, table, np.floor(table), np.ceil(table), rows, columns)
-    # a fit that stopped short of exact totals may need a wider choice
-    _fill_up(cells, table, np.zeros_like(table), np.broadcast_to(most, table.shape), rows, columns)
+    floor, ceiling = np.floor(table), np.ceil(table)
+    cells = floor.astype(np.int64)
+    missing = columns - cells.sum(axis=0)
+    _diffuse(cells, table, ceiling, rows, missing)
+    # what is left needs pairs to be moved aside; a fit that stopped short of exact totals may even
+    # need a wider choice than the neighbouring whole numbers
+    everything = np.broadcast_to(most, table.shape)
+    for least, greatest in ((floor, ceiling), (np.zeros_like(table), everything)):
+        for k, lacking in enumerate((rows - cells.sum(axis=1)).tolist()):
+            for _ in range(lacking):
+                path = _augmenting_path(k, cells, table, least, greatest, missing)
+                if path is None:
+                    break
+                for row, column, change in path:
+                    cells[row, column] += change
+                missing[path[0][1]] -= 1
     assert (cells.sum(axis=0) == columns).all()
     assert (cells.sum(axis=1) == rows).all()
     return cells
 
 
-def _fill_up(
+def _diffuse(
     cells: Int64Array,
-    wish: Float64Array,
-    least: Float64Array,
-    most: Float64Array,
+    table: Float64Array,
+    ceiling: Float64Array,
     rows: Int64Array,
-    columns: Int64Array,
+    missing: Int64Array,
 ) -> None:
-    """Add pairs to rows and columns that lack them, in place; cells stay in [least, most].
-
-    Maximum flow by augmenting paths (Ford and Fulkerson, 1956), the largest remainders first.
-    """
-    missing = columns - cells.sum(axis=0)
-    for k, lacking in enumerate(rows - cells.sum(axis=1)):
-        for _ in range(lacking):
-            path = _augmenting_path(k, cells, wish, least, most, missing)
-            if path is None:
-                return
-            for row, column, change in path:
-                cells[row, column] += change
-            missing[path[0][1]] -= 1
+    """Round cells up where a column has fallen furthest behind so far, in place."""
+    behind = np.zeros(cells.shape[1])
+    for k, lacking in enumerate((rows - cells.sum(axis=1)).tolist()):
+        behind += table[k] - cells[k]
+        free = (cells[k] < ceiling[k]) & (missing > 0)
+        chosen = np.argsort(np.where(free, -behind, np.inf), kind="stable")[
+            : min(lacking, free.sum())
+        ]
+        cells[k, chosen] += 1
+        missing[chosen] -= 1
+        behind[chosen] -= 1
 
 
 def _augmenting_path(
