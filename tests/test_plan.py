@@ -40,6 +40,13 @@ def test_every_pair_is_dealt_exactly_and_at_most_once_per_pool(problem):
     assert all(len(np.unique(pool)) == len(pool) for pool in plan.pools)
 
 
+@pytest.mark.parametrize(("num_pairs", "copies", "num_pools"), [(5, 3, 4), (7, 2, 3), (40, 5, 6)])
+def test_a_pool_across_two_traversals_repeats_no_pair(num_pairs, copies, num_pools):
+    for seed in range(50):
+        plan = plan_pools([0] * num_pairs, Constant((1.0,)), num_pools, copies=copies, seed=seed)
+        assert all(len(np.unique(pool)) == len(pool) for pool in plan.pools)
+
+
 @given(problems())
 def test_sizes_and_counts_are_what_they_say(problem):
     strata, mix, num_pools, copies, seed = problem
