@@ -5,9 +5,11 @@ loader -> batch of rows -> log-probs -> loss -> update -> metrics, evaluation, c
 
 import json
 import math
+import operator
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from warnings import warn
@@ -20,6 +22,7 @@ from transformers import get_scheduler
 from sage_select.audit import replace_durably
 from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array
+from sage_select.loader import SelectiveLoader, describe
 from sage_select.losses import nca
 from sage_select.measuring import autocast, measure, pair_logps
 from sage_select.metrics import preference_metrics
@@ -83,16 +86,35 @@ class Training:
                 "Training: float16 autocast needs a gradient scaler, which this loop has not; use "
                 "mixed_precision=torch.bfloat16"
             )
-        for name in (
-            "learning_rate",
-            "beta",
-            "max_grad_norm",
-            "evaluate_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
+        for name in ("learning_rate", "beta", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Training: {name} must be positive, got {getattr(self, name)}")
+        for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and operator.index(value) < 1:
+                raise ValueError(f"Training: {name} must be at least 1, got {value}")
+        if not 0 <= self.warmup_share <= 1:
+            raise ValueError(f"Training: warmup_share must lie in [0, 1], got {self.warmup_share}")
+        if self.best_by not in ("loss", "accuracy", "margin"):
+            raise ValueError(
+                f"Training: best_by must be loss, accuracy or margin, got {self.best_by!r}"
+            )
+
+    def decides(self) -> dict[str, str]:
+        """The settings that a resumed run must share with the one it goes on with."""
+        free = (
+            "micro_batch_size",
+            "compile_model",
+            "evaluate_every",
+            "best_by",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
+        return {
+            f.name: describe(self.loss) if f.name == "loss" else repr(getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in free
+        }
 
 
 @dataclass
@@ -115,7 +137,7 @@ def train(
     resume: bool = False,
     show_progress: bool | None = None,
 ) -> History:
-    """Train a policy on the batches of a loader, on one device.
+    """Train a policy on the batches of a loader, on one device; the model stays in train mode.
 
     Args:
         model: The policy, a Hugging Face causal language model on its device.
@@ -134,8 +156,11 @@ def train(
 
     Raises:
         FileExistsError: If the folder holds a run already and resume is False.
+        ValueError: If the loader was made for another model or precision, has handed out batches
+            already, or the folder's run was trained with other settings.
         FloatingPointError: If a gradient is not finite.
     """
+    _check_belongs(model, loader, training, held_out)
     run = _Run(model, loader, training, Path(folder) if folder is not None else None)
     run.start(resume)
     if training.compile_model:
@@ -175,6 +200,35 @@ def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
     model.load_state_dict(best["model"])
     evaluation: dict[str, float] = best["evaluation"]
     return evaluation
+
+
+def _check_belongs(
+    model: nn.Module, loader: Loader, training: Training, held_out: PreferenceDataset | None
+) -> None:
+    if held_out is not None and len(held_out) == 0:
+        raise ValueError("train: held_out has no pairs; pass None to train without evaluation")
+    if loader.step:
+        raise ValueError(
+            f"train: the loader has handed out {loader.step} batches already; make a new one (a "
+            "run is resumed from its folder, with resume=True)"
+        )
+    if not isinstance(loader, SelectiveLoader):
+        return
+    if loader.model is not model:
+        raise ValueError(
+            "train: the loader scores pools with another model than the one to train; make it with "
+            "SelectiveLoader(..., model=model)"
+        )
+    scoring = loader.selector.mixed_precision
+    measures = loader.selector.measure
+    ours = measures is measure or (isinstance(measures, partial) and measures.func is measure)
+    if ours and scoring != training.mixed_precision:
+        raise ValueError(
+            f"train: the updates run in {training.mixed_precision}, but the selector measures in "
+            f"{scoring}; the difference would pass for a change of the policy. Give the Selector "
+            f"measure=partial(measure, mixed_precision={training.mixed_precision}), and the "
+            "reference the same"
+        )
 
 
 class _Run:
@@ -221,6 +275,7 @@ class _Run:
                 f"train: the gradient of step {self.loader.step} has norm {norm}; its rows are "
                 f"{batch.index.tolist()}"
             )
+        learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,7 +285,7 @@ class _Run:
             "loss": torch.cat([losses for _, losses in parts]).mean().item(),
             **preference_metrics(policy, reference.take(batch.index), beta=training.beta),
             "gradient_norm": norm,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": learning_rate,
             "pairs": len(batch),
             "tokens_trained": self.tokens_trained,
             **self.loader.metrics(),
@@ -271,6 +326,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "loader": self.loader.state_dict(),
+                "training": self.training.decides(),
                 "tokens_trained": self.tokens_trained,
                 "steps": self.history.steps,
                 "evaluations": self.history.evaluations,
@@ -291,7 +347,8 @@ class _Run:
                 f"train: {self.folder} holds a run already; pass resume=True to go on with it, or "
                 "another folder"
             )
-        for path in self._checkpoints():
+        checkpoints = self._checkpoints()
+        for path in checkpoints:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -299,6 +356,12 @@ class _Run:
                 continue
             self._restore(state)
             break
+        else:
+            if checkpoints:
+                raise ValueError(
+                    f"train: none of the {len(checkpoints)} checkpoints in {self.folder} can be "
+                    "read; start over in another folder"
+                )
         for name, records in (
             ("metrics.jsonl", self.history.steps),
             ("evaluations.jsonl", self.history.evaluations),
@@ -308,6 +371,17 @@ class _Run:
             replace_durably(partial, self.folder / name)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        ours = self.training.decides()
+        other = [
+            f"{name} was {value} and is now {ours[name]}"
+            for name, value in state["training"].items()
+            if ours[name] != value
+        ]
+        if other:
+            raise ValueError(
+                f"train: the run in {self.folder} was trained with other settings: "
+                f"{'; '.join(other)}. Resume with the same, or start a new run in another folder"
+            )
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from statistics import mean, stdev
 from typing import Any
 
@@ -97,18 +98,17 @@ def random_pairs(setting: Setting, model: Any) -> SelectiveLoader:
         setting.timeline.progress,
         measure_nothing,
         seed=setting.seed,
-        no_signal="score",
     )
-    return SelectiveLoader(selector, setting.timeline, setting.dataset, model, seed=setting.seed)
+    pairs = setting.dataset.take(setting.rows)
+    return SelectiveLoader(selector, setting.timeline, pairs, model, seed=setting.seed)
 
 
 def sage_pairs(setting: Setting, model: Any) -> SelectiveLoader:
     """The pairs that SAGE keeps, with every decision in the log."""
     selector = Selector(sage, KEEP, setting.reference, setting.timeline.progress, seed=setting.seed)
     log = SelectionLog(setting.folder / "selection")
-    return SelectiveLoader(
-        selector, setting.timeline, setting.dataset, model, seed=setting.seed, log=log
-    )
+    pairs = setting.dataset.take(setting.rows)
+    return SelectiveLoader(selector, setting.timeline, pairs, model, seed=setting.seed, log=log)
 
 
 Arm = tuple[Callable[[Setting, Any], Any], Callable[..., torch.Tensor], float]
@@ -194,6 +194,7 @@ def run(name: str, setting: Setting, base: Any, tokenizer: Any, test: Sequence[P
     make_loader, loss, learning_rate = ARMS[name]
     model = deepcopy(base)
     folder = setting.folder / name
+    rmtree(folder, ignore_errors=True)  # an earlier demo's
     arm = Setting(**{**vars(setting), "folder": folder})
     training = Training(learning_rate=learning_rate, loss=loss)
     loader = make_loader(arm, model)

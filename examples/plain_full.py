@@ -42,6 +42,7 @@ def main() -> None:
     dataset = PreferenceDataset.read(args.pairs, tokenizer=tokenizer, max_length=args.max_length)
     print(dataset.waterfall())
     rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
+
     reference = measure(model, dataset.take([*rows, *held_out]))
 
     loader = ShuffledLoader(

@@ -45,7 +45,6 @@ def main() -> None:
     dataset = PreferenceDataset.read(args.pairs, tokenizer=tokenizer, max_length=args.max_length)
     print(dataset.waterfall())
     rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
-    reference = measure(model, dataset.take([*rows, *held_out]))
 
     # difficulty: a judge's labels where the file has them, else its margin (easy where it is wide)
     pairs = dataset.take(rows)
@@ -66,6 +65,8 @@ def main() -> None:
         ids=pairs.ids,
     ).on_rows(rows)
 
+    reference = measure(model, dataset.take([*rows, *held_out]))
+
     # of each pool, keep the highest scores under the policy as it is by then (Eq. 8-9)
     timeline = Timeline(plan, keep=Linear(1.0, 0.4), batch_size=args.batch_size)
     print(plan, timeline.total_steps, "steps", sep="\n")
@@ -73,7 +74,7 @@ def main() -> None:
     loader = SelectiveLoader(
         selector,
         timeline,
-        dataset,
+        pairs,
         model,
         seed=args.seed,
         log=SelectionLog(Path(args.folder) / "selection"),

@@ -21,10 +21,11 @@ SCHEMA_VERSION = 1
 class SelectionLog:
     """A folder of decisions, one row per interval and pair.
 
-    Columns: `schema_version`, `interval`, `step`, `progress`, `pair_id`, `row`, `score`, `rank`
-    (from 1, among all candidates; null where the score did not decide), `kept`, `rule`, `signal`,
-    and the evidence: `policy_chosen`, `policy_rejected`, `reference_chosen`, `reference_rejected`
-    (nats), `chosen_tokens`, `rejected_tokens`. From these any decision can be made again.
+    Columns: `schema_version`, `run`, `interval`, `step`, `progress`, `pair_id`, `row`, `score`,
+    `rank` (from 1, among all candidates; null where the score did not decide), `kept`, `rule`,
+    `signal`, and the evidence: `policy_chosen`, `policy_rejected`, `reference_chosen`,
+    `reference_rejected` (nats), `chosen_tokens`, `rejected_tokens`. From these any decision can be
+    made again.
 
     Args:
         folder: Where the log stands; made if it does not exist.
@@ -38,19 +39,37 @@ class SelectionLog:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._run: str | None = None  # whose decisions stand here, once somebody has looked
 
-    def write(self, interval: int, selection: Selection, ids: npt.ArrayLike) -> None:
+    def write(
+        self, interval: int, selection: Selection, ids: npt.ArrayLike, *, run: str = ""
+    ) -> None:
         """Put an interval's decision on disk, and return when it is there.
 
         Args:
             interval: The interval's number, from 0.
             selection: The decision.
             ids: [P], the pairs' stable ids, aligned with `selection.pool`.
+            run: What tells this run from others, such as a digest of its plan.
+
+        Raises:
+            FileExistsError: If the folder holds decisions of another run.
         """
+        self._check_run(run)
         path = self.folder / f"interval-{interval:06d}.parquet"
         partial = path.with_suffix(".partial")
-        _rows(interval, selection, ids).write_parquet(partial)
+        _rows(interval, selection, ids, run).write_parquet(partial)
         replace_durably(partial, path)
+
+    def _check_run(self, run: str) -> None:
+        if self._run is None:
+            runs = self.read()["run"].unique().to_list()
+            self._run = runs[0] if runs else run
+        if self._run != run:
+            raise FileExistsError(
+                f"SelectionLog: {self.folder} holds the decisions of another run (other pairs, "
+                "plan, schedule, score or seeds); give each run a folder of its own"
+            )
 
     def read(self) -> pl.DataFrame:
         """All decisions, in the order in which they were made."""
@@ -88,6 +107,7 @@ def replace_durably(partial: Path, path: Path) -> None:
 
 _SCHEMA: dict[str, pl.DataType] = {
     "schema_version": pl.Int32(),
+    "run": pl.String(),
     "interval": pl.Int32(),
     "step": pl.Int64(),
     "progress": pl.Float64(),
@@ -111,12 +131,13 @@ def _table(columns: dict[str, object]) -> pl.DataFrame:
     return pl.DataFrame(columns, schema=_SCHEMA, nan_to_null=True)
 
 
-def _rows(interval: int, selection: Selection, ids: npt.ArrayLike) -> pl.DataFrame:
+def _rows(interval: int, selection: Selection, ids: npt.ArrayLike, run: str) -> pl.DataFrame:
     size = len(selection.pool)
     policy, reference = selection.policy, selection.reference
     return _table(
         {
             "schema_version": np.full(size, SCHEMA_VERSION),
+            "run": [run] * size,
             "interval": np.full(size, interval),
             "step": np.full(size, selection.step),
             "progress": np.full(size, selection.progress),

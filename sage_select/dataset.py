@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sage_select.hashing import Int64Array, hash_order
 from sage_select.records import BadRecord, Pair, checked_pair, content_id, shared_start
+from sage_select.rows import checked_rows
 
 TOKENISE_AT_ONCE = 1024  # pairs handed to the tokenizer in one call
 
@@ -58,7 +59,8 @@ class PreferenceDataset:
     Attributes:
         index: int64 [P], the dataset rows in this view.
         annotations: One row per pair of the whole set: `pair_id`, `prompt_id`, `source_row` (its
-            row in what was read) and every column of the input but prompt, chosen and rejected.
+            row in what was read), `truncated` (whether a response was cut) and every column of the
+            input but prompt, chosen and rejected.
         set_aside: Rows that cannot be used: `source_row` and `reason`.
         max_length: Tokens of prompt and response together; longer ones were cut at the end.
 
@@ -114,7 +116,7 @@ class PreferenceDataset:
         if path.suffix == ".parquet":
             records: Any = pl.read_parquet(path)
         else:  # line by line: one odd row must not decide the types of all others
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 records = [_parse(line, path, n) for n, line in enumerate(lines) if line.strip()]
         return cls.from_records(records, tokenizer=tokenizer, max_length=max_length, on_bad=on_bad)
 
@@ -182,16 +184,16 @@ class PreferenceDataset:
             )
         return cls(
             index=np.arange(len(tokens)),
-            annotations=_annotations(rows, pairs, list(tokens)),
+            annotations=_annotations(rows, pairs, tokens),
             set_aside=pl.DataFrame(
                 sorted(reasons.items()),
                 schema={"source_row": pl.Int64, "reason": pl.String},
                 orient="row",
             ),
             max_length=max_length,
-            _prompts=_Ragged.pack([prompt for prompt, _, _ in tokens.values()]),
-            _chosen=_Ragged.pack([chosen for _, chosen, _ in tokens.values()]),
-            _rejected=_Ragged.pack([rejected for _, _, rejected in tokens.values()]),
+            _prompts=_Ragged.pack([prompt for prompt, *_ in tokens.values()]),
+            _chosen=_Ragged.pack([chosen for _, chosen, _, _ in tokens.values()]),
+            _rejected=_Ragged.pack([rejected for _, _, rejected, _ in tokens.values()]),
         )
 
     def __len__(self) -> int:
@@ -233,10 +235,8 @@ class PreferenceDataset:
 
     def take(self, rows: npt.ArrayLike) -> "PreferenceDataset":
         """A view of these dataset rows, in this order; row numbers keep their meaning."""
-        index = np.asarray(rows, dtype=np.int64)
+        index = checked_rows(rows, "PreferenceDataset.take")
         total = self.annotations.height
-        if index.ndim != 1:
-            raise ValueError(f"PreferenceDataset.take: rows must be [P], got {index.shape}")
         for row in index[(index < 0) | (index >= total)][:1]:
             raise IndexError(f"PreferenceDataset.take: no row {row} among {total}")
         return replace(self, index=index)
@@ -281,17 +281,22 @@ class PreferenceDataset:
         total = self.annotations.height
         lines = [f"{total + self.set_aside.height:>9,} rows read"]
         lines += [f"{-count:>9,} {reason}" for reason, count in reasons.most_common()]
-        return "\n".join([*lines, f"{total:>9,} pairs"])
+        cut = int(self.annotations["truncated"].sum())
+        if cut:
+            lines += [f"{total:>9,} pairs, {cut:,} of them cut at {self.max_length} tokens"]
+        else:
+            lines += [f"{total:>9,} pairs"]
+        return "\n".join(lines)
 
 
-def _as_dicts(records: Any) -> list[dict[str, Any]]:
+def _as_dicts(records: Any) -> list[Any]:
     if isinstance(records, pl.DataFrame):
         return records.to_dicts()
     if hasattr(records, "to_list"):  # a datasets.Dataset, without importing its library
         records = records.to_list()
     if isinstance(records, Iterable) and not isinstance(records, str | bytes | dict):
         rows = list(records)
-        if all(isinstance(row, dict) for row in rows):
+        if not rows or any(isinstance(row, dict) for row in rows):
             return rows
     raise TypeError(
         "PreferenceDataset.from_records: records must be a list of dicts, a polars DataFrame or a "
@@ -309,26 +314,36 @@ def _parse(line: str, path: Path, number: int) -> Any:
 
 
 def _annotations(
-    rows: list[dict[str, Any]], pairs: dict[int, Pair], usable: list[int]
+    rows: list[dict[str, Any]], pairs: dict[int, Pair], tokens: dict[int, "_Tokens"]
 ) -> pl.DataFrame:
-    known = {
-        "pair_id": [content_id(pairs[number]) for number in usable],
-        "prompt_id": [content_id(pairs[number].prompt) for number in usable],
-        "source_row": usable,
+    columns: dict[str, list[Any]] = {
+        "pair_id": [content_id(pairs[number]) for number in tokens],
+        "prompt_id": [content_id(pairs[number].prompt) for number in tokens],
+        "source_row": list(tokens),
+        "truncated": [truncated for *_, truncated in tokens.values()],
     }
-    extra = pl.DataFrame(
-        [
-            {name: value for name, value in rows[number].items() if name not in Pair._fields}
-            for number in usable
-        ],
-        infer_schema_length=None,
-        strict=False,
-    )
-    extra = extra.rename({name: f"input_{name}" for name in extra.columns if name in known})
-    return pl.DataFrame(known).hstack(extra)
+    names = dict.fromkeys(name for number in tokens for name in rows[number])
+    series = [_series(name, values) for name, values in columns.items()]
+    for name in names:
+        if name not in Pair._fields:
+            values = [rows[number].get(name) for number in tokens]
+            series.append(_series(name if name not in columns else f"input_{name}", values))
+    return pl.DataFrame(series)
 
 
-_Tokens = tuple[list[int], list[int], list[int]]
+def _series(name: str, values: list[Any]) -> pl.Series:
+    """A column of annotations; values that have no common type are kept as JSON text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int, float}:
+        return pl.Series(name, values, dtype=pl.Float64)
+    try:
+        return pl.Series(name, values, strict=True)
+    except (TypeError, OverflowError, UnicodeError, pl.exceptions.PolarsError):
+        texts = [None if v is None else json.dumps(v, default=str) for v in values]
+        return pl.Series(name, texts, dtype=pl.String)
+
+
+_Tokens = tuple[list[int], list[int], list[int], bool]  # ..., whether a response was cut
 
 
 def _tokenise(
@@ -416,12 +431,13 @@ def _split_and_cut(
     start = shared_start(prompt, chosen, rejected)
     if start == 0:
         raise BadRecord("the prompt is empty, so the first response token has no context")
-    responses = []
-    for full in (chosen, rejected):
-        ended = full if end is None or full[-1] == end else [*full, end]
-        responses.append(ended[start:max_length])
+    ended = [
+        full if end is None or full[-1] == end else [*full, end] for full in (chosen, rejected)
+    ]
+    responses = [full[start:max_length] for full in ended]
     if not all(responses):
         raise BadRecord("nothing is left of a response after truncation")
     if responses[0] == responses[1]:
         raise BadRecord("the responses are identical after truncation")
-    return prompt[:start], responses[0], responses[1]
+    truncated = max(map(len, ended)) > max_length
+    return prompt[:start], responses[0], responses[1], truncated

@@ -5,6 +5,7 @@ generator's stream. So it is the same after a resume, in any row order and on an
 """
 
 import hashlib
+import operator
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,16 @@ def keyed_hash(ids: npt.ArrayLike, *key: int | str) -> UInt64Array:
         uint64 [N].
 
     Raises:
-        TypeError: If the ids are neither integers nor strings.
+        TypeError: If the ids are neither integers nor strings, or a part of the key is neither.
 
     Example:
         >>> keyed_hash([7, 8], "ties", 0)[::-1].tolist() == keyed_hash([8, 7], "ties", 0).tolist()
         True
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return _mix(_words(np.asarray(ids)) ^ np.uint64(int.from_bytes(digest, "little")))
+    # a numpy 3 and a Python 3 are the same key
+    parts = [part if isinstance(part, str) else operator.index(part) for part in key]
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return _mix(id_words(ids) ^ np.uint64(int.from_bytes(digest, "little")))
 
 
 def hash_order(ids: npt.ArrayLike, *key: int | str) -> Int64Array:
@@ -45,8 +48,12 @@ def hash_order(ids: npt.ArrayLike, *key: int | str) -> Int64Array:
     return np.argsort(keyed_hash(ids, *key), kind="stable")
 
 
-def _words(ids: npt.NDArray[Any]) -> UInt64Array:
-    """One 64-bit word per id: the value of an integer, a digest of a string."""
+def id_words(names: npt.ArrayLike) -> UInt64Array:
+    """One 64-bit word per id: the value of an integer, a digest of a string.
+
+    A word stands for its id: `keyed_hash(id_words(ids), ...)` equals `keyed_hash(ids, ...)`.
+    """
+    ids: npt.NDArray[Any] = np.asarray(names)
     if ids.dtype.kind in "iu" or ids.size == 0:
         return ids.astype(np.int64).view(np.uint64)
     if ids.dtype.kind == "O":

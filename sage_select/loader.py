@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class SelectiveLoader:
     Args:
         selector: Decides what is kept.
         timeline: The plan, the keep schedule and the batch size.
-        dataset: The pairs that the plan's rows refer to.
+        dataset: The pairs to train on; the plan deals rows of these.
         model: The current policy, handed to the selector.
         seed: Key of the shuffle.
         log: Where decisions are put on disk before the first update that follows from them.
@@ -54,12 +55,13 @@ class SelectiveLoader:
         log: SelectionLog | None = None,
         on_select: Callable[[int, Selection], None] | None = None,
     ) -> None:
-        largest = max(int(pool.max()) for pool in timeline.plan.pools)
-        if largest >= dataset.annotations.height:
-            raise ValueError(
-                f"SelectiveLoader: the plan deals row {largest}, but the dataset has only "
-                f"{dataset.annotations.height} pairs; plan with the same dataset"
-            )
+        for pool in timeline.plan.pools:
+            for row in pool[~np.isin(pool, dataset.index)][:1]:
+                raise ValueError(
+                    f"SelectiveLoader: the plan deals row {row}, which is not among the "
+                    f"{len(dataset)} pairs given; plan with the same pairs, and put a plan for a "
+                    "part of a dataset on its rows with plan.on_rows(rows)"
+                )
         for name in ("keep", "multiple"):
             ours, planned = getattr(selector, name), getattr(timeline, name)
             if ours != planned:
@@ -81,7 +83,9 @@ class SelectiveLoader:
         self._run = _digest(
             *timeline.plan.pools,
             np.array([*timeline.kept_count, timeline.batch_size, seed]),
-            dataset.annotations["pair_id"].to_numpy().astype(np.str_),
+            dataset.index,
+            dataset.ids,
+            np.frombuffer(_decides(selector).encode(), np.uint8),
         )
 
     def __len__(self) -> int:
@@ -103,11 +107,11 @@ class SelectiveLoader:
             yield batch
 
     def metrics(self) -> dict[str, float]:
-        """What a log should say of the interval under way."""
-        kept, pool = (
-            self.timeline.kept_count[self.interval],
-            len(self.timeline.plan.pools[self.interval]),
-        )
+        """What a log should say of the interval under way; nothing before the first."""
+        if self.interval < 0:
+            return {}
+        kept = self.timeline.kept_count[self.interval]
+        pool = len(self.timeline.plan.pools[self.interval])
         return {
             "interval": self.interval,
             "kept_share": kept / pool,
@@ -128,7 +132,8 @@ class SelectiveLoader:
         """Go on from where another loader of the same run stood.
 
         Raises:
-            ValueError: If the state belongs to another plan, schedule, batch size or seed.
+            ValueError: If the state belongs to other pairs, another plan, schedule, batch size,
+                seed or selector.
         """
         _check_same_run(state, self._run)
         self.step = state["step"]
@@ -151,7 +156,7 @@ class SelectiveLoader:
         if selection.rule != "all":
             self.tokens_scored += int(pool.num_tokens.sum())
         if self.log is not None:
-            self.log.write(k, selection, pool.ids)
+            self.log.write(k, selection, pool.ids, run=self._run)
         if self.on_select is not None:
             self.on_select(k, selection)
         kept = np.asarray(selection)
@@ -220,6 +225,29 @@ class ShuffledLoader:
         self.step = state["step"]
 
 
+def _decides(selector: Selector) -> str:
+    """What of a selector decides, in words that are the same in every process."""
+    return (
+        f"{describe(selector.score)} keep={selector.keep} multiple={selector.multiple} "
+        f"seed={selector.seed} no_signal={selector.no_signal} floor={selector.noise_floor}"
+    )
+
+
+def describe(function: Callable[..., Any]) -> str:
+    """A function's name, with what was bound to it by functools.partial.
+
+    Example:
+        >>> from functools import partial
+        >>> describe(partial(sorted, reverse=True))
+        'builtins.sorted(reverse=True)'
+    """
+    if isinstance(function, partial):
+        bound = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"{describe(function.func)}({', '.join(bound)})"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}.{name}"
+
+
 def _digest(*arrays: npt.NDArray[Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
@@ -232,5 +260,6 @@ def _check_same_run(state: State, run: str) -> None:
     if state["run"] != run:
         raise ValueError(
             "load_state_dict: this state belongs to another run: the pairs, the plan, the keep "
-            "schedule, the batch size or the seed differ; resume with the same, or start a new run"
+            "schedule, the batch size, the score or a seed differ; resume with the same, or start "
+            "a new run"
         )

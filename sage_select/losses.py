@@ -105,6 +105,10 @@ def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
     """
     if alpha is not None and not alpha > 0:
         raise ValueError(f"response_weights: alpha must be positive, got {alpha}")
+    if scores.dim() != 2 or scores.shape[1] == 0 or not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"response_weights: scores must be finite and [B, K], got {scores.tolist()}"
+        )
     spread = scores.amax(dim=1, keepdim=True) - scores.amin(dim=1, keepdim=True)
     if alpha is None:
         temperature = torch.where(spread > 0, 1e-3 * spread, torch.ones_like(spread))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
+from warnings import warn
 
 import numpy as np
 import torch
@@ -42,11 +43,11 @@ def measure(
 
     Raises:
         TypeError: If the model has no output head to reach.
-        ValueError: If the model does something to its logits that this library does not know, or
-            a log-prob is not finite.
+        ValueError: If a token is outside the model's vocabulary, the model does something to its
+            logits that this library does not know, or a log-prob is not finite.
     """
-    _head(model)  # a model that cannot be measured is refused before anything runs
     sequences = pool.sequences()
+    _check_fit(model, sequences)  # a model that cannot be measured is refused before anything runs
     # pairs of one prompt often share a response; sorted by content, what is batched with what does
     # not depend on the order of the rows
     distinct = sorted(set(map(_content, sequences)), reverse=True)
@@ -235,6 +236,27 @@ def _head(model: nn.Module) -> _Head:
         scale=getattr(config, "logit_scale", 1.0)  # Cohere
         / getattr(config, "logits_scaling", 1.0),  # Granite
     )
+
+
+def _check_fit(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
+    """Refuse tokens that the model cannot embed; warn of positions it was not made for."""
+    _head(model)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max((int(s.tokens.max()) for s in sequences), default=0)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"measure: token {largest} is outside the model's vocabulary of {vocabulary}; read the "
+            "pairs with the model's own tokenizer"
+        )
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max((len(s.tokens) for s in sequences), default=0)
+    if positions is not None and longest > positions:
+        warn(
+            f"measure: a sequence of {longest} tokens is longer than the {positions} positions of "
+            f"{type(model).__name__}; read the pairs with max_length={positions}",
+            stacklevel=3,
+        )
 
 
 def _check_head(model: nn.Module, sequence: TokenSequence, impl: Implementation) -> None:

@@ -1,17 +1,20 @@
 """Plans: which pairs are candidates when, dealt before the run starts, exact to the pair."""
 
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import floor
 from typing import Literal
+from warnings import warn
 
 import numpy as np
 import numpy.typing as npt
 
-from sage_select.hashing import Int64Array, hash_order, keyed_hash
+from sage_select.hashing import Int64Array, UInt64Array, hash_order, id_words, keyed_hash
 from sage_select.pairs import Float64Array, Schedule
+from sage_select.rows import checked_rows
 
 STRATA = ("easy", "medium", "hard")
 
@@ -91,7 +94,7 @@ def strata_from_values(
     easiness = np.asarray(values, dtype=np.float64)
     for row in np.flatnonzero(np.isnan(easiness))[:1]:
         raise ValueError(f"strata_from_values: the value of row {row} is missing")
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
         raise ValueError(f"strata_from_values: shares must be >= 0 and sum to 1, got {shares}")
     names = np.arange(len(easiness)) if ids is None else np.asarray(ids)
     order = np.lexsort((keyed_hash(names, "strata", seed), -easiness))
@@ -134,10 +137,11 @@ class Plan:
 
     def on_rows(self, rows: npt.ArrayLike) -> "Plan":
         """The same plan for pairs that stand in other rows: what was row i is now rows[i]."""
-        names = np.asarray(rows, dtype=np.int64)
-        if len(names) != self.num_pairs:
+        names = checked_rows(rows, "Plan.on_rows")
+        if len(names) != self.num_pairs or len(np.unique(names)) != len(names) or names.min() < 0:
             raise ValueError(
-                f"Plan.on_rows: the plan deals {self.num_pairs} pairs, but got {len(names)} rows"
+                f"Plan.on_rows: needs {self.num_pairs} different rows from 0, one for each pair of "
+                f"the plan, got {len(names)}: {names}"
             )
         return replace(self, pools=tuple(names[pool] for pool in self.pools))
 
@@ -177,8 +181,8 @@ def plan_pools(
         seed: Key of the deal.
         ids: [N], a stable id per pair; with ids the deal does not depend on the row order.
         on_infeasible: What to do where the data cannot follow the mix to within one pair or one
-            percentage point of a pool: "rebalance" deals as near to it as the data allow, "error"
-            refuses.
+            percentage point of a pool: "rebalance" deals as near to it as the data allow, with a
+            warning; "error" refuses.
         progress: Progress of pool k = 1..K: "inclusive" is (k - 1) / (K - 1), so that the first
             pool stands at the schedule's start; "k_over_K" is k / K, as printed in Eq. 6.
 
@@ -195,9 +199,14 @@ def plan_pools(
         [[4, 0], [2, 2]]
     """
     strata = _checked_strata(strata)
-    names = np.arange(len(strata)) if ids is None else np.asarray(ids)
+    names = id_words(np.arange(len(strata)) if ids is None else ids)
     if len(names) != len(strata):
         raise ValueError(f"plan_pools: {len(strata)} strata but {len(names)} ids")
+    if ids is not None and len(np.unique(names)) != len(names):
+        raise ValueError(
+            "plan_pools: some ids stand more than once, so the deal would depend on the order of "
+            "rows; drop duplicate pairs, or pass no ids"
+        )
     slots = len(strata) * copies
     if not 1 <= num_pools <= slots:
         raise ValueError(
@@ -217,12 +226,15 @@ def plan_pools(
     members = np.bincount(strata, minlength=shares.shape[1])
     ideal = shares * sizes[:, None]
     fitted = _fit(ideal, rows=sizes, columns=copies * members, most=members)
-    if on_infeasible == "error":
-        _refuse_deviation(ideal, fitted, sizes, members)
-    elif on_infeasible != "rebalance":
+    if on_infeasible not in ("rebalance", "error"):
         raise ValueError(
             f"plan_pools: on_infeasible must be rebalance or error, got {on_infeasible!r}"
         )
+    deviation = _deviation(ideal, fitted, sizes, members)
+    if deviation and on_infeasible == "error":
+        raise ValueError(f'{deviation}, or pass on_infeasible="rebalance"')
+    if deviation:
+        warn(f"{deviation}; the pools are as near to it as the data allow", stacklevel=2)
     counts = _round_keeping_totals(fitted, rows=sizes, columns=copies * members, most=members)
     parts: list[list[Int64Array]] = [[] for _ in range(num_pools)]
     for stratum in range(len(members)):
@@ -297,7 +309,8 @@ def plan_run(
             mix,
             num_pools,
             copies=traversals,
-            seed=seed + epoch,
+            # not seed + epoch: another run's seed 1 must not repeat this one's second epoch
+            seed=seed if epoch == 0 else int(keyed_hash([epoch], "epoch", seed)[0] >> 1),
             ids=ids,
             on_infeasible=on_infeasible,
             progress=progress,
@@ -317,7 +330,8 @@ def plan_run(
 def kept_count(ratio: float, size: int, multiple: int = 1) -> int:
     """How many of `size` candidates a keep ratio retains: floor(ratio * size)  (Eq. 9).
 
-    Rounded down to a multiple where one is asked for; never less than one pair, or one multiple.
+    Rounded down to a multiple where one is asked for; never less than one pair or one multiple, nor
+    more than there are.
 
     Example:
         >>> kept_count(0.7, 10), kept_count(0.7, 10, multiple=4), kept_count(0.0, 10)
@@ -360,7 +374,7 @@ class Timeline:
     kept_count: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if operator.index(self.batch_size) < 1:
             raise ValueError(f"Timeline: batch_size must be at least 1, got {self.batch_size}")
         counts = tuple(
             kept_count(self.keep(t), len(pool), self.multiple)
@@ -370,7 +384,11 @@ class Timeline:
 
     @cached_property
     def first_step(self) -> tuple[int, ...]:
-        """For each interval, the optimizer steps taken before its pool is scored."""
+        """For each interval, the optimizer steps taken before its pool is scored.
+
+        Where an interval keeps less than a batch, the next begins at the same step; `progress` then
+        gives the later one's, and `Selector.select` takes an interval's own as an argument.
+        """
         before = np.cumsum((0, *self.kept_count[:-1]))
         return tuple((before // self.batch_size).tolist())
 
@@ -410,16 +428,16 @@ def _checked_strata(strata: npt.ArrayLike) -> Int64Array:
 
 
 def _checked_shares(value: object, num_strata: int) -> tuple[float, ...]:
-    shares = value if isinstance(value, tuple) else (value,)
+    shares = tuple(np.asarray(value, dtype=np.float64).reshape(-1).tolist())
     if len(shares) < num_strata:
         raise ValueError(
             f"plan_pools: the mix gives {len(shares)} shares for {num_strata} strata: {value}"
         )
-    if min(shares) < -1e-9 or abs(sum(shares) - 1) > 1e-6:
+    if not (min(shares) >= -1e-9 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
         raise ValueError(
             f"plan_pools: the shares of the mix must be >= 0 and sum to 1, got {value}"
         )
-    return tuple(max(0.0, float(share)) for share in shares)
+    return tuple(max(0.0, share) for share in shares)
 
 
 def _progress(num_pools: int, rule: ProgressRule) -> tuple[float, ...]:
@@ -465,21 +483,22 @@ def _scale_columns_below(
         full |= over
 
 
-def _refuse_deviation(
+def _deviation(
     ideal: Float64Array, fitted: Float64Array, sizes: Int64Array, members: Int64Array
-) -> None:
+) -> str:
+    """How the data keep the pools from following the mix, in words; empty where they do not."""
     deviation = np.abs(fitted - ideal)
-    if (deviation > np.maximum(1.0, 0.01 * sizes)[:, None]).any():
-        pool, stratum = np.unravel_index(deviation.argmax(), deviation.shape)
-        asked = ideal.sum(axis=0) / ideal.sum()
-        raise ValueError(
-            f"plan_pools: the data cannot follow the mix: pool {pool} should hold "
-            f"{ideal[pool, stratum]:.1f} pairs of stratum {stratum} but can get "
-            f"{fitted[pool, stratum]:.1f}. On average the mix asks for shares "
-            f"{np.round(asked, 3).tolist()}, the data hold "
-            f"{np.round(members / members.sum(), 3).tolist()}; move the schedule's ends towards "
-            'these, or pass on_infeasible="rebalance"'
-        )
+    if not (deviation > np.maximum(1.0, 0.01 * sizes)[:, None]).any():
+        return ""
+    pool, stratum = np.unravel_index(deviation.argmax(), deviation.shape)
+    asked = ideal.sum(axis=0) / ideal.sum()
+    return (
+        f"plan_pools: the data cannot follow the mix: pool {pool} should hold "
+        f"{ideal[pool, stratum]:.1f} pairs of stratum {stratum} but can get "
+        f"{fitted[pool, stratum]:.1f}. On average the mix asks for shares "
+        f"{np.round(asked, 3).tolist()}, the data hold "
+        f"{np.round(members / members.sum(), 3).tolist()}; move the schedule's ends towards these"
+    )
 
 
 def _round_keeping_totals(
@@ -499,7 +518,7 @@ def _round_keeping_totals(
     _diffuse(cells, table, ceiling, rows, missing)
     # what is left needs pairs to be moved aside; a fit that stopped short of exact totals may even
     # need a wider choice than the neighbouring whole numbers
-    everything = np.broadcast_to(most, table.shape)
+    everything = np.broadcast_to(most.astype(np.float64), table.shape)
     for least, greatest in ((floor, ceiling), (np.zeros_like(table), everything)):
         for k, lacking in enumerate((rows - cells.sum(axis=1)).tolist()):
             for _ in range(lacking):
@@ -575,7 +594,7 @@ def _trace(column: int, came_from: dict[int, tuple[int, int | None]]) -> list[tu
 
 
 def _deal(
-    rows: Int64Array, names: npt.NDArray[np.generic], counts: Int64Array, copies: int, seed: int
+    rows: Int64Array, names: UInt64Array, counts: Int64Array, copies: int, seed: int
 ) -> list[Int64Array]:
     """Deal a stratum's rows to pools: each `copies` times in all, at most once per pool."""
     ends = np.cumsum(counts)

@@ -21,41 +21,72 @@ class BadRecord(Exception):
     """Why a record cannot be used, in the same words for the same reason: they are counted."""
 
 
-def checked_pair(row: dict[str, Any]) -> Pair:
-    """The fields of a row, with the prompt made explicit; raises BadRecord with the reason."""
-    for name in ("chosen", "rejected"):
-        _check_response(name, row.get(name))
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+def checked_pair(row: Any) -> Pair:
+    """The fields of a record, with the prompt made explicit; raises BadRecord with the reason."""
+    if not isinstance(row, dict):
+        raise BadRecord("not a record")
+    prompt, chosen, rejected = (_checked(name, row.get(name)) for name in Pair._fields)
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        _check_response(name, response)
     if type(chosen) is not type(rejected):
         raise BadRecord("chosen and rejected are of different kinds")
-    if isinstance(chosen, list) and not isinstance(prompt, list):
-        # some sets repeat the prompt as text beside full conversations; the conversations rule
-        prompt, chosen, rejected = _split_common_messages(chosen, rejected)
+    if isinstance(chosen, list):
+        prompt, chosen, rejected = _conversation(prompt, chosen, rejected)
+    elif isinstance(prompt, list):
+        raise BadRecord("prompt is a list of messages but the responses are text")
     elif prompt is None:
         prompt, chosen, rejected = _split_common_text(chosen, rejected)
-    elif isinstance(prompt, list):
-        if isinstance(chosen, str):
-            raise BadRecord("prompt is a list of messages but the responses are text")
-        _check_messages("prompt", prompt)
-    elif not isinstance(prompt, str):
-        raise BadRecord("prompt is not text")
     if chosen == rejected:
         raise BadRecord("chosen and rejected are identical")
     return Pair(prompt, chosen, rejected)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Text or messages, or None; what is absent from a message is left out of it."""
+    if isinstance(value, list):
+        _check_messages(name, value)
+        return [{key: x for key, x in message.items() if x is not None} for message in value]
+    if value is not None:
+        _check_text(name, value, f"{name} is not text")
+    return value
+
+
+def _check_text(name: str, value: Any, otherwise: str) -> None:
+    if not isinstance(value, str):
+        raise BadRecord(otherwise)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRecord(f"{name} is not valid Unicode") from None
 
 
 def _check_response(name: str, response: Any) -> None:
     if response is None:
         raise BadRecord(f"{name} is missing")
     if isinstance(response, list):
-        _check_messages(name, response)
         if response[-1]["role"] != "assistant":
             raise BadRecord(f"{name} does not end with an assistant message")
         response = response[-1]["content"]
-    if not isinstance(response, str):
-        raise BadRecord(f"{name} is not text")
     if not response.strip():
         raise BadRecord(f"{name} is empty")
+
+
+def _conversation(
+    prompt: Any, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt and responses of a conversation, however the set divides them."""
+    if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    if isinstance(prompt, list):
+        # some sets repeat the prompt's messages in both responses
+        size = len(prompt)
+        if chosen[:size] == prompt == rejected[:size]:
+            return prompt, chosen[size:], rejected[size:]
+        if chosen[0] == prompt[0] or rejected[0] == prompt[0]:
+            raise BadRecord("a response repeats a part of the prompt")
+        return prompt, chosen, rejected
+    # without a prompt, or with its text beside full conversations, the conversations rule
+    return _split_common_messages(chosen, rejected)
 
 
 def _check_messages(name: str, messages: list[Any]) -> None:
@@ -64,8 +95,7 @@ def _check_messages(name: str, messages: list[Any]) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRecord(f"{name} has a message without a role")
-        if not isinstance(message.get("content"), str):
-            raise BadRecord(f"{name} has a message without text")
+        _check_text(name, message.get("content"), f"{name} has a message without text")
 
 
 def _split_common_messages(

@@ -17,6 +17,9 @@ class Constant:
 
     value: Value
 
+    def __post_init__(self) -> None:
+        _freeze(self, "value")
+
     def __call__(self, progress: float) -> Value:
         _check_progress(self, progress)
         return self.value
@@ -43,9 +46,7 @@ class Linear:
     end: Value
 
     def __post_init__(self) -> None:
-        for name in ("start", "end"):  # a list would make the schedule unhashable
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        _freeze(self, "start", "end")
         if _length(self.start) != _length(self.end):
             raise ValueError(
                 f"Linear: start and end must have the same shape, got {self.start} and {self.end}"
@@ -60,6 +61,13 @@ class Linear:
         assert not isinstance(self.start, tuple)
         assert not isinstance(self.end, tuple)
         return _lerp(self.start, self.end, progress)
+
+
+def _freeze(schedule: object, *names: str) -> None:
+    """A list, which would make the schedule unhashable, becomes a tuple."""
+    for name in names:
+        value = getattr(schedule, name)
+        object.__setattr__(schedule, name, tuple(value) if isinstance(value, list) else value)
 
 
 def _lerp(start: float, end: float, progress: float) -> float:

@@ -8,7 +8,7 @@ the rejected one, p_z = sigmoid(u_z) the confidence, g_z = 1 - p_z the gradient,
 h_z = p_z (1 - p_z) the curvature of -log sigmoid(u_z).
 """
 
-from math import log
+from math import inf, log
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -78,8 +78,8 @@ def log_sage(
     With q = 1 - p, g^2 / (h + eps) = 1 / (p/q + eps/q^2) = 1 / (e^u + eps (1 + e^u)^2), since
     p/q = e^u and 1/q = 1 + e^u. In this form nothing cancels and every step is monotone in u.
     """
-    if not eps >= 0:
-        raise ValueError(f"sage: eps must be >= 0, got {eps}")
+    if not 0 <= eps < inf:
+        raise ValueError(f"sage: eps must be >= 0 and finite, got {eps}")
     log_eps = torch.tensor(log(eps) if eps > 0 else -torch.inf, dtype=torch.float64)
     log_terms = [
         -torch.logaddexp(u, log_eps.to(u.device) - 2 * logsigmoid(-u))
@@ -207,8 +207,8 @@ def _normalised(log_score: Tensor, policy: PairLogps, length_norm: LengthNorm) -
 
 def _rank_within_length(score: Tensor, length: Tensor, bins: int = 10) -> Tensor:
     """Rank of each score among the pairs of like length, as a fraction in (0, 1]; ties share it."""
-    quantiles = torch.linspace(0, 1, bins + 1, dtype=length.dtype, device=length.device)[1:-1]
-    edges = torch.quantile(length, quantiles) if length.numel() else length
+    cuts = torch.arange(1, bins, device=length.device) * len(length) // bins
+    edges = length.sort().values[cuts] if len(length) else length
     stratum = torch.searchsorted(edges, length)
     fraction = torch.empty_like(score)
     for b in range(bins):

@@ -1,7 +1,8 @@
 """The Selector: measure, score, rank, in one call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 from warnings import warn
 
@@ -19,6 +20,7 @@ from sage_select.pairs import (
     Schedule,
     Score,
     Selection,
+    noise_floor,
 )
 from sage_select.plan import kept_count
 from sage_select.ranking import top
@@ -40,7 +42,9 @@ class Selector:
         no_signal: What to do where the rewards are all alike, as they are while policy = reference,
             so that the score could rank by nothing but length: "hash" keeps the planned number at
             random, reproducibly; "score" follows the paper to the letter.
-        noise_floor: Spread of the log-ratios, in nats, up to which they count as all alike.
+            A score that does not look at log-probs, such as a judge's, ranks in any case.
+        noise_floor: Spread of the log-ratios, in nats, up to which they count as all alike;
+            `select` raises it to that of the precision it measures in.
         skip_full: Whether to skip the forward pass where the keep ratio retains the whole pool.
 
     Example:
@@ -65,6 +69,12 @@ class Selector:
     no_signal: Literal["hash", "score"] = "hash"
     noise_floor: float = NOISE_FLOOR
     skip_full: bool = False
+
+    @property
+    def mixed_precision(self) -> torch.dtype | None:
+        """The autocast dtype bound to `measure` with functools.partial, or None."""
+        bound = self.measure.keywords if isinstance(self.measure, partial) else {}
+        return bound.get("mixed_precision")
 
     def __post_init__(self) -> None:
         if self.no_signal not in ("hash", "score"):
@@ -98,7 +108,8 @@ class Selector:
         if self.skip_full and index is not None and self._count(at, len(index)) == len(index):
             return self._everything(index, ids, at, step)
         policy = self.measure(model, pool)
-        return self.rank(policy, self.reference, at, step, ids=ids)
+        floor = max(self.noise_floor, noise_floor(self.mixed_precision or _precision(model)))
+        return replace(self, noise_floor=floor).rank(policy, self.reference, at, step, ids=ids)
 
     def rank(
         self,
@@ -118,10 +129,18 @@ class Selector:
             step: Optimizer steps taken so far.
             ids: [P], stable ids that break ties; by default the dataset rows.
         """
-        pool = policy.index.numpy(force=True)
-        reference = reference.take(pool)
-        _check_same_tokens(policy, reference)
-        scores = self.score(policy, reference).detach().double().numpy(force=True)
+        policy = PairLogps(*(field.detach() for field in policy))
+        pool = policy.index.numpy(force=True).astype(np.int64)
+        names = pool if ids is None else np.asarray(ids)
+        if len(names) != len(pool) or len(np.unique(pool)) != len(pool):
+            raise ValueError(
+                f"Selector.rank: a pool needs different rows and one id for each, got {len(pool)} "
+                f"rows of which {len(np.unique(pool))} differ, and {len(names)} ids"
+            )
+        known = reference.take(pool).to(policy.index.device)
+        reference = PairLogps(*(field.detach() for field in known))
+        _check_comparable(policy, reference)
+        scores = torch.as_tensor(self.score(policy, reference)).double().numpy(force=True)
         if scores.shape != pool.shape:
             raise ValueError(
                 f"Selector: the score must return one value per pair, [{len(pool)}], got shape "
@@ -130,7 +149,12 @@ class Selector:
         count = self._count(progress, len(pool))
         signal = log_ratio_spread(policy, reference)
         rule = "score"
-        if self.no_signal == "hash" and signal <= self.noise_floor and count < len(pool):
+        if (
+            self.no_signal == "hash"
+            and signal <= self.noise_floor
+            and count < len(pool)
+            and _looks_at_logps(self.score, policy, reference)
+        ):
             rule = "hash"
             warn(
                 f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are alike "
@@ -140,7 +164,6 @@ class Selector:
                 stacklevel=2,
             )
         ranked_by = scores if rule == "score" else np.zeros_like(scores)
-        names = pool if ids is None else np.asarray(ids)
         best = top(ranked_by, count, ids=names, key=(self.seed, step))
         kept = np.zeros(len(pool), dtype=bool)
         kept[best] = True
@@ -195,13 +218,34 @@ def log_ratio_spread(policy: PairLogps, reference: PairLogps) -> float:
     return float(ratios.std(dim=1, correction=0).max())
 
 
-def _check_same_tokens(policy: PairLogps, reference: PairLogps) -> None:
+def _precision(model: Any) -> torch.dtype:
+    """Dtype of a model's weights; fp32 for a policy that is no torch module."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    first = next(parameters, None)
+    return torch.float32 if first is None else first.dtype
+
+
+def _looks_at_logps(score: Score, policy: PairLogps, reference: PairLogps) -> bool:
+    """Whether a score changes with the policy's log-probs; a judge's or a length does not."""
+    shift = torch.arange(1, len(policy.index) + 1, device=policy.chosen.device)
+    moved = policy._replace(chosen=policy.chosen - shift, rejected=policy.rejected + shift)
+    before, after = (torch.as_tensor(score(logps, reference)) for logps in (policy, moved))
+    return not torch.equal(before, after)
+
+
+def _check_comparable(policy: PairLogps, reference: PairLogps) -> None:
     same = (policy.chosen_tokens == reference.chosen_tokens) & (
         policy.rejected_tokens == reference.rejected_tokens
     )
-    if not bool(same.all()):
-        row = policy.index[~same][0].item()
+    for row in policy.index[~same][:1].tolist():
         raise ValueError(
             f"Selector: policy and reference counted different response tokens for row {row}; "
             "measure both with the same tokenizer, template and max_length"
         )
+    for name, logps in (("policy", policy), ("reference", reference)):
+        finite = logps.chosen.isfinite() & logps.rejected.isfinite()
+        for row in logps.index[~finite][:1].tolist():
+            raise ValueError(
+                f"Selector: the {name}'s log-probs of row {row} are not finite; its weights or "
+                "activations have overflowed"
+            )

@@ -45,6 +45,26 @@ SHAPES = {
         },
         (user("Sky?"), assistant("blue"), assistant("red")),
     ),
+    "a prompt as text beside assistant messages": (
+        {"prompt": "Sky?", "chosen": assistant("blue"), "rejected": assistant("red")},
+        (user("Sky?"), assistant("blue"), assistant("red")),
+    ),
+    "a prompt of messages that the responses repeat": (
+        {
+            "prompt": user("Sky?"),
+            "chosen": user("Sky?") + assistant("blue"),
+            "rejected": user("Sky?") + assistant("red"),
+        },
+        (user("Sky?"), assistant("blue"), assistant("red")),
+    ),
+    "messages with absent fields": (
+        {
+            "prompt": [{"role": "user", "content": "Sky?", "name": None}],
+            "chosen": [{"role": "assistant", "content": "blue", "tool_calls": None}],
+            "rejected": assistant("red"),
+        },
+        (user("Sky?"), assistant("blue"), assistant("red")),
+    ),
     "conversations beside a prompt as text": (
         {
             "prompt": "Sky?",
@@ -77,6 +97,13 @@ BAD_RECORDS = {
     "chosen has a message without text": GOOD | {"chosen": [{"role": "assistant"}]},
     "chosen does not end with an assistant message": GOOD | {"chosen": user("a")},
     "prompt is a list of messages but the responses are text": GOOD | {"prompt": user("p")},
+    "not a record": None,
+    "chosen is not valid Unicode": GOOD | {"chosen": "cut \ud83d"},
+    "a response repeats a part of the prompt": {
+        "prompt": user("p") + assistant("q") + user("r"),
+        "chosen": user("p") + assistant("a"),
+        "rejected": assistant("b"),
+    },
     "prompt is empty": {"prompt": [], "chosen": assistant("a"), "rejected": assistant("b")},
 }
 
@@ -212,6 +239,30 @@ def test_every_kind_of_source_gives_the_same_pairs(kind, tokenizer, tmp_path):
     assert [s.tokens.tolist() for s in found.sequences()] == [
         s.tokens.tolist() for s in expected.sequences()
     ]
+
+
+def test_annotations_of_mixed_kinds_lose_nothing(tokenizer):
+    mixed = [{"k": 1}, [1, "x"], 2.5, None, "text"]
+    pairs = dataset(tokenizer, [r | {"mixed": m} for r, m in zip(records(), mixed, strict=True)])
+    assert [m and json.loads(m) for m in pairs.column("mixed")] == mixed
+    numbers = [row | {"number": n} for row, n in zip(records(), [1, 2.5, None, 3, 4], strict=True)]
+    assert dataset(tokenizer, numbers).column("number").to_list() == [1.0, 2.5, None, 3.0, 4.0]
+
+
+def test_one_odd_line_does_not_spoil_a_file(tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.dumps(row) for row in records()]
+    path.write_text("\ufeff" + "\n".join([*lines, "null", "[1, 2]"]), encoding="utf-8")
+    pairs = PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64)
+    assert len(pairs) == 5
+    assert pairs.set_aside["reason"].to_list() == ["not a record"] * 2
+
+
+def test_truncation_is_reported(tokenizer):
+    pairs = dataset(tokenizer, max_length=9)
+    assert pairs.column("truncated").all()
+    assert "5 of them cut at 9 tokens" in pairs.waterfall()
+    assert not dataset(tokenizer).column("truncated").any()
 
 
 def test_columns_of_the_input_never_hide_ours(tokenizer):

@@ -32,6 +32,12 @@ def test_the_readme_shows_code_early_and_stays_short():
     assert len(BLOCK.findall((ROOT / "README.md").read_text())) >= 2
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_what_a_page_names_exists(page):
+    named = re.findall(r"`((?:docs|examples|tests)/[\w./]+)`", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("name", [name for name in LEVELS if name != "adapters"])
 def test_docstring_examples(name):
     module = importlib.import_module(f"sage_select.{name}")

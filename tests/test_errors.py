@@ -64,14 +64,18 @@ ERRORS = [
     (lambda: plan_pools([0], ONE, 1, progress="x"), ValueError, "inclusive or k_over_K, got 'x'"),
     (lambda: plan_run([0], ONE, batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
     (lambda: plan_run([0], ONE, batch_size=1, scope="x"), ValueError, "run, epoch or single_pass"),
-    (lambda: PLAN.on_rows([1]), ValueError, "the plan deals 8 pairs, but got 1 rows"),
+    (lambda: PLAN.on_rows([7] * 8), ValueError, "needs 8 different rows"),
+    (lambda: plan_pools([0, 0], ONE, 1, ids=["a", "a"]), ValueError, "ids stand more than once"),
+    (lambda: plan_pools([0], Constant((np.nan,)), 1), ValueError, "sum to 1, got (nan,)"),
+    (lambda: PLAN.on_rows([1]), ValueError, "needs 8 different rows from 0"),
     (lambda: kept_count(1.2, 10), ValueError, "a keep ratio must lie in [0, 1], got 1.2"),
     (lambda: kept_count(0.5, 10, 0), ValueError, "multiple must be at least 1, got 0"),
     (lambda: Timeline(PLAN, Constant(0.5), 0), ValueError, "batch_size must be at least 1, got 0"),
     (lambda: Timeline(PLAN, Constant(0.5), 2).interval_at(9), ValueError, "in [0, 2], got 9"),
     # scores and losses
-    (lambda: sage(POLICY, REFERENCE, beta=0), ValueError, "beta must be positive, got 0"),
-    (lambda: sage(POLICY, REFERENCE, eps=-1), ValueError, "eps must be >= 0, got -1"),
+    (lambda: sage(POLICY, REFERENCE, beta=0), ValueError, "positive and finite, got 0"),
+    (lambda: sage(POLICY, REFERENCE, beta=np.inf), ValueError, "positive and finite, got inf"),
+    (lambda: sage(POLICY, REFERENCE, eps=-1), ValueError, "eps must be >= 0 and finite, got -1"),
     (lambda: sage(POLICY, REFERENCE, length_norm="x"), ValueError, "stratified, got 'x'"),
     (lambda: dpo(POLICY, REFERENCE.take([0])), ValueError, "align them with reference.take("),
     (
@@ -82,6 +86,8 @@ ERRORS = [
     (lambda: nca_responses(H, H, W), ValueError, "must all be [B, K], got [2, 3], [2, 3] and"),
     (lambda: nca_responses(H, H, H), ValueError, "must be >= 0 and sum to 1 for each prompt"),
     (lambda: response_weights(H, alpha=0), ValueError, "alpha must be positive, got 0"),
+    (lambda: dpo(POLICY._replace(chosen=H), REFERENCE), ValueError, "PairLogps must be [P], got"),
+    (lambda: response_weights(H * np.nan), ValueError, "scores must be finite and [B, K]"),
     # ranking and selecting
     (lambda: top(np.zeros(2), 3, ids=[0, 1]), ValueError, "cannot keep 3 of 2 candidates"),
     (lambda: top(np.array([np.nan]), 1, ids=[7]), ValueError, "the score of pair 7 is NaN"),
@@ -107,6 +113,9 @@ ERRORS = [
     (lambda: sequence_logps(H, W, T, torch.tensor([1, 2])), ValueError, "[S + 1] and start at 0"),
     # training
     (lambda: Training(mixed_precision=torch.float16), ValueError, "torch.bfloat16"),
+    (lambda: Training(micro_batch_size=0), ValueError, "micro_batch_size must be at least"),
+    (lambda: Training(warmup_share=2.0), ValueError, "warmup_share must lie in [0, 1], got 2.0"),
+    (lambda: Training(best_by="x"), ValueError, "loss, accuracy or margin, got 'x'"),
     (lambda: Training(learning_rate=0), ValueError, "learning_rate must be positive, got 0"),
 ]  # fmt: skip
 
@@ -132,9 +141,11 @@ DATASET_ERRORS = [
     (lambda: dataset(on_bad="skip"), ValueError, "set_aside or error, got 'skip'"),
     (lambda: dataset(records="pairs.jsonl"), TypeError, "must be a list of dicts, a polars"),
     (lambda: dataset(records=[1, 2]), TypeError, "got list"),
+    (lambda: dataset().take([True]), TypeError, "np.flatnonzero(mask)"),
+    (lambda: dataset().take([0.5]), TypeError, "rows must be whole numbers, got an array of float"),
     (lambda: dataset(records=[{"chosen": "2"}]), ValueError, "none of the 1 rows can be used"),
     (lambda: dataset().column("clarity"), KeyError, "no column 'clarity'; there are ["),
-    (lambda: dataset().take([[0]]), ValueError, "rows must be [P], got (1, 1)"),
+    (lambda: dataset().take([[0]]), ValueError, "rows must be [P], got shape (1, 1)"),
     (lambda: dataset().split(1.5), ValueError, "fraction must lie in (0, 1), got 1.5"),
     (lambda: dataset().split(0.5), ValueError, "pass a smaller fraction"),
     (lambda: ShuffledLoader(dataset(), batch_size=0), ValueError, "at least 1, got 0 and 1"),

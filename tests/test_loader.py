@@ -17,6 +17,7 @@ from sage_select import (
     Selector,
     Timeline,
     plan_pools,
+    sage,
 )
 from sage_select.audit import SCHEMA_VERSION, SelectionLog
 from sage_select.loader import SelectiveLoader, ShuffledLoader
@@ -159,6 +160,34 @@ def test_a_state_of_another_run_is_refused(pairs):
             other.load_state_dict(state)
 
 
+def test_a_state_of_another_selector_is_refused(pairs):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
+    state = loader_of(pairs, timeline, Policy()).state_dict()
+    for change in ({"seed": 1}, {"no_signal": "hash"}, {"score": sage}, {"noise_floor": 1.0}):
+        other = loader_of(pairs, timeline, Policy())
+        other = SelectiveLoader(replace(other.selector, **change), timeline, pairs, other.model)
+        with pytest.raises(ValueError, match="this state belongs to another run"):
+            other.load_state_dict(state)
+
+
+def test_a_plan_that_was_not_put_on_its_rows_is_refused(pairs):
+    part = pairs.take(np.arange(50, 100))
+    plan = plan_pools([0] * 50, Constant((1.0,)), 4)
+    with pytest.raises(ValueError, match=r"plan\.on_rows\(rows\)"):
+        loader_of(part, Timeline(plan, Constant(0.5), 8), Policy())
+    loader_of(part, Timeline(plan.on_rows(part.index), Constant(0.5), 8), Policy())
+
+
+def test_a_log_of_another_run_is_refused(pairs, tmp_path):
+    for num_pools in (5, 2):
+        timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), num_pools), Constant(0.5), 8)
+        loader = loader_of(pairs, timeline, Policy(), log=SelectionLog(tmp_path))
+        if num_pools == 5:
+            list(loader)
+    with pytest.raises(FileExistsError, match="holds the decisions of another run"):
+        next(iter(loader))
+
+
 def test_a_selector_that_keeps_another_share_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
     selector = loader_of(pairs, timeline, Policy()).selector
@@ -168,7 +197,7 @@ def test_a_selector_that_keeps_another_share_is_refused(pairs):
 
 def test_a_plan_for_more_pairs_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 101, Constant((1.0,)), 4), Constant(0.5), 8)
-    with pytest.raises(ValueError, match="deals row 100, but the dataset has only 100 pairs"):
+    with pytest.raises(ValueError, match="deals row 100, which is not among the 100 pairs given"):
         loader_of(pairs, timeline, Policy())
 
 

@@ -187,5 +187,17 @@ def test_a_model_without_a_head_is_refused(pairs):
         measure(torch.nn.Linear(2, 2), pairs)
 
 
+def test_tokens_of_another_model_are_refused(pairs):
+    config = LlamaConfig(**SMALL | {"vocab_size": 5})
+    with pytest.raises(ValueError, match="is outside the model's vocabulary of 5"):
+        measure(AutoModelForCausalLM.from_config(config), pairs)
+
+
+def test_sequences_beyond_the_model_s_positions_are_reported(pairs):
+    config = LlamaConfig(**SMALL | {"max_position_embeddings": 8})
+    with pytest.warns(UserWarning, match="longer than the 8 positions of LlamaForCausalLM"):
+        measure(AutoModelForCausalLM.from_config(config), pairs)
+
+
 def test_an_empty_pool(still):
     assert len(measure(still.model, still.dataset.take([])).index) == 0

@@ -128,6 +128,20 @@ def test_sequences_are_summed_in_float64_whatever_stands_beside_them():
     )
 
 
+def test_a_bias_that_rules_out_a_whole_block():
+    h, w, t = problem()
+    bias = torch.zeros(700).double()
+    bias[:300] = -torch.inf
+    t = t.clamp(min=300)
+    assert torch.allclose(token_logps(h, w, t, bias=bias, impl="chunked"), truth(h, w, t, bias))
+
+
+def test_no_tokens_and_no_sequences():
+    h, w, t = problem()
+    assert sequence_logps(h[:0], w, t[:0], torch.tensor([0])).shape == (0,)
+    assert sequence_logps(h[:0], w, t[:0], torch.tensor([0, 0])).tolist() == [0.0]
+
+
 def test_no_matrix_of_logits_is_kept():
     h, w, t = problem(tokens=64, vocabulary=20_000, dtype=torch.float32)
     h.requires_grad_()

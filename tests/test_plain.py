@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def test_accumulation_changes_rounding_only(micro_batch_size, worlds):
 def test_learning_rates_follow_the_exact_total(world):
     training = replace(TRAINING, warmup_share=0.25)
     rates = [step["learning_rate"] for step in run(world, training=training).steps]
-    assert rates == pytest.approx([5e-4, 1e-3] + [1e-3 * k / 6 for k in range(5, -1, -1)])
+    # what each step was taken with: up over a quarter of the steps, then down towards zero
+    assert rates == pytest.approx([0.0, 5e-4, *(1e-3 * k / 6 for k in range(6, 0, -1))])
 
 
 def test_metrics_of_every_step(world, tmp_path):
@@ -116,22 +118,20 @@ def test_the_best_weights_are_kept(world, tmp_path):
     assert TRAINING.loss(policy, reference).mean().item() == pytest.approx(min(losses))
 
 
-def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path):
+def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path, monkeypatch):
     whole, stopped = worlds(), worlds()
     run(whole, folder=tmp_path / "whole")
+    real, calls = torch.optim.AdamW.step, iter(range(100))
 
-    class Stop(Exception):
-        pass
+    def step(optimizer):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        real(optimizer)
 
-    def stopping_loss(policy, reference, *, beta):
-        if stopping_loss.calls == 6:
-            raise Stop
-        stopping_loss.calls += 1
-        return TRAINING.loss(policy, reference, beta=beta)
-
-    stopping_loss.calls = 0
-    with pytest.raises(Stop):
-        run(stopped, training=replace(TRAINING, loss=stopping_loss), folder=tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped, folder=tmp_path / "parts")
     again = worlds()
     history = run(again, folder=tmp_path / "parts", resume=True)
     assert torch.equal(weights(whole.model), weights(again.model))
@@ -185,3 +185,63 @@ def test_a_compiled_model_trains_alike(worlds):
     first = run(plain, rows=24).steps
     second = run(compiled, rows=24, training=replace(TRAINING, compile_model=True)).steps
     assert [s["loss"] for s in first] == pytest.approx([s["loss"] for s in second], rel=1e-3)
+
+
+REFUSED = [
+    ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is now 0.002"),
+    ({"loss": dpo}, "loss was sage_select.losses.nca and is now sage_select.losses.dpo"),
+    ({"beta": 0.2, "schedule": "cosine"}, "beta was 0.1 and is now 0.2; schedule was"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED)
+def test_resuming_with_other_settings_is_refused(change, words, worlds, tmp_path):
+    run(worlds(), folder=tmp_path, rows=8)
+    with pytest.raises(ValueError, match=words):
+        run(worlds(), folder=tmp_path, rows=8, resume=True, training=replace(TRAINING, **change))
+
+
+def test_a_run_whose_checkpoints_are_all_spoiled_is_not_begun_anew(worlds, tmp_path):
+    run(worlds(), folder=tmp_path, rows=8)
+    for path in tmp_path.glob("checkpoint-*.pt"):
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(ValueError, match="none of the 1 checkpoints"),
+    ):
+        run(worlds(), folder=tmp_path, rows=8, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text()
+
+
+def loader_of(world, selector=None, model=None) -> SelectiveLoader:
+    return SelectiveLoader(
+        selector or world.selector, world.timeline, world.dataset, model or world.model
+    )
+
+
+def test_a_loader_of_another_model_is_refused(worlds):
+    world, other = worlds(), worlds()
+    with pytest.raises(ValueError, match="scores pools with another model than the one to train"):
+        train(world.model, loader_of(world, model=other.model), world.dataset,
+              world.selector.reference, TRAINING)  # fmt: skip
+
+
+def test_a_loader_of_another_precision_is_refused(world):
+    mixed = replace(TRAINING, mixed_precision=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"partial\(measure, mixed_precision=torch.bfloat16\)"):
+        train(world.model, loader_of(world), world.dataset, world.selector.reference, mixed)
+    selector = replace(world.selector, measure=partial(measure, mixed_precision=torch.bfloat16))
+    reference = measure(world.model, world.dataset, mixed_precision=torch.bfloat16)
+    train(world.model, loader_of(world, selector), world.dataset, reference, mixed)
+
+
+def test_a_loader_that_is_under_way_is_refused(world):
+    loader = loader_of(world)
+    next(iter(loader))
+    with pytest.raises(ValueError, match="the loader has handed out 1 batches already"):
+        train(world.model, loader, world.dataset, world.selector.reference, TRAINING)
+
+
+def test_no_pairs_to_evaluate_on_are_refused(world):
+    with pytest.raises(ValueError, match="held_out has no pairs"):
+        run(world, held_out=world.dataset.take([]))

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from sage_select import Constant, Linear, Timeline, plan_pools, strata_from_judgments
 from sage_select.plan import kept_count, plan_run, strata_from_values
 
+pytestmark = pytest.mark.filterwarnings("ignore:plan_pools. the data cannot follow the mix")
+
 PAPER_STRATA = np.repeat([0, 1, 2], [2674, 1046, 414])
 PAPER_MIX = Linear((0.9, 0.1, 0.0), (0.4, 0.4, 0.2))
 

@@ -186,3 +186,66 @@ def test_a_score_with_parameters():
     policy, reference = with_rewards([1.0, -1.0], [0.0, 0.0])
     score = partial(scores.sage, beta=1.0, length_norm="none")
     assert list(selector(score, reference=reference).rank(policy, reference, 0.0)) == [1]
+
+
+def test_a_score_that_does_not_look_at_logps_ranks_without_signal():
+    policy, reference = alike()
+    worth = torch.rand(100, dtype=torch.float64)
+
+    def judged(policy, reference):
+        return worth[policy.index]
+
+    for score in (judged, scores.shortest, partial(scores.random, seed=3)):
+        decide = Selector(score, Constant(0.1), reference, lambda step: 0.0)
+        decision = decide.rank(policy, reference, 0.0)
+        assert decision.rule == "score"
+        assert set(decision) == set(score(policy, reference).topk(10).indices.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_signal_in_any_precision(dtype, still):
+    """The same weights, in two batchings: their log-ratios are nothing but rounding."""
+    from copy import deepcopy
+
+    model = deepcopy(still.model).to(dtype)
+    decide = Selector(
+        sage, Constant(0.4), measure(model, still.dataset), lambda step: 0.0,
+        partial(measure, max_batch_tokens=100),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="are alike"):
+        assert decide.select(model, still.dataset.take(np.arange(50)), 0).rule == "hash"
+
+
+def test_numbers_of_any_kind_make_the_same_decision():
+    policy, reference = alike()
+    decide = selector(lambda p, r: torch.zeros(100), reference=reference).rank
+    assert list(decide(policy, reference, 0.0, 3)) == list(
+        decide(policy, reference, 0.0, np.int64(3))
+    )
+    assert list(decide(policy, reference, 0.0, 3)) != list(decide(policy, reference, 0.0, 4))
+
+
+def test_the_graph_of_the_policy_is_let_go():
+    policy, reference = with_rewards([1.0, -1.0], [0.0, 0.0])
+    policy.chosen.requires_grad_()
+    decision = selector(reference=reference).rank(policy, reference, 0.0)
+    assert not decision.policy.chosen.requires_grad
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logps_that_are_not_finite_are_refused(bad):
+    policy, reference = with_rewards([1.0, bad], [0.0, 0.0])
+    with pytest.raises(ValueError, match="the policy's log-probs of row 1 are not finite"):
+        selector(reference=reference).rank(policy, reference, 0.0)
+
+
+def test_a_pool_with_a_row_twice_is_refused():
+    policy, reference = with_rewards([1.0, 2.0], [0.0, 0.0])
+    twice = policy._replace(index=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="got 2 rows of which 1 differ"):
+        selector(reference=reference).rank(twice, reference, 0.0)
+
+
+def test_an_empty_pool():
+    policy, reference = with_rewards([], [])
+    assert "kept 0 of 0" in repr(selector(reference=reference).rank(policy, reference, 0.0))

@@ -45,7 +45,7 @@ def arithmetic_world(
     strata = strata_from_judgments(dataset.column("clarity"), dataset.column("rejected_score"))
     plan = plan_run(
         strata,
-        Linear((0.9, 0.1, 0.0), (0.4, 0.4, 0.2)),
+        Linear((0.60, 0.35, 0.05), (0.30, 0.40, 0.30)),
         batch_size=batch_size,
         refresh_steps=refresh_steps,
         epochs=epochs,

@@ -72,8 +72,10 @@ class _ChunkedLogps(torch.autograd.Function):
             ).squeeze(-1)
             target_logit_N = torch.where(inside_N, picked_N, target_logit_N)
             new_maximum_N = torch.maximum(maximum_N, logits_NB.amax(dim=-1))
-            sum_N = sum_N * (maximum_N - new_maximum_N).exp() + (
-                (logits_NB - new_maximum_N[:, None]).exp_().sum(dim=-1)
+            # a bias may rule out all tokens so far; -inf - -inf would be NaN
+            anchor_N = new_maximum_N.clamp(min=torch.finfo(wide_NH.dtype).min)
+            sum_N = sum_N * (maximum_N - anchor_N).exp() + (
+                (logits_NB - anchor_N[:, None]).exp_().sum(dim=-1)
             )
             maximum_N = new_maximum_N
         logsumexp_N = maximum_N + sum_N.log()

@@ -106,14 +106,16 @@ def sequence_logps(
         >>> sequence_logps(hidden, weight, targets, torch.tensor([0, 1, 3])).exp()
         tensor([0.2500, 0.0625], dtype=torch.float64)
     """
-    lengths = cu_seqlens.diff().to(device=hidden.device, dtype=torch.int64)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens[0] != 0:
         raise ValueError("sequence_logps: cu_seqlens must be [S + 1] and start at 0")
+    lengths = cu_seqlens.diff().to(device=hidden.device, dtype=torch.int64)
     if bool((lengths < 0).any()) or int(cu_seqlens[-1]) != len(targets):
         raise ValueError(
             f"sequence_logps: cu_seqlens must rise from 0 to {len(targets)}, got {cu_seqlens}"
         )
     logps = token_logps(hidden, weight, targets, bias=bias, softcap=softcap, impl=impl)
+    if len(lengths) == 0:
+        return logps.double()  # no sequence, no token
     # a segment's own tokens in their own order: the same bits whatever stands beside it
     total: Tensor = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0.0)
     return total

@@ -1,0 +1,29 @@
+"""Dataset rows, as a caller gives them."""
+
+from typing import Any
+
+import numpy as np
+
+from sage_select.hashing import Int64Array
+
+
+def checked_rows(rows: Any, call: str) -> Int64Array:
+    """Row numbers as int64 [P].
+
+    Raises:
+        TypeError: If they are no whole numbers: a mask would be read as rows 0 and 1.
+        ValueError: If they are not one-dimensional.
+
+    Example:
+        >>> checked_rows(range(3), "take").tolist()
+        [0, 1, 2]
+    """
+    array = np.asarray(rows)
+    if array.ndim != 1:
+        raise ValueError(f"{call}: rows must be [P], got shape {array.shape}")
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(
+            f"{call}: rows must be whole numbers, got an array of {array.dtype}; "
+            "turn a mask into rows with np.flatnonzero(mask)"
+        )
+    return array.astype(np.int64)
