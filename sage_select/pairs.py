@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sage_select.hashing import Int64Array
+from sage_select.hashing import Float64Array, Int64Array
 from sage_select.rows import checked_rows
 
-Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 

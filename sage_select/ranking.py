@@ -3,8 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from sage_select.hashing import Int64Array, keyed_hash
-from sage_select.pairs import Float64Array
+from sage_select.hashing import Float64Array, Int64Array, keyed_hash
 
 
 def top(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sage_select.hashing import Int64Array
 
@@ -27,3 +28,9 @@ def checked_rows(rows: Any, call: str) -> Int64Array:
             "turn a mask into rows with np.flatnonzero(mask)"
         )
     return array.astype(np.int64)
+
+
+def all_different(values: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> bool:
+    """Whether no value stands twice; one sort, where `np.unique` fills a hash table."""
+    ascending = np.sort(values)
+    return not bool((ascending[1:] == ascending[:-1]).any())

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sage_select.hashing import Float64Array
 from sage_select.measuring import measure as measure_pool
 from sage_select.pairs import (
     NOISE_FLOOR,
-    Float64Array,
     PairLogps,
     Progress,
     Reference,
@@ -24,6 +24,7 @@ from sage_select.pairs import (
 )
 from sage_select.plan import kept_count
 from sage_select.ranking import top
+from sage_select.rows import all_different
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ class Selector:
         policy = PairLogps(*(field.detach() for field in policy))
         pool = policy.index.numpy(force=True).astype(np.int64)
         names = pool if ids is None else np.asarray(ids)
-        if len(names) != len(pool) or len(np.unique(pool)) != len(pool):
+        if len(names) != len(pool) or not all_different(pool):
             raise ValueError(
                 f"Selector.rank: a pool needs different rows and one id for each, got {len(pool)} "
-                f"rows of which {len(np.unique(pool))} differ, and {len(names)} ids"
+                f"rows of which {len(set(pool.tolist()))} differ, and {len(names)} ids"
             )
         known = reference.take(pool).to(policy.index.device)
         reference = PairLogps(*(field.detach() for field in known))

@@ -13,6 +13,7 @@ PURE = {"numpy", "torch"}
 LEVELS: dict[str, tuple[int, set[str]]] = {
     "hashing": (0, {"numpy"}),
     "records": (0, set()),
+    "quotas": (1, {"numpy"}),
     "rows": (1, {"numpy"}),
     "schedules": (0, set()),
     "ops.reference": (0, {"torch"}),
