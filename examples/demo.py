@@ -49,7 +49,7 @@ from sage_select.scores import random as random_score
 
 BATCH_SIZE = 16
 # As in the paper, the schedule's mean is the strata's own shares, so that every pair is dealt once
-MIX = Linear((0.60, 0.35, 0.05), (0.30, 0.40, 0.30))
+MIX = Linear((0.58, 0.37, 0.05), (0.30, 0.40, 0.30))
 KEEP = Linear(1.0, 0.4)
 DPO_RATE, NCA_RATE = 1e-4, 2e-4  # the best few tried for each loss
 
