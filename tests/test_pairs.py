@@ -79,6 +79,11 @@ def test_metrics():
     assert found["margin"] == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_margin_within_the_noise_of_rounding_is_a_tie():
+    policy, reference = with_rewards([1e-6, -1e-6, 1e-6, 0.5], [0.0, 0.0, 0.0, 0.0])
+    assert preference_metrics(policy, reference)["accuracy"] == (3 * 0.5 + 1) / 4
+
+
 # Keyed hashes
 
 names = st.lists(st.text(st.characters(blacklist_characters="\0"), min_size=1), min_size=1)

@@ -88,6 +88,13 @@ def test_the_sizes_of_the_paper():
     assert timeline.total_steps == -(-sum(timeline.kept_count) // 16)
 
 
+def test_rounding_is_spread_over_the_pools():
+    """Pools of one pair alternate between equal strata; they do not use one up first."""
+    plan = plan_pools([0] * 50 + [1] * 50, Constant((0.5, 0.5)), 100)
+    so_far = np.cumsum(plan.counts - plan.ideal, axis=0)
+    assert np.abs(so_far).max() <= 1
+
+
 def test_a_mix_that_fits_is_met_exactly():
     plan = plan_pools([0] * 60 + [1] * 40, Linear((0.8, 0.2), (0.4, 0.6)), 5, on_infeasible="error")
     assert plan.counts.tolist() == [[16, 4], [14, 6], [12, 8], [10, 10], [8, 12]]
