@@ -106,8 +106,9 @@ class Selector:
         at = self.progress(step) if progress is None else progress
         ids = getattr(pool, "ids", None)
         index = getattr(pool, "index", None)
-        if self.skip_full and index is not None and self._count(at, len(index)) == len(index):
-            return self._everything(index, ids, at, step)
+        rows = index if isinstance(index, np.ndarray) else None  # a list's `index` is a method
+        if self.skip_full and rows is not None and self._count(at, len(rows)) == len(rows):
+            return self._everything(rows, ids, at, step)
         policy = self.measure(model, pool)
         floor = max(self.noise_floor, noise_floor(self.mixed_precision or _precision(model)))
         return replace(self, noise_floor=floor).rank(policy, self.reference, at, step, ids=ids)
