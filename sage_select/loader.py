@@ -55,13 +55,13 @@ class SelectiveLoader:
         log: SelectionLog | None = None,
         on_select: Callable[[int, Selection], None] | None = None,
     ) -> None:
-        for pool in timeline.plan.pools:
-            for row in pool[~np.isin(pool, dataset.index)][:1]:
-                raise ValueError(
-                    f"SelectiveLoader: the plan deals row {row}, which is not among the "
-                    f"{len(dataset)} pairs given; plan with the same pairs, and put a plan for a "
-                    "part of a dataset on its rows with plan.on_rows(rows)"
-                )
+        dealt = np.concatenate(timeline.plan.pools)
+        for row in dealt[~np.isin(dealt, dataset.index)][:1]:
+            raise ValueError(
+                f"SelectiveLoader: the plan deals row {row}, which is not among the "
+                f"{len(dataset)} pairs given; plan with the same pairs, and put a plan for a "
+                "part of a dataset on its rows with plan.on_rows(rows)"
+            )
         for name in ("keep", "multiple"):
             ours, planned = getattr(selector, name), getattr(timeline, name)
             if ours != planned:
