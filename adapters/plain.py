@@ -16,10 +16,9 @@ from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from sage_select.audit import replace_durably
+from sage_select.cache import replace_durably
 from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array
 from sage_select.loader import SelectiveLoader, describe
@@ -27,6 +26,7 @@ from sage_select.losses import nca
 from sage_select.measuring import autocast, measure, pair_logps
 from sage_select.metrics import preference_metrics
 from sage_select.pairs import PairLogps, Reference
+from sage_select.progress import progress_bar
 
 
 class Loader(Protocol):
@@ -149,7 +149,7 @@ def train(
         folder: Where to put `metrics.jsonl`, `evaluations.jsonl`, checkpoints and `best.pt`.
         resume: Go on from the folder's newest checkpoint, if there is one. The run then ends with
             the same bits as one that was never interrupted, where the device is deterministic.
-        show_progress: Whether to show a bar; by default where the output is a terminal.
+        show_progress: False for no progress bar.
 
     Returns:
         Metrics per step and per evaluation, those before the resumption included.
@@ -168,20 +168,17 @@ def train(
     model.train()
     if loader.step == 0:
         run.evaluate(held_out, reference)
-    bar = tqdm(
-        total=len(loader),
-        initial=loader.step,
-        desc="training",
-        unit="steps",
-        disable=None if show_progress is None else not show_progress,
-    )
-    with bar:
+    with progress_bar(
+        len(loader), "training", "steps", initial=loader.step, show=show_progress
+    ) as bar:
         for rows in loader:
             batch = dataset.take(rows)
             metrics = run.update(batch, reference)
             run.record(metrics)
+            bar.set_postfix(
+                {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy")}, refresh=False
+            )
             bar.update()
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy")})
             last = loader.step == len(loader)
             if last or loader.step % training.evaluate_every == 0:
                 run.evaluate(held_out, reference)

@@ -48,7 +48,7 @@ def main() -> None:
 
     # difficulty: a judge's labels where the file has them, else its margin (easy where it is wide)
     pairs = dataset.take(rows)
-    if "clarity" in dataset.annotations.columns:
+    if "clarity" in dataset.columns:
         strata = strata_from_judgments(pairs.column("clarity"), pairs.column("rejected_score"))
     else:
         strata = strata_from_values(pairs.column("margin"), ids=pairs.ids)

@@ -17,3 +17,4 @@ from sage_select.schedules import Linear as Linear
 from sage_select.scores import log_sage as log_sage
 from sage_select.scores import sage as sage
 from sage_select.selector import Selector as Selector
+from sage_select.store import ReferenceStore as ReferenceStore

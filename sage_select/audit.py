@@ -5,7 +5,6 @@ disk spoiled, is passed over on reading. A run that resumes before an interval d
 replaces its file: what stands in the log is what the weights were trained on.
 """
 
-import os
 from pathlib import Path
 from warnings import warn
 
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from sage_select.cache import replace_durably
 from sage_select.pairs import PairLogps, Selection
 
 SCHEMA_VERSION = 1
@@ -91,18 +91,6 @@ class SelectionLog:
                 )
             tables.append(table)
         return pl.concat(tables)
-
-
-def replace_durably(partial: Path, path: Path) -> None:
-    """Give a finished file its name, so that after a crash there is the old file or the new one."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 _SCHEMA: dict[str, pl.DataType] = {

@@ -1,25 +1,41 @@
 """Preference pairs on disk and in memory: read, checked, tokenised once, known by content."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from warnings import warn
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from jinja2 import TemplateError
-from tqdm.auto import tqdm
+import pyarrow as pa
 
-from sage_select.hashing import Int64Array, hash_order
-from sage_select.records import BadRecord, Pair, checked_pair, content_id, shared_start
+from sage_select.cache import cache_folder, partial_path, replace_durably
+from sage_select.fingerprints import digest, tokenizer_digest
+from sage_select.hashing import Float64Array, Int64Array, hash_order
 from sage_select.rows import checked_rows
-
-TOKENISE_AT_ONCE = 1024  # pairs handed to the tokenizer in one call
+from sage_select.sources import iterate_records, read_records, rename, source_files
+from sage_select.tokenising import (
+    FORMAT,
+    INPUT,
+    INPUT_AS_JSON,
+    OWN_COLUMNS,
+    as_json,
+    chunk_path,
+    read_table,
+    set_aside_rows,
+    tokenised,
+)
 
 Int32Array = npt.NDArray[np.int32]
+OnBad = Literal["set_aside", "error"]
+DUPLICATE = "duplicate pair"
 
 
 class TokenSequence(NamedTuple):
@@ -27,26 +43,6 @@ class TokenSequence(NamedTuple):
 
     tokens: Int32Array
     response_start: int
-
-
-class _Ragged(NamedTuple):
-    """Rows of different lengths, flat: row i is `values[offsets[i] : offsets[i + 1]]`."""
-
-    values: Int32Array
-    offsets: Int64Array
-
-    def row(self, i: int) -> Int32Array:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    @property
-    def lengths(self) -> Int64Array:
-        return np.diff(self.offsets)
-
-    @classmethod
-    def pack(cls, rows: Sequence[Sequence[int]]) -> "_Ragged":
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        values = np.fromiter((token for row in rows for token in row), np.int32, lengths.sum())
-        return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +54,6 @@ class PreferenceDataset:
 
     Attributes:
         index: int64 [P], the dataset rows in this view.
-        annotations: One row per pair of the whole set: `pair_id`, `prompt_id`, `source_row` (its
-            row in what was read), `truncated` (whether a response was cut) and every column of the
-            input but prompt, chosen and rejected.
         set_aside: Rows that cannot be used: `source_row` and `reason`.
         max_length: Tokens of prompt and response together; longer ones were cut at the end.
 
@@ -73,12 +66,9 @@ class PreferenceDataset:
     """
 
     index: Int64Array
-    annotations: pl.DataFrame
     set_aside: pl.DataFrame
     max_length: int
-    _prompts: _Ragged
-    _chosen: _Ragged
-    _rejected: _Ragged
+    _pairs: "_PairTable"
 
     @classmethod
     def read(
@@ -87,38 +77,63 @@ class PreferenceDataset:
         *,
         tokenizer: Any,
         max_length: int,
-        on_bad: Literal["set_aside", "error"] = "set_aside",
+        on_bad: OnBad = "set_aside",
+        columns: Mapping[str, str] | None = None,
+        split: str = "train",
+        subset: str | None = None,
+        revision: str | None = None,
+        cache: str | Path | None = None,
+        num_workers: int = 0,
+        show_progress: bool | None = None,
     ) -> "PreferenceDataset":
-        """Read a JSON Lines (`.jsonl`, `.ndjson`) or Parquet file of pairs.
+        """Read a file of pairs, a folder of such files, or a dataset on a hub.
+
+        Files are JSON Lines (`.jsonl`, `.ndjson`), JSON, CSV or TSV, all of them also with `.gz`,
+        Parquet and Arrow. JSON Lines, Parquet and Arrow are read bit by bit; their tokens are kept
+        in the cache, memory-mapped, so that a set larger than memory can be used and is tokenised
+        once. A changed file, tokenizer, chat template or `max_length` is tokenised anew, and so
+        much of it only as has changed.
 
         Args:
-            path: The file.
+            path: A file, a folder, a folder written by `datasets`, or a hub name "org/set".
             tokenizer: The model's own tokenizer, with its chat template for conversational pairs.
             max_length: Tokens of prompt and response together, at least 2.
             on_bad: "set_aside" keeps unusable rows apart, with their reasons; "error" refuses them.
+            columns: Where fields have other names, `{ours: theirs}`: `{"prompt": "question"}`.
+            split: Which split of a hub's set.
+            subset: Which subset (configuration) of a hub's set.
+            revision: Which revision of a hub's set.
+            cache: Folder of the tokens; by default `tokens` in the user's cache.
+            num_workers: Processes that check and tokenise, for chat templates and tokenizers that
+                are slow in Python; a script that uses them needs `if __name__ == "__main__":`.
+            show_progress: False for no progress bar.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If its ending is unknown, or no pair in it can be used.
+            FileNotFoundError: If there is no such file, and no such set on a hub.
+            ValueError: If its kind is unknown, or no pair in it can be used.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"PreferenceDataset.read: no file {path}; for a dataset on a hub, load it with "
-                "datasets.load_dataset and pass it to PreferenceDataset.from_records"
+        _check_options(max_length, on_bad, num_workers)
+        records = read_records(path, split=split, subset=subset, revision=revision)
+        identity = tokenizer_digest(tokenizer)
+        folder = _writable(Path(cache) if cache is not None else cache_folder() / "tokens")
+        files = source_files(Path(path)) if Path(path).exists() else []
+        manifest = _Manifest.of(folder, files, [FORMAT, identity, max_length, columns])
+        chunks = manifest.read() if manifest is not None else None
+        if chunks is None:
+            chunks = list(
+                tokenised(
+                    records if columns is None else rename(records, columns),
+                    tokenizer,
+                    max_length,
+                    identity=identity,
+                    cache=folder,
+                    num_workers=num_workers,
+                    show_progress=show_progress,
+                )
             )
-        readers = {".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson, ".parquet": pl.read_parquet}
-        if path.suffix not in readers:
-            raise ValueError(
-                f"PreferenceDataset.read: cannot read {path.name}; known endings are "
-                f"{', '.join(readers)}; for others, pass a list of dicts to from_records"
-            )
-        if path.suffix == ".parquet":
-            records: Any = pl.read_parquet(path)
-        else:  # line by line: one odd row must not decide the types of all others
-            with path.open(encoding="utf-8-sig") as lines:
-                records = [_parse(line, path, n) for n, line in enumerate(lines) if line.strip()]
-        return cls.from_records(records, tokenizer=tokenizer, max_length=max_length, on_bad=on_bad)
+            if manifest is not None:
+                manifest.write([name for name, _ in chunks])
+        return cls._of([table for _, table in chunks], max_length, on_bad)
 
     @classmethod
     def from_records(
@@ -127,13 +142,19 @@ class PreferenceDataset:
         *,
         tokenizer: Any,
         max_length: int,
-        on_bad: Literal["set_aside", "error"] = "set_aside",
+        on_bad: OnBad = "set_aside",
+        columns: Mapping[str, str] | None = None,
+        cache: str | Path | None = None,
+        num_workers: int = 0,
+        show_progress: bool | None = None,
     ) -> "PreferenceDataset":
-        """Take pairs from a list of dicts, a polars table or a `datasets.Dataset`.
+        """Take pairs from a list of dicts, a polars, pandas or Arrow table, or `datasets.Dataset`.
 
         Each record has `chosen` and `rejected`, and `prompt` or not: where it is missing, the
         prompt is what both responses start with. All three are strings, or lists of messages
-        `{"role", "content"}`, to which the tokenizer's chat template is applied. Other fields
+        `{"role", "content"}`, to which the tokenizer's chat template is applied. The shapes of
+        sharegpt, Alpaca and UltraFeedback are known as well, and records with more than two
+        `responses` with `scores` or `ranks` (see the documentation of data formats). Other fields
         become annotations.
 
         Tokens: prompt and response are tokenised together and split where the prompt's own tokens
@@ -146,64 +167,69 @@ class PreferenceDataset:
             tokenizer: The model's own tokenizer.
             max_length: Tokens of prompt and response together, at least 2.
             on_bad: "set_aside" keeps unusable rows apart, with their reasons; "error" refuses them.
+            columns: Where fields have other names, `{ours: theirs}`.
+            cache: Folder of the tokens, memory-mapped; by default they stay in memory.
+            num_workers: Processes that check and tokenise, see `read`.
+            show_progress: False for no progress bar.
 
         Raises:
             TypeError: If the records are of no known kind.
             ValueError: If no pair can be used, or, with `on_bad="error"`, if one cannot.
         """
-        if max_length < 2:
-            raise ValueError(f"PreferenceDataset: max_length must be at least 2, got {max_length}")
-        if on_bad not in ("set_aside", "error"):
-            raise ValueError(
-                f"PreferenceDataset: on_bad must be set_aside or error, got {on_bad!r}"
-            )
-        rows = _as_dicts(records)
-        reasons: dict[int, str] = {}
-        pairs: dict[int, Pair] = {}
-        seen: set[str] = set()
-        for number, row in enumerate(rows):
-            try:
-                pair = checked_pair(row)
-                if (pair_id := content_id(pair)) in seen:
-                    raise BadRecord("duplicate pair")
-                seen.add(pair_id)
-                pairs[number] = pair
-            except BadRecord as bad:
-                reasons[number] = str(bad)
-        tokens = _tokenise(pairs, tokenizer, max_length, reasons)
-        if reasons and on_bad == "error":
-            number = min(reasons)
-            raise ValueError(
-                f"PreferenceDataset: {len(reasons)} of {len(rows)} rows cannot be used, the first "
-                f"is row {number}: {reasons[number]}; mend them, or pass on_bad='set_aside'"
-            )
-        if not tokens:
-            raise ValueError(
-                f"PreferenceDataset: none of the {len(rows)} rows can be used: "
-                f"{dict(Counter(reasons.values()))}"
-            )
-        return cls(
-            index=np.arange(len(tokens)),
-            annotations=_annotations(rows, pairs, tokens),
-            set_aside=pl.DataFrame(
-                sorted(reasons.items()),
-                schema={"source_row": pl.Int64, "reason": pl.String},
-                orient="row",
-            ),
-            max_length=max_length,
-            _prompts=_Ragged.pack([prompt for prompt, *_ in tokens.values()]),
-            _chosen=_Ragged.pack([chosen for _, chosen, _, _ in tokens.values()]),
-            _rejected=_Ragged.pack([rejected for _, _, rejected, _ in tokens.values()]),
+        _check_options(max_length, on_bad, num_workers)
+        rows = iterate_records(records)
+        chunks = tokenised(
+            rows if columns is None else rename(rows, columns),
+            tokenizer,
+            max_length,
+            identity=tokenizer_digest(tokenizer) if cache is not None else "",
+            cache=Path(cache) if cache is not None else None,
+            num_workers=num_workers,
+            total=len(records) if isinstance(records, Sized) else None,
+            show_progress=show_progress,
         )
+        return cls._of([table for _, table in chunks], max_length, on_bad)
+
+    @classmethod
+    def _of(cls, tables: list[pa.Table], max_length: int, on_bad: OnBad) -> "PreferenceDataset":
+        pairs, set_aside = _joined(tables)
+        total = len(pairs) + set_aside.height
+        if set_aside.height and on_bad == "error":
+            number, reason = set_aside.row(0)
+            raise ValueError(
+                f"PreferenceDataset: {set_aside.height} of {total} rows cannot be used, the first "
+                f"is row {number}: {reason}; mend them, or pass on_bad='set_aside'"
+            )
+        if len(pairs) == 0:
+            reasons = dict(Counter(set_aside["reason"].to_list()).most_common())
+            raise ValueError(f"PreferenceDataset: none of the {total} rows can be used: {reasons}")
+        return cls(np.arange(len(pairs)), set_aside, max_length, pairs)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __repr__(self) -> str:
         return (
-            f"PreferenceDataset({len(self)} of {self.annotations.height} pairs, "
+            f"PreferenceDataset({len(self)} of {len(self._pairs)} pairs, "
             f"{self.set_aside.height} rows set aside, max_length {self.max_length})"
         )
+
+    @property
+    def annotations(self) -> pl.DataFrame:
+        """One row per pair of the whole set: `pair_id`, `prompt_id`, `source_row` (its row in what
+        was read), `truncated` (whether a response was cut) and every other column of the input."""
+        return self._pairs.annotations
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the annotations."""
+        return self._pairs.columns
+
+    def column(self, name: str) -> pl.Series:
+        """[P], an annotation of each pair in this view."""
+        if name not in self.columns:
+            raise KeyError(f"PreferenceDataset: no column {name!r}; there are {self.columns}")
+        return self._pairs.column(name)[self.index]
 
     @property
     def ids(self) -> npt.NDArray[np.str_]:
@@ -213,30 +239,44 @@ class PreferenceDataset:
     @property
     def chosen_tokens(self) -> Int64Array:
         """int64 [P], response tokens of the chosen side, after truncation, end token counted."""
-        return self._chosen.lengths[self.index]
+        return self._pairs.lengths("chosen")[self.index]
 
     @property
     def rejected_tokens(self) -> Int64Array:
         """int64 [P], the same of the rejected side."""
-        return self._rejected.lengths[self.index]
+        return self._pairs.lengths("rejected")[self.index]
 
     @property
     def num_tokens(self) -> Int64Array:
         """int64 [P], tokens of both sequences of a pair: what a forward pass has to read."""
-        return 2 * self._prompts.lengths[self.index] + self.chosen_tokens + self.rejected_tokens
+        prompts = self._pairs.lengths("prompt")[self.index]
+        return 2 * prompts + self.chosen_tokens + self.rejected_tokens
 
-    def column(self, name: str) -> pl.Series:
-        """[P], an annotation of each pair in this view."""
-        if name not in self.annotations.columns:
-            raise KeyError(
-                f"PreferenceDataset: no column {name!r}; there are {self.annotations.columns}"
+    @property
+    def num_responses(self) -> Int64Array:
+        """int64 [P], responses of each row: 2, or more where the records ranked more."""
+        return 2 + self._pairs.lengths("between")[self.index]
+
+    @property
+    def response_scores(self) -> Float64Array:
+        """float64 [P, K], the scores the records gave to K responses, the best first.
+
+        Raises:
+            ValueError: If rows have different numbers of responses, or none were scored.
+        """
+        self._check_same_number("response_scores")
+        scores = self._pairs.scores()[self.index]
+        if scores.null_count():
+            raise ValueError(
+                "PreferenceDataset.response_scores: the records rank their responses but have no "
+                "scores; give each record a list `scores`, higher is better"
             )
-        return self.annotations[name][self.index]
+        return np.array(scores.to_list(), dtype=np.float64).reshape(len(self), -1)
 
     def take(self, rows: npt.ArrayLike) -> "PreferenceDataset":
         """A view of these dataset rows, in this order; row numbers keep their meaning."""
         index = checked_rows(rows, "PreferenceDataset.take")
-        total = self.annotations.height
+        total = len(self._pairs)
         for row in index[(index < 0) | (index >= total)][:1]:
             raise IndexError(f"PreferenceDataset.take: no row {row} among {total}")
         return replace(self, index=index)
@@ -268,20 +308,36 @@ class PreferenceDataset:
     def sequences(self) -> list[TokenSequence]:
         """The 2P sequences of this view: all chosen, then all rejected."""
         return [
-            TokenSequence(
-                np.concatenate([self._prompts.row(i), side.row(i)]), len(self._prompts.row(i))
-            )
-            for side in (self._chosen, self._rejected)
+            self._pairs.sequence(side, i)
+            for side in ("chosen", "rejected")
             for i in self.index.tolist()
         ]
+
+    def responses(self) -> list[TokenSequence]:
+        """The P x K sequences of rows with K responses, row by row, the best first.
+
+        For K-response losses: `response_logps(model, rows.responses()).reshape(len(rows), -1)`.
+
+        Raises:
+            ValueError: If rows have different numbers of responses.
+        """
+        self._check_same_number("responses")
+        return [s for i in self.index.tolist() for s in self._pairs.responses(i)]
+
+    def _check_same_number(self, call: str) -> None:
+        if len(counts := np.unique(self.num_responses)) > 1:
+            raise ValueError(
+                f"PreferenceDataset.{call}: rows have {counts.min()} to {counts.max()} responses; "
+                "take those of one number, dataset.take(dataset.index[dataset.num_responses == K])"
+            )
 
     def waterfall(self) -> str:
         """Rows in, rows set aside by reason, rows out, as text."""
         reasons = Counter(self.set_aside["reason"].to_list())
-        total = self.annotations.height
+        total = len(self._pairs)
         lines = [f"{total + self.set_aside.height:>9,} rows read"]
         lines += [f"{-count:>9,} {reason}" for reason, count in reasons.most_common()]
-        cut = int(self.annotations["truncated"].sum())
+        cut = int(self._pairs.column("truncated").sum())
         if cut:
             lines += [f"{total:>9,} pairs, {cut:,} of them cut at {self.max_length} tokens"]
         else:
@@ -289,155 +345,206 @@ class PreferenceDataset:
         return "\n".join(lines)
 
 
-def _as_dicts(records: Any) -> list[Any]:
-    if isinstance(records, pl.DataFrame):
-        return records.to_dicts()
-    if hasattr(records, "to_list"):  # a datasets.Dataset, without importing its library
-        records = records.to_list()
-    if isinstance(records, Iterable) and not isinstance(records, str | bytes | dict):
-        rows = list(records)
-        if not rows or any(isinstance(row, dict) for row in rows):
-            return rows
-    raise TypeError(
-        "PreferenceDataset.from_records: records must be a list of dicts, a polars DataFrame or a "
-        f"datasets.Dataset, got {type(records).__name__}"
-    )
+class _PairTable:
+    """All usable pairs, in tables of some thousand rows that may be memory-mapped.
 
+    Args:
+        tables: Tables as `tokenised` makes them, none of them empty.
+        kept: Rows of each table that are used.
+        first: The source row that each table begins with.
+    """
 
-def _parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"PreferenceDataset.read: line {number + 1} of {path} is not JSON: {error}"
-        ) from error
+    def __init__(self, tables: list[pa.Table], kept: list[Int64Array], first: list[int]) -> None:
+        self._tables = tables
+        self._kept = kept
+        self._views: dict[tuple[int, str], tuple[Int32Array, Int32Array]] = {}
+        sizes = [len(rows) for rows in kept]
+        self._starts = np.array([0, *accumulate(sizes)])
+        self._lengths: dict[str, Int64Array] = {}
+        source_rows = [
+            t["row"].to_numpy()[k] + f for t, k, f in zip(tables, kept, first, strict=True)
+        ]
+        self._columns = {
+            "source_row": pl.Series("source_row", np.concatenate(source_rows or [np.arange(0)]))
+        }
 
+    def __len__(self) -> int:
+        return int(self._starts[-1])
 
-def _annotations(
-    rows: list[dict[str, Any]], pairs: dict[int, Pair], tokens: dict[int, "_Tokens"]
-) -> pl.DataFrame:
-    columns: dict[str, list[Any]] = {
-        "pair_id": [content_id(pairs[number]) for number in tokens],
-        "prompt_id": [content_id(pairs[number].prompt) for number in tokens],
-        "source_row": list(tokens),
-        "truncated": [truncated for *_, truncated in tokens.values()],
-    }
-    names = dict.fromkeys(name for number in tokens for name in rows[number])
-    series = [_series(name, values) for name, values in columns.items()]
-    for name in names:
-        if name not in Pair._fields:
-            values = [rows[number].get(name) for number in tokens]
-            series.append(_series(name if name not in columns else f"input_{name}", values))
-    return pl.DataFrame(series)
-
-
-def _series(name: str, values: list[Any]) -> pl.Series:
-    """A column of annotations; values that have no common type are kept as JSON text."""
-    kinds = {type(value) for value in values if value is not None}
-    if kinds == {int, float}:
-        return pl.Series(name, values, dtype=pl.Float64)
-    try:
-        return pl.Series(name, values, strict=True)
-    except (TypeError, OverflowError, UnicodeError, pl.exceptions.PolarsError):
-        texts = [None if v is None else json.dumps(v, default=str) for v in values]
-        return pl.Series(name, texts, dtype=pl.String)
-
-
-_Tokens = tuple[list[int], list[int], list[int], bool]  # ..., whether a response was cut
-
-
-def _tokenise(
-    pairs: dict[int, Pair], tokenizer: Any, max_length: int, reasons: dict[int, str]
-) -> dict[int, _Tokens]:
-    """Prompt, chosen and rejected tokens of each usable pair; the others' reasons are added."""
-    tokens: dict[int, _Tokens] = {}
-    numbers = list(pairs)
-    with tqdm(total=len(numbers), desc="tokenising", unit="pairs", disable=None) as bar:
-        for start in range(0, len(numbers), TOKENISE_AT_ONCE):
-            some = numbers[start : start + TOKENISE_AT_ONCE]
-            for conversational in (False, True):
-                kind = [n for n in some if isinstance(pairs[n].prompt, list) is conversational]
-                texts = _rendered({n: pairs[n] for n in kind}, tokenizer, conversational, reasons)
-                encoded = _encode(
-                    [text for pair in texts.values() for text in pair],
-                    tokenizer,
-                    add_special_tokens=not conversational,
-                )
-                end = None if conversational else tokenizer.eos_token_id
-                for n, three in zip(texts, _in_threes(encoded), strict=True):
-                    try:
-                        tokens[n] = _split_and_cut(*three, end, max_length)
-                    except BadRecord as bad:
-                        reasons[n] = str(bad)
-            bar.update(len(some))
-    return dict(sorted(tokens.items()))
-
-
-def _rendered(
-    pairs: dict[int, Pair], tokenizer: Any, conversational: bool, reasons: dict[int, str]
-) -> dict[int, tuple[str, str, str]]:
-    """The prompt's text, and prompt and response's text for both responses."""
-    if not conversational:
-        if pairs and tokenizer.eos_token_id is None:
-            raise ValueError(
-                "PreferenceDataset: the tokenizer has no end token, so the model would not learn "
-                "where a response ends; set tokenizer.eos_token to the one it was trained with"
-            )
-        return {n: (p, p + chosen, p + rejected) for n, (p, chosen, rejected) in pairs.items()}
-    if pairs and tokenizer.chat_template is None:
-        raise ValueError(
-            "PreferenceDataset: the pairs are conversations, but the tokenizer has no chat "
-            "template; use the instruction-tuned model's tokenizer, or set "
-            "tokenizer.chat_template"
+    @cached_property
+    def _stored_as(self) -> dict[str, str]:
+        """Names of annotations, and what they are called in the tables: an input's column never
+        hides one of ours."""
+        given = dict.fromkeys(
+            name.removeprefix(INPUT).removeprefix(INPUT_AS_JSON)
+            for table in self._tables
+            for name in table.column_names
+            if name.startswith((INPUT, INPUT_AS_JSON))
         )
-    texts = {}
-    for n, (prompt, chosen, rejected) in pairs.items():
-        open_ended = prompt[-1]["role"] == "assistant"  # the response continues this message
+        ours = {name: name for name in OWN_COLUMNS}
+        return ours | {f"input_{n}" if n in ours else n: f"{INPUT}{n}" for n in given}
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._stored_as)
+
+    @cached_property
+    def annotations(self) -> pl.DataFrame:
+        return pl.DataFrame([self.column(name) for name in self.columns])
+
+    def column(self, name: str) -> pl.Series:
+        """[N], an annotation."""
+        return self._read(self._stored_as[name]).rename(name)
+
+    def scores(self) -> pl.Series:
+        """[N], the scores of each row's responses, the best first; null where it has none."""
+        return self._read("scores")
+
+    def _read(self, stored: str) -> pl.Series:
+        """A column of the tables, read when it is first asked for."""
+        if stored not in self._columns:
+            as_text = stored.replace(INPUT, INPUT_AS_JSON, 1)
+            parts, texts = [], []
+            for table, kept in zip(self._tables, self._kept, strict=True):
+                names = [name for name in (stored, as_text) if name in table.column_names]
+                values = pl.from_arrow(table[names[0]]) if names else [None] * table.num_rows
+                parts.append(pl.Series(stored, values)[kept])
+                texts.append(bool(names) and names[0] != stored)
+            self._columns[stored] = _concatenated(stored, parts, texts)
+        return self._columns[stored]
+
+    def lengths(self, side: str) -> Int64Array:
+        """int64 [N], tokens of this side; of "between", responses."""
+        if side not in self._lengths:
+            parts = [
+                np.diff(table[side].chunk(0).offsets.to_numpy())[kept]
+                for table, kept in zip(self._tables, self._kept, strict=True)
+            ]
+            self._lengths[side] = np.concatenate(parts).astype(np.int64)
+        return self._lengths[side]
+
+    def sequence(self, side: str, i: int) -> TokenSequence:
+        """Prompt and one response of pair i."""
+        number, row = self._place(i)
+        prompt = self._tokens(number, "prompt", row)
+        return TokenSequence(np.concatenate([prompt, self._tokens(number, side, row)]), len(prompt))
+
+    def responses(self, i: int) -> list[TokenSequence]:
+        """All responses of row i, the best first."""
+        number, row = self._place(i)
+        prompt = self._tokens(number, "prompt", row)
+        between = [
+            TokenSequence(np.concatenate([prompt, np.array(tokens, np.int32)]), len(prompt))
+            for tokens in self._tables[number]["between"][row].as_py()
+        ]
+        return [self.sequence("chosen", i), *between, self.sequence("rejected", i)]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return number, int(self._kept[number][i - self._starts[number]])
+
+    def _tokens(self, number: int, side: str, row: int) -> Int32Array:
+        """A list of tokens, without copying it."""
+        if (number, side) not in self._views:
+            column = self._tables[number][side].chunk(0)
+            self._views[number, side] = (column.values.to_numpy(), column.offsets.to_numpy())
+        values, offsets = self._views[number, side]
+        return values[offsets[row] : offsets[row + 1]]
+
+
+def _joined(tables: list[pa.Table]) -> tuple[_PairTable, pl.DataFrame]:
+    """The pairs of all tables, each once, and the rows that are set aside."""
+    aside: list[tuple[int, str]] = []
+    used: list[pa.Table] = []
+    first: list[int] = []
+    total = 0
+    for table in tables:
+        count, reasons = set_aside_rows(table)
+        aside += [(total + row, reason) for row, reason in reasons]
+        if table.num_rows:
+            used.append(table)
+            first.append(total)
+        total += count
+    kept = [np.arange(table.num_rows) for table in used]
+    if used:
+        ids = pl.concat([pl.Series("id", pl.from_arrow(table["pair_id"])) for table in used])
+        new = ids.is_first_distinct().to_numpy()
+        starts = np.cumsum([0, *(table.num_rows for table in used)])
+        for number, table in enumerate(used):
+            fresh = new[starts[number] : starts[number + 1]]
+            twice = table["row"].to_numpy()[~fresh]
+            aside += [(first[number] + row, DUPLICATE) for row in twice.tolist()]
+            kept[number] = np.flatnonzero(fresh)
+    set_aside = pl.DataFrame(
+        sorted(aside), schema={"source_row": pl.Int64, "reason": pl.String}, orient="row"
+    )
+    return _PairTable(used, kept, first), set_aside
+
+
+def _concatenated(name: str, parts: list[pl.Series], are_json: list[bool]) -> pl.Series:
+    """Parts of a column; where they have no common type, their values as JSON text."""
+    kinds = {part.dtype for part in parts if part.dtype != pl.Null}
+    if any(are_json) or (len(kinds) > 1 and not all(kind.is_numeric() for kind in kinds)):
+        parts = [
+            part if is_json else pl.Series(name, as_json(part), dtype=pl.String)
+            for part, is_json in zip(parts, are_json, strict=True)
+        ]
+        kinds = {pl.String()}
+    kind = pl.Float64() if len(kinds) > 1 else next(iter(kinds), pl.Null())
+    return pl.concat([part.cast(kind) for part in parts]).rename(name)
+
+
+class _Manifest(NamedTuple):
+    """Which chunks a file was cut into, so that it need not be read again."""
+
+    folder: Path
+    path: Path
+
+    @classmethod
+    def of(cls, folder: Path | None, files: Sequence[Path], settings: Any) -> "_Manifest | None":
+        if folder is None or not files:
+            return None
+        content = hashlib.blake2b(digest_size=16)
+        for file in files:
+            with file.open("rb") as stream:
+                content.update(hashlib.file_digest(stream, "blake2b").digest())
+        name = digest([content.hexdigest(), [f.suffixes for f in files], settings])
+        return cls(folder, folder / f"{name}.json")
+
+    def read(self) -> list[tuple[str, pa.Table]] | None:
+        """The chunks, where all of them are still in the cache."""
         try:
-            texts[n] = (
-                tokenizer.apply_chat_template(
-                    prompt,
-                    tokenize=False,
-                    add_generation_prompt=not open_ended,
-                    continue_final_message=open_ended,
-                ),
-                tokenizer.apply_chat_template(prompt + chosen, tokenize=False),
-                tokenizer.apply_chat_template(prompt + rejected, tokenize=False),
-            )
-        except TemplateError:
-            reasons[n] = "the chat template refuses the messages"
-    return texts
+            names = json.loads(self.path.read_text())
+            return [(name, read_table(chunk_path(self.folder, name))) for name in names]
+        except (OSError, ValueError, pa.ArrowException):
+            return None
+
+    def write(self, names: Iterable[str]) -> None:
+        """Remember the chunks, where every one has a name."""
+        names = list(names)
+        if all(names):
+            partial = partial_path(self.path)
+            partial.write_text(json.dumps(names))
+            replace_durably(partial, self.path)
 
 
-def _encode(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(
-        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    return encoded
+def _writable(folder: Path) -> Path | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warn(
+            f"PreferenceDataset.read: tokens stay in memory, since {folder} cannot be made "
+            f"({error}); pass cache=..., or set SAGE_SELECT_CACHE to a folder that can be written",
+            stacklevel=3,
+        )
+        return None
+    return folder
 
 
-def _in_threes(items: list[list[int]]) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    return zip(items[0::3], items[1::3], items[2::3], strict=True)
-
-
-def _split_and_cut(
-    prompt: list[int], chosen: list[int], rejected: list[int], end: int | None, max_length: int
-) -> _Tokens:
-    """Split full sequences where the prompt's own tokens end, add the end token, cut to length."""
-    # a tokenizer may merge the prompt's last letters into the response's first token: what all
-    # three share is the context, the rest is the response
-    start = shared_start(prompt, chosen, rejected)
-    if start == 0:
-        raise BadRecord("the prompt is empty, so the first response token has no context")
-    ended = [
-        full if end is None or full[-1] == end else [*full, end] for full in (chosen, rejected)
-    ]
-    responses = [full[start:max_length] for full in ended]
-    if not all(responses):
-        raise BadRecord("nothing is left of a response after truncation")
-    if responses[0] == responses[1]:
-        raise BadRecord("the responses are identical after truncation")
-    truncated = max(map(len, ended)) > max_length
-    return prompt[:start], responses[0], responses[1], truncated
+def _check_options(max_length: int, on_bad: str, num_workers: int) -> None:
+    if max_length < 2:
+        raise ValueError(f"PreferenceDataset: max_length must be at least 2, got {max_length}")
+    if on_bad not in ("set_aside", "error"):
+        raise ValueError(f"PreferenceDataset: on_bad must be set_aside or error, got {on_bad!r}")
+    if num_workers < 0:
+        raise ValueError(f"PreferenceDataset: num_workers must be at least 0, got {num_workers}")

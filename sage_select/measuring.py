@@ -1,6 +1,6 @@
 """Measuring: forward passes of a causal language model over pairs, to `PairLogps`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 from warnings import warn
@@ -8,11 +8,11 @@ from warnings import warn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sage_select.dataset import PreferenceDataset, TokenSequence
 from sage_select.ops.token_logps import Implementation, sequence_logps
 from sage_select.pairs import PairLogps
+from sage_select.progress import progress_bar
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
         max_batch_tokens: Padded tokens of one forward pass; a longer sequence runs alone.
         impl: How the head's log-probs are computed, see `token_logps`.
         mixed_precision: Autocast dtype of the body, as in training; the head stays in fp32.
-        show_progress: Whether to show a bar; by default where the output is a terminal.
+        show_progress: False for no progress bar.
 
     Returns:
         Log-probs of the pool's pairs, in its order, on the CPU.
@@ -47,30 +47,90 @@ def measure(
             logits that this library does not know, or a log-prob is not finite.
     """
     sequences = pool.sequences()
-    _check_fit(model, sequences)  # a model that cannot be measured is refused before anything runs
-    # pairs of one prompt often share a response; sorted by content, what is batched with what does
-    # not depend on the order of the rows
-    distinct = sorted(set(map(_content, sequences)), reverse=True)
+    distinct = distinct_sequences(sequences)
     logps = torch.zeros(len(distinct), dtype=torch.float64)
+
+    def keep(places: list[int], found: Tensor) -> None:
+        logps[places] = found
+
+    measure_sequences(
+        model,
+        distinct,
+        keep,
+        max_batch_tokens=max_batch_tokens,
+        impl=impl,
+        mixed_precision=mixed_precision,
+        show_progress=show_progress,
+    )
+    position = {sequence: i for i, sequence in enumerate(distinct)}
+    return joined(pool, logps[[position[_content(sequence)] for sequence in sequences]])
+
+
+class Content(NamedTuple):
+    """A sequence by its content; in order, a longer one is greater."""
+
+    length: int
+    response_start: int
+    tokens: bytes  # int32
+
+    def sequence(self) -> TokenSequence:
+        """The sequence."""
+        return TokenSequence(np.frombuffer(self.tokens, np.int32), self.response_start)
+
+
+def distinct_sequences(sequences: Sequence[TokenSequence]) -> list[Content]:
+    """Each sequence once, the longest first.
+
+    Pairs of one prompt often share a response. Sorted by content, what is batched with what does
+    not depend on the order of the rows.
+    """
+    return sorted(set(map(_content, sequences)), reverse=True)
+
+
+def measure_sequences(
+    model: nn.Module,
+    distinct: Sequence[Content],
+    on_batch: Callable[[list[int], Tensor], None],
+    *,
+    known: Collection[int] = (),
+    max_batch_tokens: int = 16_384,
+    impl: Implementation = "auto",
+    mixed_precision: torch.dtype | None = None,
+    desc: str = "scoring",
+    show_progress: bool | None = None,
+) -> None:
+    """Log-probs of sequences, handed over batch by batch: what `measure` and the store share.
+
+    Batches are composed of all sequences before those that are known already are left out, so that
+    a pass which is interrupted and resumed computes the same bits as one which is not.
+
+    Args:
+        model: As for `measure`.
+        distinct: The sequences, in the order of `distinct_sequences`.
+        on_batch: Called with places in `distinct` and their log-probs, float64 on the CPU.
+        known: Places that need not be measured.
+        max_batch_tokens: As for `measure`; so are the others.
+        impl: How the head's log-probs are computed.
+        mixed_precision: Autocast dtype of the body.
+        desc: What the progress bar says.
+        show_progress: False for no progress bar.
+    """
+    _check_fit(model, distinct)  # a model that cannot be measured is refused before anything runs
+    if len(known) == len(distinct):
+        return
     with (
         _undisturbed(model),
         autocast(model, mixed_precision),
-        tqdm(
-            total=len(distinct),
-            desc="scoring",
-            unit="responses",
-            leave=False,
-            disable=None if show_progress is None else not show_progress,
+        progress_bar(
+            len(distinct), desc, "responses", initial=len(known), show=show_progress
         ) as bar,
     ):
-        if distinct:
-            _check_head(model, _sequence(distinct[-1]), impl)
-        for batch in _batches([length for length, *_ in distinct], max_batch_tokens):
-            some = [_sequence(content) for content in distinct[batch]]
-            logps[batch] = response_logps(model, some, impl=impl).cpu()
-            bar.update(len(some))
-    position = {content: i for i, content in enumerate(distinct)}
-    return _joined(pool, logps[[position[_content(sequence)] for sequence in sequences]])
+        _check_head(model, distinct[-1].sequence(), impl)
+        for batch in _batches([content.length for content in distinct], max_batch_tokens):
+            if places := [i for i in batch if i not in known]:
+                some = [distinct[i].sequence() for i in places]
+                on_batch(places, response_logps(model, some, impl=impl).cpu())
+                bar.update(len(places))
 
 
 def pair_logps(
@@ -87,7 +147,7 @@ def pair_logps(
         Log-probs on the model's device; gradients flow to its parameters.
     """
     logps = response_logps(model, pairs.sequences(), impl=impl)
-    return _joined(pairs, logps)
+    return joined(pairs, logps)
 
 
 def response_logps(
@@ -163,27 +223,20 @@ def _pad(sequences: Sequence[TokenSequence]) -> _Batch:
     )
 
 
-_Content = tuple[int, int, bytes]
+def _content(sequence: TokenSequence) -> Content:
+    return Content(len(sequence.tokens), sequence.response_start, sequence.tokens.tobytes())
 
 
-def _content(sequence: TokenSequence) -> _Content:
-    return len(sequence.tokens), sequence.response_start, sequence.tokens.tobytes()
-
-
-def _sequence(content: _Content) -> TokenSequence:
-    return TokenSequence(np.frombuffer(content[2], np.int32), content[1])
-
-
-def _batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[slice]:
+def _batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[range]:
     """Runs of sequences that fit the budget when padded to their first, which is the longest."""
     start = 0
     for end in range(1, len(lengths) + 1):
         if end == len(lengths) or (end + 1 - start) * lengths[start] > max_batch_tokens:
-            yield slice(start, end)
+            yield range(start, end)
             start = end
 
 
-def _joined(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
+def joined(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
     """From sequences, all chosen and then all rejected, to pairs."""
     chosen, rejected = logps[: len(pairs)], logps[len(pairs) :]
     bad = ~(chosen.isfinite() & rejected.isfinite())
@@ -238,11 +291,11 @@ def _head(model: nn.Module) -> _Head:
     )
 
 
-def _check_fit(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
+def _check_fit(model: nn.Module, distinct: Sequence[Content]) -> None:
     """Refuse tokens that the model cannot embed; warn of positions it was not made for."""
     _head(model)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max((int(s.tokens.max()) for s in sequences), default=0)
+    largest = max((int(content.sequence().tokens.max()) for content in distinct), default=0)
     if largest >= vocabulary:
         raise ValueError(
             f"measure: token {largest} is outside the model's vocabulary of {vocabulary}; read the "
@@ -250,7 +303,7 @@ def _check_fit(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
         )
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     positions = getattr(config, "max_position_embeddings", None)
-    longest = max((len(s.tokens) for s in sequences), default=0)
+    longest = max((content.length for content in distinct), default=0)
     if positions is not None and longest > positions:
         warn(
             f"measure: a sequence of {longest} tokens is longer than the {positions} positions of "

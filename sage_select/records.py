@@ -2,19 +2,43 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
 
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Known roles, in the words of TRL and of sharegpt, and what chat templates call them."""
+
 
 class Pair(NamedTuple):
-    """A pair whose fields were checked: all three are text, or all three are messages."""
+    """A pair whose fields were checked: all are text, or all are messages.
+
+    Of more than two responses, `chosen` is the best and `rejected` the worst.
+    """
 
     prompt: Any  # str | list[Message]
     chosen: Any
     rejected: Any
+    between: tuple[Any, ...] = ()  # the other responses, best first
+    scores: tuple[float, ...] | None = None  # of all responses, best first
+
+    @property
+    def responses(self) -> tuple[Any, ...]:
+        """All responses, best first."""
+        return (self.chosen, *self.between, self.rejected)
 
 
 class BadRecord(Exception):
@@ -25,30 +49,212 @@ def checked_pair(row: Any) -> Pair:
     """The fields of a record, with the prompt made explicit; raises BadRecord with the reason."""
     if not isinstance(row, dict):
         raise BadRecord("not a record")
-    prompt, chosen, rejected = (_checked(name, row.get(name)) for name in Pair._fields)
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
+    row, ranking = _in_our_words(row)
+    prompt = _checked("prompt", row.get("prompt"))
+    responses = {name: _checked(name, row.get(name)) for name in ranking.names}
+    for name, response in responses.items():
         _check_response(name, response)
-    if type(chosen) is not type(rejected):
-        raise BadRecord("chosen and rejected are of different kinds")
-    if isinstance(chosen, list):
-        prompt, chosen, rejected = _conversation(prompt, chosen, rejected)
+    if len({type(response) for response in responses.values()}) > 1:
+        raise BadRecord(f"{' and '.join(ranking.names[:2])} are of different kinds")
+    ranked: list[Any] = list(responses.values())
+    if isinstance(ranked[0], list):
+        prompt, *ranked = _conversation(prompt, ranked)
     elif isinstance(prompt, list):
         raise BadRecord("prompt is a list of messages but the responses are text")
     elif prompt is None:
-        prompt, chosen, rejected = _split_common_text(chosen, rejected)
-    if chosen == rejected:
+        prompt, *ranked = _split_common_text(ranked)
+    if ranked[0] == ranked[-1]:
         raise BadRecord("chosen and rejected are identical")
-    return Pair(prompt, chosen, rejected)
+    return Pair(prompt, ranked[0], ranked[-1], tuple(ranked[1:-1]), ranking.scores)
+
+
+def content_id(value: Any) -> str:
+    """A hash of the text: the same whatever file, row or process it stands in."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def pair_id(pair: Pair) -> str:
+    """The stable name of a pair: a hash of its prompt and of its responses in their order."""
+    return content_id([pair.prompt, pair.chosen, pair.rejected, *pair.between])
+
+
+def shared_start(*sequences: Sequence[Any]) -> int:
+    """How many items these sequences have in common at their start."""
+    shortest = min(sequences, key=len)
+    if all(sequence[: len(shortest)] == shortest for sequence in sequences):
+        return len(shortest)
+    for position, items in enumerate(zip(*sequences, strict=False)):
+        if any(item != items[0] for item in items):
+            return position
+    raise AssertionError("one of them differs from the shortest")
+
+
+# The shapes of other libraries, put into ours: prompt, chosen, rejected; or prompt, responses
+
+
+class _Ranking(NamedTuple):
+    """The fields that hold the responses, best first, and their scores."""
+
+    names: Sequence[str] = ("chosen", "rejected")
+    scores: tuple[float, ...] | None = None
+
+
+def _in_our_words(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
+    """The same record under our field names, and which of its fields are the responses."""
+    for shape, rewritten in _SHAPES:
+        if all(row.get(name) is not None for name in shape):
+            row = {**row, **rewritten(row)}
+    if row.get("responses") is not None and row.get("chosen") is None:
+        return _ranked(row)
+    if row.get("chosen") is None and row.get("rejected") is None:
+        if "label" in row:
+            raise BadRecord("one labelled response, not a pair")
+        if row.get("messages") is not None:
+            raise BadRecord("one conversation, not a pair")
+    return row, _Ranking()
+
+
+def _ranked(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
+    responses, scores, ranks = row["responses"], row.get("scores"), row.get("ranks")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise BadRecord("responses is not a list of two or more")
+    if scores is None and ranks is not None:
+        scores = [-rank for rank in _numbers("ranks", ranks, len(responses))]
+    ordered = None
+    if scores is not None:
+        numbers = _numbers("scores", scores, len(responses))
+        if max(numbers) == min(numbers):
+            raise BadRecord("all responses are rated alike")
+        order = sorted(range(len(numbers)), key=lambda i: -numbers[i])  # stable: ties as given
+        responses = [responses[i] for i in order]
+        ordered = tuple(float(numbers[i]) for i in order)
+    names = ["chosen", *(f"response {i}" for i in range(2, len(responses))), "rejected"]
+    return {**row, **dict(zip(names, responses, strict=True))}, _Ranking(names, ordered)
+
+
+def _numbers(name: str, values: Any, count: int) -> list[float]:
+    if not isinstance(values, list) or len(values) != count:
+        raise BadRecord(f"{name} does not have one number per response")
+    for value in values:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise BadRecord(f"{name} does not have one number per response")
+    return values
+
+
+def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    """LLaMA-Factory's and Light-R1's: the turns so far, and one message for each response."""
+    prompt = row["conversations"]
+    system = row.get("system")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        last: Any = prompt[-1].get("from", prompt[-1].get("role"))
+        if last in ROLES and ROLES[last] == "assistant":
+            raise BadRecord("conversations ends with an assistant message")
+        if isinstance(system, str) and system:
+            prompt = [{"role": "system", "content": system}, *prompt]
+    responses = {name: row.get(name) for name in ("chosen", "rejected")}
+    return {
+        "prompt": prompt,
+        **{
+            name: [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+            for name, value in responses.items()
+        },
+    }
+
+
+def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
+    """LLaMA-Factory's other format: an instruction, and an input that may be empty."""
+    parts = [row["instruction"], row.get("input")]
+    texts = [part for part in parts if isinstance(part, str) and part]
+    prompt = "\n".join(texts) if isinstance(row["instruction"], str) else row["instruction"]
+    fields = {"prompt": prompt} if row.get("prompt") is None else {}
+    match row.get("output"):
+        case [chosen, rejected] if row.get("chosen") is None:
+            fields |= {"chosen": chosen, "rejected": rejected}
+    return fields
+
+
+def _completions(row: dict[str, Any]) -> dict[str, Any]:
+    """UltraFeedback's: a list of completions, each with its response and its score."""
+    completions = row["completions"]
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise BadRecord("completions is not a list of records")
+    return {
+        "responses": [completion.get("response") for completion in completions],
+        "scores": [completion.get("overall_score") for completion in completions],
+    }
+
+
+def _whole_conversations(row: dict[str, Any]) -> dict[str, Any]:
+    return {"chosen": row["chosen_messages"], "rejected": row["rejected_messages"]}
+
+
+_SHAPES: list[tuple[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]]] = [
+    (("conversations",), _sharegpt),
+    (("chosen_messages", "rejected_messages"), _whole_conversations),
+    (("instruction",), _alpaca),
+    (("completions",), _completions),
+]
+"""Fields by which a foreign shape is known, and what it is in our words."""
+
+TEXT_FIELDS = frozenset(
+    ["prompt", "chosen", "rejected", "responses", *(name for shape, _ in _SHAPES for name in shape)]
+)
+"""Fields whose text becomes tokens; all others are annotations."""
+
+
+# The fields, checked
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Text or messages, or None; what is absent from a message is left out of it."""
+    """Text or messages, or None."""
+    if isinstance(value, dict) and name != "prompt":
+        value = [value]  # a response of one message may stand without a list
     if isinstance(value, list):
-        _check_messages(name, value)
-        return [{key: x for key, x in message.items() if x is not None} for message in value]
+        if not value:
+            raise BadRecord(f"{name} is empty")
+        return [_message(name, message) for message in value]
     if value is not None:
         _check_text(name, value, f"{name} is not text")
+        if value.startswith(("[{'", '[{"')) and any(word in value[:12] for word in _MESSAGE_KEYS):
+            raise BadRecord(f"{name} is a list of messages that was saved as text")
     return value
+
+
+_MESSAGE_KEYS = ("role", "content", "from", "value")
+
+
+def _message(name: str, message: Any) -> Message:
+    """A message in the words of chat templates; what is absent is left out of it."""
+    if not isinstance(message, dict):
+        raise BadRecord(f"{name} has a message without a role")
+    message = {key: x for key, x in message.items() if x is not None}
+    role = message.pop("from", None) if "role" not in message else message.pop("role")
+    if not isinstance(role, str):
+        raise BadRecord(f"{name} has a message without a role")
+    if role not in ROLES:
+        raise BadRecord(f"{name} has a message of an unknown role")
+    content = message.pop("value", None) if "content" not in message else message.pop("content")
+    if isinstance(content, list):
+        content = _joined_parts(name, content)
+    if content is None and message.get("tool_calls"):
+        return {"role": ROLES[role], **message}
+    _check_text(name, content, f"{name} has a message without text")
+    return {"role": ROLES[role], "content": content, **message}
+
+
+def _joined_parts(name: str, parts: list[Any]) -> str:
+    """The text of a message whose content is a list of typed parts."""
+    texts = []
+    for part in parts:
+        text = part.get("text", part.get("value")) if isinstance(part, dict) else None
+        if not isinstance(text, str) or part.get("type", "text") != "text":
+            raise BadRecord(f"{name} has a message with content that is not text")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _check_text(name: str, value: Any, otherwise: str) -> None:
@@ -66,69 +272,44 @@ def _check_response(name: str, response: Any) -> None:
     if isinstance(response, list):
         if response[-1]["role"] != "assistant":
             raise BadRecord(f"{name} does not end with an assistant message")
+        if response[-1].get("tool_calls"):
+            return
         response = response[-1]["content"]
     if not response.strip():
         raise BadRecord(f"{name} is empty")
 
 
-def _conversation(
-    prompt: Any, chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
+# The prompt, made explicit
+
+
+def _conversation(prompt: Any, responses: list[list[Message]]) -> list[list[Message]]:
     """Prompt and responses of a conversation, however the set divides them."""
-    if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return [{"role": "user", "content": prompt}], chosen, rejected
+    if isinstance(prompt, str) and all(r[0]["role"] == "assistant" for r in responses):
+        return [[{"role": "user", "content": prompt}], *responses]
     if isinstance(prompt, list):
-        # some sets repeat the prompt's messages in both responses
+        # some sets repeat the prompt's messages in the responses
         size = len(prompt)
-        if chosen[:size] == prompt == rejected[:size]:
-            return prompt, chosen[size:], rejected[size:]
-        if chosen[0] == prompt[0] or rejected[0] == prompt[0]:
+        if all(response[:size] == prompt for response in responses):
+            return [prompt, *(response[size:] for response in responses)]
+        if any(response[0] == prompt[0] for response in responses):
             raise BadRecord("a response repeats a part of the prompt")
-        return prompt, chosen, rejected
+        return [prompt, *responses]
     # without a prompt, or with its text beside full conversations, the conversations rule
-    return _split_common_messages(chosen, rejected)
+    shared = _check_split(shared_start(*responses), responses)
+    return [responses[0][:shared], *(response[shared:] for response in responses)]
 
 
-def _check_messages(name: str, messages: list[Any]) -> None:
-    if not messages:
-        raise BadRecord(f"{name} is empty")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRecord(f"{name} has a message without a role")
-        _check_text(name, message.get("content"), f"{name} has a message without text")
+def _split_common_text(responses: list[str]) -> list[str]:
+    shared = _check_split(shared_start(*responses), responses)
+    prompt = responses[0][:shared].removesuffix(" ")  # a word's leading space belongs to the word
+    return [prompt, *(response[len(prompt) :] for response in responses)]
 
 
-def _split_common_messages(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    shared = _check_split(shared_start(chosen, rejected), chosen, rejected)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    shared = _check_split(shared_start(chosen, rejected), chosen, rejected)
-    prompt = chosen[:shared].removesuffix(" ")  # a word's leading space belongs to the word
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-
-
-def _check_split(shared: int, chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    if chosen == rejected:
+def _check_split(shared: int, responses: Sequence[Sequence[Any]]) -> int:
+    if responses[0] == responses[-1]:
         raise BadRecord("chosen and rejected are identical")
     if shared == 0:
         raise BadRecord("chosen and rejected share no prompt")
-    if shared in (len(chosen), len(rejected)):
+    if shared in map(len, responses):
         raise BadRecord("one response is the beginning of the other")
     return shared
-
-
-def shared_start(*sequences: Sequence[Any]) -> int:
-    """How many items these sequences have in common at their start."""
-    for position, items in enumerate(zip(*sequences, strict=False)):
-        if any(item != items[0] for item in items):
-            return position
-    return min(map(len, sequences))
-
-
-def content_id(value: Any) -> str:
-    """A hash of the text: the same whatever file, row or process it stands in."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

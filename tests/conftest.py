@@ -10,6 +10,14 @@ settings.load_profile("default")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """A cache of the tests' own: they neither use nor fill the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SAGE_SELECT_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Real data that is not part of the project; see the README for how to point at it."""

@@ -1,14 +1,19 @@
+import gzip
 import json
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from sage_select import PreferenceDataset
+from sage_select import PreferenceDataset, nca_responses, tokenising
+from sage_select.losses import response_weights
+from sage_select.measuring import response_logps
 from sage_select.records import BadRecord, checked_pair, shared_start
+from sage_select.tokenising import CHUNK_ROWS
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -65,6 +70,71 @@ SHAPES = {
         },
         (user("Sky?"), assistant("blue"), assistant("red")),
     ),
+    "sharegpt, a message for each response": (
+        {
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            "chosen": {"from": "gpt", "value": "blue"},
+            "rejected": {"from": "gpt", "value": "red"},
+        },
+        (user("Sky?"), assistant("blue"), assistant("red")),
+    ),
+    "sharegpt, text for each response, and a system prompt": (
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            "chosen": "blue",
+            "rejected": "red",
+        },
+        (
+            [{"role": "system", "content": "Be brief."}, *user("Sky?")],
+            assistant("blue"),
+            assistant("red"),
+        ),
+    ),
+    "whole conversations of typed parts": (
+        {
+            f"{side}_messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Sky?"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": text}]},
+            ]
+            for side, text in (("chosen", "blue"), ("rejected", "red"))
+        },
+        (user("Sky?"), assistant("blue"), assistant("red")),
+    ),
+    "alpaca": (
+        {"instruction": "Sky", "input": "now?", "chosen": "blue", "rejected": "red"},
+        ("Sky\nnow?", "blue", "red"),
+    ),
+    "alpaca, both in one list": (
+        {"instruction": "Sky?", "input": "", "output": ["blue", "red"]},
+        ("Sky?", "blue", "red"),
+    ),
+    "responses, the best first": (
+        {"prompt": "Sky?", "responses": ["blue", "grey", "red"]},
+        ("Sky?", "blue", "red"),
+    ),
+    "responses with scores": (
+        {"prompt": "Sky?", "responses": ["red", "blue", "grey"], "scores": [1, 5, 3.5]},
+        ("Sky?", "blue", "red"),
+    ),
+    "responses with ranks": (
+        {"prompt": "Sky?", "responses": ["red", "blue", "grey"], "ranks": [3, 1, 2]},
+        ("Sky?", "blue", "red"),
+    ),
+    "ultrafeedback": (
+        {
+            "instruction": "Sky?",
+            "completions": [
+                {"response": "red", "overall_score": 2.0},
+                {"response": "blue", "overall_score": 8.5},
+            ],
+        },
+        ("Sky?", "blue", "red"),
+    ),
+    "responses as messages": (
+        {"prompt": user("Sky?"), "responses": [assistant("blue"), assistant("red")]},
+        (user("Sky?"), assistant("blue"), assistant("red")),
+    ),
     "conversations beside a prompt as text": (
         {
             "prompt": "Sky?",
@@ -79,7 +149,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
     record, pair = SHAPES[name]
-    assert tuple(checked_pair(record)) == pair
+    assert checked_pair(record)[:3] == pair
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -104,6 +174,31 @@ BAD_RECORDS = {
         "chosen": user("p") + assistant("a"),
         "rejected": assistant("b"),
     },
+    "chosen has a message of an unknown role": GOOD | {"chosen": {"role": "bot", "content": "a"}},
+    "chosen has a message with content that is not text": GOOD
+    | {"chosen": [{"role": "assistant", "content": [{"type": "image", "text": "x"}]}]},
+    "chosen is a list of messages that was saved as text": GOOD | {"chosen": str(assistant("a"))},
+    "conversations ends with an assistant message": {
+        "conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "q"}],
+        "chosen": "a",
+        "rejected": "b",
+    },
+    "one labelled response, not a pair": {"messages": user("p") + assistant("a"), "label": True},
+    "one conversation, not a pair": {"messages": user("p") + assistant("a")},
+    "responses is not a list of two or more": {"prompt": "p", "responses": ["a"]},
+    "scores does not have one number per response": {
+        "prompt": "p",
+        "responses": ["a", "b"],
+        "scores": [1, None],
+    },
+    "ranks does not have one number per response": {
+        "prompt": "p",
+        "responses": ["a", "b"],
+        "ranks": [1],
+    },
+    "all responses are rated alike": {"prompt": "p", "responses": ["a", "b"], "scores": [3, 3]},
+    "response 2 is empty": {"prompt": "p", "responses": ["a", "", "b"]},
+    "completions is not a list of records": {"prompt": "p", "completions": ["a", "b"]},
     "prompt is empty": {"prompt": [], "chosen": assistant("a"), "rejected": assistant("b")},
 }
 
@@ -217,28 +312,233 @@ def test_split_keeps_pairs_of_a_prompt_together(tokenizer):
     assert not prompts[0] & prompts[1]
 
 
-@pytest.mark.parametrize("kind", ["list", "polars", "datasets", "jsonl", "parquet"])
-def test_every_kind_of_source_gives_the_same_pairs(kind, tokenizer, tmp_path):
-    rows, expected = records(), dataset(tokenizer)
-    if kind == "list":
-        found = dataset(tokenizer, rows)
-    elif kind == "polars":
-        found = dataset(tokenizer, pl.DataFrame(rows))
-    elif kind == "datasets":
-        datasets = pytest.importorskip("datasets")
-        found = dataset(tokenizer, datasets.Dataset.from_list(rows))
-    else:
-        path = tmp_path / f"pairs.{kind}"
-        if kind == "jsonl":
-            path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-        else:
+def write(kind, rows, path):
+    """Records in a file of this kind."""
+    lines = "\n".join(map(json.dumps, rows)) + "\n\n"
+    match kind:
+        case ".jsonl":
+            path.write_text(lines)
+        case ".jsonl.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case ".json":
+            path.write_text(json.dumps(rows, indent=1))
+        case ".csv" | ".tsv":
+            pl.DataFrame(rows).write_csv(path, separator="," if kind == ".csv" else "\t")
+        case ".parquet":
             pl.DataFrame(rows).write_parquet(path)
-        found = PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64)
+        case ".arrow":
+            pl.DataFrame(rows).write_ipc(path)
+        case ".feather":
+            pl.DataFrame(rows).write_ipc_stream(path)
+
+
+KINDS = [".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"]
+
+
+def check_same(found, expected):
     assert found.ids.tolist() == expected.ids.tolist()
     assert found.annotations.equals(expected.annotations)
     assert [s.tokens.tolist() for s in found.sequences()] == [
         s.tokens.tolist() for s in expected.sequences()
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_pairs(kind, tokenizer, tmp_path):
+    write(kind, records(), tmp_path / f"pairs{kind}")
+    for path in (tmp_path / f"pairs{kind}", tmp_path):  # the file, and the folder it stands in
+        check_same(
+            PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64), dataset(tokenizer)
+        )
+
+
+@pytest.mark.parametrize(
+    "kind", ["list", "polars", "lazy", "pandas", "arrow", "datasets", "stream"]
+)
+def test_every_kind_of_table_gives_the_same_pairs(kind, tokenizer):
+    table = pl.DataFrame(records())
+    if kind in ("datasets", "stream"):
+        datasets = pytest.importorskip("datasets")
+    makers = {
+        "list": records,
+        "polars": lambda: table,
+        "lazy": table.lazy,
+        "pandas": table.to_pandas,
+        "arrow": table.to_arrow,
+        "datasets": lambda: datasets.Dataset.from_list(records()),
+        "stream": lambda: datasets.Dataset.from_list(records()).to_iterable_dataset(),
+    }
+    check_same(dataset(tokenizer, makers[kind]()), dataset(tokenizer))
+
+
+def test_a_set_saved_by_datasets(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(records())})
+    saved.save_to_disk(tmp_path / "set")
+    check_same(
+        PreferenceDataset.read(tmp_path / "set", tokenizer=tokenizer, max_length=64),
+        dataset(tokenizer),
+    )
+    with pytest.raises(ValueError, match="has no split 'test'; it has train"):
+        PreferenceDataset.read(tmp_path / "set", tokenizer=tokenizer, max_length=64, split="test")
+
+
+def test_fields_of_other_names(tokenizer):
+    rows = [{"q": r["prompt"], "good": r["chosen"], "rejected": r["rejected"]} for r in records()]
+    found = dataset(tokenizer, rows, columns={"prompt": "q", "chosen": "good"})
+    assert found.ids.tolist() == dataset(tokenizer).ids.tolist()
+
+
+# Tokens on disk
+
+
+def long_records():
+    """Enough for three chunks, a duplicate across chunks, columns that change their kind."""
+    rows = [
+        {"prompt": f"{i}+1?", "chosen": f"{i}+1={i + 1}", "rejected": "0", "kind": i}
+        for i in range(2 * CHUNK_ROWS + 10)
+    ]
+    rows[5]["rejected"] = ""
+    rows[CHUNK_ROWS + 1] = rows[0] | {"kind": 0.5}
+    rows[-1] |= {"kind": "text", "late": 1}
+    return rows
+
+
+def test_tokens_on_disk_are_those_in_memory(tokenizer, tmp_path):
+    rows = long_records()
+    in_memory = dataset(tokenizer, rows)
+    on_disk = dataset(tokenizer, rows, cache=tmp_path)
+    check_same(on_disk, in_memory)
+    assert len(list(tmp_path.glob("*.arrow"))) == 3
+    assert on_disk.set_aside.rows() == [
+        (5, "rejected is empty"),
+        (CHUNK_ROWS + 1, "duplicate pair"),
+    ]
+    assert on_disk.column("source_row").to_list() == [
+        i for i in range(len(rows)) if i not in (5, CHUNK_ROWS + 1)
+    ]
+    assert on_disk.column("kind")[[0, -1]].to_list() == ["0", '"text"']  # JSON text
+    assert on_disk.column("late")[[0, -1]].to_list() == [None, 1]
+    row = on_disk.take([CHUNK_ROWS + 5])
+    assert tokenizer.decode(row.sequences()[0].tokens).startswith(f"{CHUNK_ROWS + 7}+1?")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many chunks were tokenised, not found in the cache."""
+    made, make = [], tokenising.make_table
+
+    def counting(rows, *args):
+        made.append(len(rows))
+        return make(rows, *args)
+
+    monkeypatch.setattr(tokenising, "make_table", counting)
+    return made
+
+
+def test_what_has_not_changed_is_not_tokenised_again(counted, tokenizer, tmp_path):
+    path, options = tmp_path / "pairs.jsonl", {"cache": tmp_path / "cache"}
+    rows = long_records()
+
+    def read(max_length=64):
+        write(".jsonl", rows, path)
+        counted.clear()
+        PreferenceDataset.read(path, tokenizer=tokenizer, max_length=max_length, **options)
+        return list(counted)
+
+    assert read() == [CHUNK_ROWS, CHUNK_ROWS, 10]
+    assert read() == []
+    rows.append({"prompt": "9?", "chosen": "1", "rejected": "2"})
+    assert read() == [11]  # the last chunk alone
+    assert read(max_length=63) == [CHUNK_ROWS, CHUNK_ROWS, 11]
+    (
+        spoiled := max((tmp_path / "cache").glob("*.arrow"), key=lambda p: p.stat().st_mtime)
+    ).write_bytes(b"spoiled")
+    assert sum(read(max_length=63)) == 11, spoiled
+
+
+def test_a_changed_template_or_vocabulary_is_tokenised_again(counted, data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
+    record, _ = SHAPES["conversational, explicit prompt"]
+    options = {"tokenizer": tokenizer, "max_length": 64, "cache": tmp_path}
+
+    def read():
+        counted.clear()
+        PreferenceDataset.from_records([record], **options)
+        return len(counted)
+
+    assert (read(), read()) == (1, 0)
+    tokenizer("a call that pads", padding="max_length", max_length=8, truncation=True)
+    assert read() == 0
+    tokenizer.chat_template = "!" + tokenizer.chat_template
+    assert (read(), read()) == (1, 0)
+    tokenizer.add_tokens("blue")
+    assert read() == 1
+
+
+@pytest.mark.slow
+def test_tokenising_in_processes_gives_the_same(data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
+    path = data / "pairs" / "gsm8k_delta.parquet"
+    options = {"tokenizer": tokenizer, "max_length": 256}
+    here = PreferenceDataset.read(path, cache=tmp_path / "one", **options)
+    there = PreferenceDataset.read(path, cache=tmp_path / "two", num_workers=2, **options)
+    check_same(there, here)
+    in_memory = PreferenceDataset.from_records(pl.read_parquet(path), num_workers=2, **options)
+    check_same(in_memory, here)
+
+
+# More than two responses
+
+
+def test_more_than_two_responses(tokenizer):
+    rows = [
+        {"prompt": f"{i}+1?", "responses": ["0", f"{i + 1}", "1", "2"], "scores": [0.5, 9, 3, 0]}
+        for i in range(4, 7)
+    ]
+    ranked = dataset(tokenizer, rows)
+    assert ranked.num_responses.tolist() == [4, 4, 4]
+    assert ranked.response_scores.tolist() == [[9, 3, 0.5, 0]] * 3
+    texts = [tokenizer.decode(s.tokens[s.response_start :]) for s in ranked.responses()[:4]]
+    assert texts == ["5<eos>", "1<eos>", "0<eos>", "2<eos>"]
+    assert [s.tokens.tolist() for s in ranked.sequences()[::3]] == [
+        ranked.responses()[i].tokens.tolist() for i in (0, 3)
+    ]
+    mixed = dataset(tokenizer, [*rows, *records()])
+    assert mixed.take([2, 0]).response_scores.shape == (2, 4)
+    with pytest.raises(ValueError, match="rows have 2 to 4 responses; take those of one number"):
+        mixed.responses()
+    with pytest.raises(ValueError, match="have no scores"):
+        _ = mixed.take([3]).response_scores
+
+
+def test_k_responses_train(tokenizer):
+    """The K-response NCA loss on K responses lowers itself and lifts the best response's reward."""
+    from arithmetic import load_base
+
+    model, _ = load_base()
+    rows = [
+        {"prompt": f"{i}+{i}?", "responses": [f"{i}+{i}={2 * i}", "1", "7"], "scores": [3, 1, 2]}
+        for i in range(2, 6)
+    ]
+    ranked = dataset(tokenizer, rows)
+    weights = response_weights(torch.from_numpy(ranked.response_scores))
+
+    def logps():
+        return response_logps(model, ranked.responses()).reshape(len(ranked), -1)
+
+    reference = logps().detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = nca_responses(logps(), reference, weights).mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    rewards = logps() - reference
+    assert (rewards[:, 0] > rewards[:, 1:].amax(dim=1)).all()
 
 
 def test_annotations_of_mixed_kinds_lose_nothing(tokenizer):
@@ -314,6 +614,45 @@ def test_plain_text_needs_an_end_token(data):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen2")
     with pytest.raises(ValueError, match=r"set tokenizer\.eos_token"):
         dataset(tokenizer)
+
+
+WATERFALL = {  # rows read, set aside, pairs
+    "formats/dpo_en_demo.json.gz": (300, 19, 281),
+    "formats/dpo_zh_demo.json.gz": (300, 12, 288),
+    "formats/v1_dpo_demo.jsonl.gz": (10, 0, 10),
+    "pairs/gsm8k_delta.parquet": (4590, 8, 4582),
+    "pairs/gsm8k_verified.parquet": (3978, 6, 3972),
+    "pairs/judgebench.parquet": (547, 0, 547),
+    "pairs/llamafactory_demo.parquet": (600, 30, 570),
+    "pairs/llmbar.parquet": (610, 2, 608),
+    "pairs/math_rm.parquet": (200, 8, 192),
+    "pairs/mr_gsm8k.parquet": (405, 0, 405),
+    "pairs/nemo_math.parquet": (42, 0, 42),
+    "pairs/pandalm.parquet": (999, 158, 841),
+    "pairs/prometheus.parquet": (324, 0, 324),
+}
+
+
+@pytest.mark.parametrize("name", WATERFALL)
+def test_real_files(name, data):
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
+    pairs = PreferenceDataset.read(data / name, tokenizer=tokenizer, max_length=2048)
+    found = (len(pairs) + pairs.set_aside.height, pairs.set_aside.height, len(pairs))
+    assert found == WATERFALL[name]
+    lines = pairs.waterfall().splitlines()
+    numbers = [int(line.split()[0].replace(",", "")) for line in lines]
+    assert sum(numbers[:-1]) == numbers[-1] == len(pairs)
+    assert sorted([*pairs.column("source_row"), *pairs.set_aside["source_row"]]) == list(
+        range(found[0])
+    )
+
+
+def test_a_real_file_that_has_no_pairs(data):
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
+    with pytest.raises(ValueError, match="'one labelled response, not a pair': 300"):
+        PreferenceDataset.read(
+            data / "formats" / "kto_en_demo.json.gz", tokenizer=tokenizer, max_length=2048
+        )
 
 
 def test_real_pairs(data, stories):

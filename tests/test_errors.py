@@ -1,5 +1,6 @@
 """Bad input gets an error that names the call, the value and the fix."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -139,8 +140,20 @@ def dataset(**options) -> PreferenceDataset:
 DATASET_ERRORS = [
     (lambda: dataset(max_length=1), ValueError, "max_length must be at least 2, got 1"),
     (lambda: dataset(on_bad="skip"), ValueError, "set_aside or error, got 'skip'"),
-    (lambda: dataset(records="pairs.jsonl"), TypeError, "must be a list of dicts, a polars"),
-    (lambda: dataset(records=[1, 2]), TypeError, "got list"),
+    (
+        lambda: dataset(records="pairs.jsonl"),
+        TypeError,
+        "must be a list of dicts, a polars, pandas",
+    ),
+    (lambda: dataset(records=[1, 2]), ValueError, "{'not a record': 2}"),
+    (lambda: dataset(records=7), TypeError, "got int; for a file or a hub's name, call"),
+    (lambda: dataset(num_workers=-1), ValueError, "num_workers must be at least 0, got -1"),
+    (
+        lambda: dataset(columns={"prompt": "question"}),
+        ValueError,
+        "it has prompt, chosen, rejected",
+    ),
+    (lambda: dataset().response_scores, ValueError, "give each record a list `scores`"),
     (lambda: dataset().take([True]), TypeError, "np.flatnonzero(mask)"),
     (lambda: dataset().take([0.5]), TypeError, "rows must be whole numbers, got an array of float"),
     (lambda: dataset(records=[{"chosen": "2"}]), ValueError, "none of the 1 rows can be used"),
@@ -159,21 +172,43 @@ def test_messages_of_datasets(call, kind, words):
     test_messages(call, kind, words)
 
 
+FILES = [
+    ("pairs.txt", "", "cannot read pairs.txt; known endings are .jsonl, .ndjson, .json, .csv"),
+    ("pairs.jsonl", '{"prompt": "1?"}\n{oops', "line 2 of"),
+    ("pairs.json", '[{"prompt": "1?"}', "is not JSON"),
+    ("pairs.jsonl.gz", "not compressed", "cannot be read as jsonl: Not a gzipped file"),
+    ("pairs.parquet", "not a table", "cannot be read as parquet"),
+    ("pairs.arrow", "not a table", "cannot be read as arrow"),
+    ("pairs.csv", 'chosen,rejected\n"1', "pairs.csv is not CSV"),
+    ("pairs.jsonl", b'{"prompt": "\xff"}', "cannot be read as jsonl: 'utf-8' codec can't decode"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), FILES, ids=[row[2] for row in FILES])
+def test_messages_of_files(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read(tmp_path / name)
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("pairs.txt", "", "cannot read pairs.txt; known endings are .jsonl, .ndjson, .parquet"),
-        ("pairs.jsonl", '{"prompt": "1?"}\n{oops', "line 2 of"),
-    ],
+    ("name", "words"),
+    [("none.jsonl", "no file"), ("org/no-such-set", "no dataset of that name could be loaded")],
 )
-def test_messages_of_files(name, text, words, tmp_path):
+def test_messages_of_missing_sources(name, words):
+    with pytest.raises(FileNotFoundError, match=words):
+        read(name)
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no file in .* has a known ending"):
+        read(tmp_path)
+
+
+def read(path):
     from arithmetic import build_tokenizer
 
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=words):
-        PreferenceDataset.read(tmp_path / name, tokenizer=build_tokenizer(), max_length=8)
-    with pytest.raises(FileNotFoundError, match=r"datasets\.load_dataset"):
-        PreferenceDataset.read(tmp_path / "none.jsonl", tokenizer=None, max_length=8)
+    return PreferenceDataset.read(path, tokenizer=build_tokenizer(), max_length=8)
 
 
 def test_a_reference_of_other_rows_is_named():

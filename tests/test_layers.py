@@ -12,7 +12,12 @@ from conftest import ROOT
 PURE = {"numpy", "torch"}
 LEVELS: dict[str, tuple[int, set[str]]] = {
     "hashing": (0, {"numpy"}),
+    "cache": (0, set()),
+    "progress": (0, {"tqdm"}),
     "records": (0, set()),
+    "fingerprints": (0, {"torch"}),
+    "sources": (0, {"datasets", "polars", "pyarrow"}),
+    "tokenising": (1, {"jinja2", "polars", "pyarrow"}),
     "quotas": (1, {"numpy"}),
     "rows": (1, {"numpy"}),
     "schedules": (0, set()),
@@ -27,12 +32,13 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "metrics": (3, {"torch"}),
     "ranking": (3, {"numpy"}),
     "audit": (3, {"numpy", "polars"}),
-    "dataset": (3, {"jinja2", "numpy", "polars", "tqdm"}),
-    "measuring": (4, {"numpy", "torch", "tqdm"}),
+    "dataset": (3, {"numpy", "polars", "pyarrow"}),
+    "measuring": (4, PURE),
+    "store": (5, {"numpy", "polars", "pyarrow", "torch"}),
     "selector": (5, PURE),
     "loader": (6, {"numpy"}),
     "adapters": (7, set()),
-    "adapters.plain": (8, {"torch", "tqdm", "transformers"}),
+    "adapters.plain": (8, {"torch", "transformers"}),
 }
 HOSTS = {"accelerate", "datasets", "lightning", "peft", "trl", "matplotlib", "pandas"}
 

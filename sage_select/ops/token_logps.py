@@ -53,11 +53,8 @@ def token_logps(
         raise NotImplementedError(
             'token_logps: impl="fused" is not part of this version; use impl="chunked"'
         )
-    implementations = {
-        "auto": token_logps_chunked,
-        "chunked": token_logps_chunked,
-        "reference": token_logps_reference,
-    }
+    impl = resolved(impl)
+    implementations = {"chunked": token_logps_chunked, "reference": token_logps_reference}
     if impl not in implementations:
         raise ValueError(
             f"token_logps: impl must be auto, reference, chunked or fused, got {impl!r}"
@@ -75,6 +72,11 @@ def token_logps(
     if everything:
         return logps
     return logps.new_zeros(len(targets)).index_put((scored,), logps)
+
+
+def resolved(impl: Implementation) -> Implementation:
+    """What "auto" stands for; any other implementation stands for itself."""
+    return "chunked" if impl == "auto" else impl
 
 
 def sequence_logps(

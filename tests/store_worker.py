@@ -1,0 +1,39 @@
+"""Fills a reference store, and dies by SIGKILL at a given write: before, in or after it."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from worlds import arithmetic_world
+
+from sage_select import ReferenceStore, store
+
+NEVER = -1
+
+
+def fill(folder: Path, fatal_write: int, moment: str) -> None:
+    """Fill the store in small parts; at the fatal write, die."""
+    store.WRITE_EVERY = 0.0
+    write, writes = store.replace_durably, 0
+
+    def replace_durably(partial: Path, path: Path) -> None:
+        nonlocal writes
+        if path.suffix != ".arrow":
+            write(partial, path)
+            return
+        writes += 1
+        if writes == fatal_write and moment == "in":
+            partial.write_bytes(partial.read_bytes()[:100])
+        if writes != fatal_write or moment == "after":
+            write(partial, path)
+        if writes == fatal_write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.replace_durably = replace_durably
+    world = arithmetic_world()
+    ReferenceStore(world.model, world.dataset, folder=folder, max_batch_tokens=256).fill()
+
+
+if __name__ == "__main__":
+    fill(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,366 @@
+"""What was measured once is never measured again, and what has changed always is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from store_worker import NEVER, fill
+
+from sage_select import PreferenceDataset, ReferenceStore, measure, measuring, store
+from sage_select.store import evict, read_reference, stored_references
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The sequences that went through a model, the head's own check apart."""
+    seen, forward = [], measuring.response_logps
+
+    def counting(model, sequences, **options):
+        seen.extend(sequences)
+        return forward(model, sequences, **options)
+
+    monkeypatch.setattr(measuring, "response_logps", counting)
+    monkeypatch.setattr(measuring, "_check_head", lambda *args: None)
+    return seen
+
+
+def equal(left, right) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_store_is_measured_once(still, forwards, tmp_path):
+    first = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    assert len(first) == 0
+    assert len(first.missing()) == len(still.dataset)
+    assert first.fill() == len(forwards) > 0
+    expected = measure(still.model, still.dataset)
+    forwards.clear()
+    for opened in (first, ReferenceStore(deepcopy(still.model), still.dataset, folder=tmp_path)):
+        assert opened.fill() == 0
+        assert equal(opened.take(still.dataset.index), expected)
+        assert equal(opened.take([7, 3]), expected.take([7, 3]))
+    assert forwards == []
+
+
+def test_rows_are_measured_when_they_are_first_asked_for(still, forwards, tmp_path):
+    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    reference.take([3, 1])
+    assert 0 < len(forwards) <= 4
+    missing = len(reference.missing())
+    assert 0 < missing <= len(still.dataset) - 2
+    assert reference.fill() > 0
+    assert len(reference.missing()) == 0
+
+
+def test_a_selector_takes_a_store(still, tmp_path):
+    from dataclasses import replace
+
+    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    policy = deepcopy(still.model)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.01)
+    pool = still.dataset.take(still.timeline.plan.pools[1])
+    expected = still.selector.select(policy, pool, 6)
+    found = replace(still.selector, reference=reference).select(policy, pool, 6)
+    assert found.indices.tolist() == expected.indices.tolist()
+
+
+def other_rows(still, **options):
+    from worlds import arithmetic_pairs
+
+    rows = list(arithmetic_pairs())
+    return PreferenceDataset.from_records(rows, tokenizer=still.tokenizer, **options)
+
+
+def first_word(model):
+    return next(model.parameters()).data.view(torch.int32)[0, 0]
+
+
+CHANGES = {
+    "one bit of one weight": lambda model: first_word(model).add_(1),
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "a setting": lambda model: setattr(model.config, "rms_norm_eps", 1e-5),
+    "path": lambda model: model.set_attn_implementation("eager"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_is_another_reference(change, still, tmp_path):
+    model = deepcopy(still.model)
+    ReferenceStore(model, still.dataset, folder=tmp_path).fill()
+    CHANGES[change](model)
+    assert len(ReferenceStore(model, still.dataset, folder=tmp_path)) == 0
+
+
+def test_mixed_precision_and_head_are_part_of_the_path(still, tmp_path):
+    options = [{}, {"mixed_precision": torch.bfloat16}, {"impl": "reference"}]
+    stores = [ReferenceStore(still.model, still.dataset, folder=tmp_path, **o) for o in options]
+    assert len({reference.identity for reference in stores}) == 3
+    chunked = ReferenceStore(still.model, still.dataset, folder=tmp_path, impl="chunked")
+    assert chunked.identity == stores[0].identity  # what "auto" stands for
+
+
+def test_truncation_measures_again_just_what_it_has_changed(still, forwards, tmp_path):
+    whole, cut = other_rows(still, max_length=64), other_rows(still, max_length=16)
+    ReferenceStore(still.model, whole, folder=tmp_path).fill()
+    changed = {s.tokens.tobytes() for s in cut.sequences()} - {
+        s.tokens.tobytes() for s in whole.sequences()
+    }
+    forwards.clear()
+    reference = ReferenceStore(still.model, cut, folder=tmp_path)
+    assert reference.fill() == len(changed) > 0
+    assert {s.tokens.tobytes() for s in forwards} == changed
+    logps = reference.take(cut.index)
+    torch.testing.assert_close(logps.chosen, measure(still.model, cut).chosen)
+
+
+def test_one_byte_of_a_template_measures_everything_again(data, forwards, stories, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, _ = stories
+    tokenizer = AutoTokenizer.from_pretrained(data / "models" / "stories260K")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Tell a story of {i} cats."}],
+            "chosen": [{"role": "assistant", "content": f"Once there were {i} cats."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+        for i in range(3)
+    ]
+    template = "{% for m in messages %}# {{ m.content }}\n{% endfor %}"
+    counts = []
+    for text in (template, template, template.replace("#", "+")):
+        tokenizer.chat_template = text
+        pairs = PreferenceDataset.from_records(rows, tokenizer=tokenizer, max_length=64)
+        counts.append(ReferenceStore(model, pairs, folder=tmp_path).fill())
+    assert counts == [6, 0, 6]
+
+
+def test_adapters_are_off(still, forwards, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    lora = peft.LoraConfig(target_modules="all-linear", r=4)
+    policy = peft.get_peft_model(deepcopy(still.model), lora)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    reference = ReferenceStore(policy, still.dataset, folder=tmp_path)
+    assert reference.identity == base.identity
+    assert reference.fill() > 0
+    assert base.fill() == 0
+    expected = measure(still.model, still.dataset)
+    assert equal(base.take(still.dataset.index), expected)
+    assert not torch.allclose(measure(policy, still.dataset).chosen, expected.chosen)
+
+
+def test_a_reference_that_was_trained_is_refused(world, tmp_path):
+    reference = ReferenceStore(world.model, world.dataset, folder=tmp_path)
+    reference.fill([0, 1])
+    with torch.no_grad():
+        next(world.model.parameters()).add_(0.1)
+    assert len(reference.take([0, 1]).index) == 2
+    with pytest.raises(ValueError, match="weights have changed since the store was opened"):
+        reference.take([2])
+
+
+def test_a_store_without_a_model(still, tmp_path):
+    first = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    first.fill([4, 5])
+    read_only = ReferenceStore(None, still.dataset, folder=tmp_path, identity=first.identity)
+    assert equal(read_only.take([5, 4]), first.take([5, 4]))
+    with pytest.raises(ValueError, match="there is no model to measure them with"):
+        read_only.take([6])
+    with pytest.raises(FileNotFoundError, match=f"has no reference other; it has {first.identity}"):
+        ReferenceStore(None, still.dataset, folder=tmp_path, identity="other")
+    with pytest.raises(ValueError, match="give a model, or the identity"):
+        ReferenceStore(None, still.dataset, folder=tmp_path)
+
+
+def test_what_is_not_finite_is_not_stored(still, tmp_path):
+    model = deepcopy(still.model)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    reference = ReferenceStore(model, still.dataset, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"a response of pair \w+ \(row \d+\) has log-prob nan"):
+        reference.fill()
+    assert len(ReferenceStore(model, still.dataset, folder=tmp_path)) == 0
+
+
+def test_a_row_of_another_dataset_is_named(still, tmp_path):
+    some = still.dataset.take([0, 1])
+    with pytest.raises(KeyError, match="row 5 is not among the 2 pairs of the store's dataset"):
+        ReferenceStore(still.model, some, folder=tmp_path).take([5])
+
+
+# On disk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "in", "after"])
+def test_a_store_that_was_killed_twice_equals_one_that_was_not(
+    moment, still, tmp_path, monkeypatch
+):
+    for name in ("WRITE_EVERY", "replace_durably"):  # `fill` sets them; put back afterwards
+        monkeypatch.setattr(store, name, getattr(store, name))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "examples")])
+    }
+    sizes = []
+    for _ in range(2):
+        worker = [sys.executable, TESTS / "store_worker.py", killed, "3", moment]
+        done = subprocess.run(worker, env=environment, timeout=300, check=False)
+        assert done.returncode == -signal.SIGKILL
+        sizes.append(stored_references(killed)[0].sequences)
+    assert 0 < sizes[0] < sizes[1] < stored_total(still)
+    fill(whole, NEVER, "")
+    fill(killed, NEVER, "")
+    (one,), (other,) = stored_references(whole), stored_references(killed)
+    left, right = (store._read_parts(f / r.identity) for f, r in ((whole, one), (killed, other)))
+    assert left.keys.tobytes() == right.keys.tobytes()
+    assert left.logps.tobytes() == right.logps.tobytes()
+
+
+def stored_total(still) -> int:
+    return len({s.tokens.tobytes() for s in still.dataset.sequences()})
+
+
+def test_many_parts_become_one(still, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(store, "MERGE_ABOVE", 3)
+    options = {"folder": tmp_path, "max_batch_tokens": 256}
+    reference = ReferenceStore(still.model, still.dataset, **options)
+    leftover = reference.folder / ".part-x.arrow.0.partial"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"cut sh")
+    os.utime(leftover, (0, 0))
+    reference.fill()
+    assert len(list(reference.folder.glob("part-*"))) == 1
+    assert not leftover.exists()
+    monkeypatch.undo()
+    assert ReferenceStore(still.model, still.dataset, folder=tmp_path).fill() == 0
+
+
+def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
+    """Whoever merges while another reads or writes, nothing is lost and nothing is torn."""
+    monkeypatch.setattr(store, "MERGE_ABOVE", 1)
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    keys = np.frombuffer(np.random.default_rng(0).bytes(16 * 60), dtype="S16")
+    values = np.arange(60.0)
+    for start in range(0, 60, 10):
+        store._write_part(
+            folder, keys[start : start + 10], torch.from_numpy(values).numpy()[start : start + 10]
+        )
+        before = sorted(folder.glob("part-*"))
+        read = store._read_part
+
+        def merged_meanwhile(path, read=read):
+            monkeypatch.setattr(store, "_read_part", read)
+            store._merge(folder)
+            return read(path)
+
+        monkeypatch.setattr(store, "_read_part", merged_meanwhile)
+        entries = store._read_parts(folder)
+        monkeypatch.setattr(store, "_read_part", read)
+        known = start + 10
+        assert entries.look_up(keys[:known]).tolist() == values[:known].tolist(), before
+        assert np.isnan(entries.look_up(keys[known:])).all()
+
+
+def test_a_spoiled_part_is_measured_again(still, tmp_path):
+    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    reference.fill()
+    (part,) = reference.folder.glob("part-*")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    again = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    with pytest.warns(UserWarning, match="is not what was written and is passed over"):
+        assert len(again) == 0
+
+
+def test_eviction(still, tmp_path):
+    for scale in (1.0, 1.1, 1.2):
+        model = deepcopy(still.model)
+        with torch.no_grad():
+            next(model.parameters()).mul_(scale)
+        reference = ReferenceStore(model, still.dataset, folder=tmp_path)
+        reference.fill()
+    old, *_ = (r.identity for r in stored_references(tmp_path) if r.identity != reference.identity)
+    for file in (tmp_path / old).iterdir():
+        os.utime(file, (time.time() - 100,) * 2)
+    assert [r.identity for r in evict(tmp_path, unused_for=50)] == [old]
+    size = max(r.size for r in stored_references(tmp_path))
+    os.utime(reference.folder / "reference.json", (time.time() + 9,) * 2)
+    assert len(evict(tmp_path, max_size=size)) == 1
+    (left,) = stored_references(tmp_path)
+    assert left.identity == reference.identity
+    assert left.told["dtype"] == "torch.float32"
+    evict(tmp_path, identity=left.identity)
+    assert stored_references(tmp_path) == []
+    with pytest.raises(ValueError, match="has no reference"):
+        evict(tmp_path, identity=left.identity)
+    with pytest.raises(ValueError, match="say what to delete"):
+        evict(tmp_path)
+
+
+# Log-probs from elsewhere
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ".jsonl"])
+def test_log_probs_from_a_file(ending, still, tmp_path):
+    expected = measure(still.model, still.dataset)
+    table = pl.DataFrame(
+        {
+            "pair_id": still.dataset.ids[::-1],
+            "ref_chosen_logps": expected.chosen.numpy()[::-1],
+            "ref_rejected_logps": expected.rejected.numpy()[::-1],
+        }
+    )
+    path = tmp_path / f"logps{ending}"
+    {".parquet": table.write_parquet, ".csv": table.write_csv, ".jsonl": table.write_ndjson}[
+        ending
+    ](path)
+    assert equal(read_reference(path, still.dataset), expected)
+
+
+BAD_FILES = {
+    "has no column 'ref_chosen_logps'": lambda table: table.drop("ref_chosen_logps"),
+    "has no log-probs for pair": lambda table: table.head(3),
+    "has different log-probs for pair": lambda table: pl.concat(
+        [table, table.with_columns(pl.col("ref_chosen_logps") - 1)]
+    ),
+    "has a log-prob above 0": lambda table: table.with_columns(-pl.col("ref_chosen_logps")),
+}
+
+
+@pytest.mark.parametrize("words", BAD_FILES)
+def test_messages_of_log_prob_files(words, still, tmp_path):
+    size = len(still.dataset)
+    table = pl.DataFrame(
+        {
+            "pair_id": still.dataset.ids,
+            "ref_chosen_logps": np.full(size, -1.0),
+            "ref_rejected_logps": np.full(size, -2.0),
+        }
+    )
+    BAD_FILES[words](table).write_parquet(tmp_path / "logps.parquet")
+    with pytest.raises(ValueError, match=words):
+        read_reference(tmp_path / "logps.parquet", still.dataset)
+
+
+def test_a_log_prob_file_of_unknown_kind_is_refused(still, tmp_path):
+    with pytest.raises(ValueError, match="known endings are"):
+        read_reference(tmp_path / "logps.txt", still.dataset)
