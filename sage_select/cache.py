@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,6 +14,12 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("SAGE_SELECT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sage-select"
+
+
+def mark_as_used(path: Path) -> None:
+    """Note that a file was of use now, so that eviction spares it; no matter if that cannot be."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def partial_path(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from sage_select.cache import cache_folder, partial_path, replace_durably
+from sage_select.cache import cache_folder, mark_as_used, partial_path, replace_durably
 from sage_select.fingerprints import digest, tokenizer_digest
 from sage_select.hashing import Float64Array, Int64Array, hash_order
 from sage_select.rows import checked_rows
@@ -115,7 +116,7 @@ class PreferenceDataset:
         _check_options(max_length, on_bad, num_workers)
         records = read_records(path, split=split, subset=subset, revision=revision)
         identity = tokenizer_digest(tokenizer)
-        folder = _writable(Path(cache) if cache is not None else cache_folder() / "tokens")
+        folder = _writable(Path(cache) if cache is not None else tokens_folder())
         files = source_files(Path(path)) if Path(path).exists() else []
         manifest = _Manifest.of(folder, files, [FORMAT, identity, max_length, columns])
         chunks = manifest.read() if manifest is not None else None
@@ -345,6 +346,21 @@ class PreferenceDataset:
         return "\n".join(lines)
 
 
+def tokens_folder() -> Path:
+    """Where tokens are kept unless a call says otherwise."""
+    return cache_folder() / "tokens"
+
+
+def evict_tokens(unused_for: float, folder: str | Path | None = None) -> tuple[int, int]:
+    """Delete tokens that were unused for so many seconds; files and bytes that went."""
+    place = Path(folder) if folder is not None else tokens_folder()
+    gone = [file for file in place.glob("*") if time.time() - file.stat().st_mtime > unused_for]
+    freed = sum(file.stat().st_size for file in gone)
+    for file in gone:
+        file.unlink(missing_ok=True)
+    return len(gone), freed
+
+
 class _PairTable:
     """All usable pairs, in tables of some thousand rows that may be memory-mapped.
 
@@ -515,6 +531,7 @@ class _Manifest(NamedTuple):
         """The chunks, where all of them are still in the cache."""
         try:
             names = json.loads(self.path.read_text())
+            mark_as_used(self.path)
             return [(name, read_table(chunk_path(self.folder, name))) for name in names]
         except (OSError, ValueError, pa.ArrowException):
             return None

@@ -159,10 +159,14 @@ class SelectiveLoader:
             self.log.write(k, selection, pool.ids, run=self._run)
         if self.on_select is not None:
             self.on_select(k, selection)
-        kept = np.asarray(selection)
-        shuffled = kept[hash_order(self.dataset.take(kept).ids, "train", self.seed, k)]
+        shuffled = training_order(self.dataset.take(np.asarray(selection)), self.seed, k)
         self._rows = np.concatenate([self._rows, shuffled])
         self._scored += 1
+
+
+def training_order(kept: PreferenceDataset, seed: int, interval: int) -> Int64Array:
+    """The rows of an interval's kept pairs in the seeded order in which they are trained."""
+    return kept.index[hash_order(kept.ids, "train", seed, interval)]
 
 
 class ShuffledLoader:

@@ -1,5 +1,7 @@
 """Losses: what a pair is trained on. `(policy, reference) -> [P]`, one value per pair, in nats."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -115,3 +117,7 @@ def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
     else:
         temperature = torch.full_like(spread, alpha)
     return torch.softmax((scores - scores.amax(dim=1, keepdim=True)) / temperature, dim=1)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"nca": nca, "dpo": dpo}
+"""The pairwise losses by their names, for configurations."""

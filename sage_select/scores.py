@@ -8,6 +8,7 @@ the rejected one, p_z = sigmoid(u_z) the confidence, g_z = 1 - p_z the gradient,
 h_z = p_z (1 - p_z) the curvature of -log sigmoid(u_z).
 """
 
+from collections.abc import Callable
 from math import inf, log
 from typing import Literal, NamedTuple
 
@@ -217,3 +218,21 @@ def _rank_within_length(score: Tensor, length: Tensor, bins: int = 10) -> Tensor
         rank = torch.searchsorted(ascending, member, right=True)
         fraction[stratum == b] = rank.double() / max(len(member), 1)
     return fraction
+
+
+SCORES: dict[str, Callable[..., Tensor]] = {
+    score.__name__: score
+    for score in (
+        sage,
+        without_gradient,
+        without_curvature,
+        gradient_slope,
+        dpo_newton,
+        nca_newton,
+        smallest_margin,
+        largest_margin,
+        shortest,
+        random,
+    )
+}
+"""The scores by their names, for configurations."""

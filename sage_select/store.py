@@ -12,11 +12,10 @@ trainers share what they have.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from sage_select.cache import cache_folder, partial_path, replace_durably
+from sage_select.cache import cache_folder, mark_as_used, partial_path, replace_durably
 from sage_select.dataset import PreferenceDataset, TokenSequence
 from sage_select.fingerprints import digest, has_adapters, model_digest
 from sage_select.hashing import Float64Array, Int64Array
@@ -199,8 +198,7 @@ class ReferenceStore:
     def _known(self) -> Float64Array:
         if self._logps is None:
             self._logps = _read_parts(self.folder).look_up(self._dataset_keys)
-            with suppress(OSError):  # a store that may only be read is not marked as used
-                os.utime(self.folder / "reference.json")
+            mark_as_used(self.folder / "reference.json")
         return self._logps
 
     @cached_property
@@ -229,7 +227,8 @@ class ReferenceStore:
                 f"ReferenceStore.take: row {row} is not among the {len(order)} pairs of the "
                 "store's dataset; open the store with the whole dataset"
             )
-        return order[found]
+        positions: Int64Array = order[found]
+        return positions
 
     def _describe(self) -> None:
         """What a person should know of this reference; nothing depends on it."""

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 from jinja2 import TemplateError
 
-from sage_select.cache import partial_path, replace_durably
+from sage_select.cache import mark_as_used, partial_path, replace_durably
 from sage_select.progress import progress_bar
 from sage_select.records import (
     TEXT_FIELDS,
@@ -80,6 +80,7 @@ def tokenised(
 
 def read_table(path: Path) -> pa.Table:
     """A table of tokens, memory-mapped: what is not looked at takes no memory."""
+    mark_as_used(path)
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 

@@ -1,0 +1,163 @@
+"""Exports: kept pairs as files that trainers read as they are."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from sage_select.cache import partial_path, replace_durably
+from sage_select.dataset import PreferenceDataset
+from sage_select.hashing import Int64Array
+from sage_select.pairs import Selection
+from sage_select.records import Message, Pair, checked_pair
+from sage_select.sources import rename
+
+FORMATS = ("same", "trl", "llamafactory")
+ENDINGS = (".jsonl", ".json", ".parquet")
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "human",
+    "assistant": "gpt",
+    "tool": "observation",
+}
+
+
+def as_trl(pair: Pair) -> dict[str, Any]:
+    """A record of TRL's: prompt, chosen and rejected, as text or as messages."""
+    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+
+def as_llamafactory(pair: Pair) -> dict[str, Any]:
+    """A record of LLaMA-Factory's sharegpt format for preferences.
+
+    Raises:
+        ValueError: If a response is more than one message, or a message is no text: the format
+            cannot say it.
+    """
+    prompt, responses = pair.prompt, [pair.chosen, pair.rejected]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+        responses = [[{"role": "assistant", "content": text}] for text in responses]
+    if any(len(response) != 1 for response in responses):
+        raise ValueError(
+            "select: a response of several messages cannot be written for LLaMA-Factory, whose "
+            "format has one message for each; use --format trl or same"
+        )
+    turns = [_turn(message) for message in prompt]
+    if turns[-1]["from"] not in ("human", "observation"):
+        raise ValueError(
+            "select: a prompt that ends with an assistant message cannot be written for "
+            "LLaMA-Factory; use --format trl or same"
+        )
+    return {
+        "conversations": turns,
+        "chosen": _turn(responses[0][0]),
+        "rejected": _turn(responses[1][0]),
+    }
+
+
+def _turn(message: Message) -> dict[str, str]:
+    if "content" not in message:
+        raise ValueError(
+            "select: a message without text (a tool call) cannot be written for LLaMA-Factory; use "
+            "--format trl or same"
+        )
+    return {"from": SHAREGPT_ROLES[message["role"]], "value": message["content"]}
+
+
+_WRITERS: dict[str, Callable[[Pair], dict[str, Any]]] = {
+    "trl": as_trl,
+    "llamafactory": as_llamafactory,
+}
+
+
+def write_pairs(
+    path: Path,
+    records: Iterable[Any],
+    source_rows: Int64Array,
+    *,
+    format: str = "same",
+    columns: Mapping[str, str] | None = None,
+) -> None:
+    """Write some records of a source, in a given order and format.
+
+    Args:
+        path: A `.jsonl`, `.json` or `.parquet` file. Beside one for LLaMA-Factory its entry is put
+            into `dataset_info.json`.
+        records: All records of the source, as they were read.
+        source_rows: The rows wanted.
+        format: "same" writes the records as they are; or "trl", or "llamafactory".
+        columns: Where fields have other names, as for `PreferenceDataset.read`.
+
+    Raises:
+        ValueError: If the ending is unknown, or a pair cannot be said in the format.
+    """
+    if path.suffix not in ENDINGS:
+        raise ValueError(
+            f"select: cannot write {path.name}; known endings are {', '.join(ENDINGS)}"
+        )
+    wanted = set(source_rows.tolist())
+    if format != "same" and columns:
+        records = rename(records, columns)
+    found = {row: record for row, record in enumerate(records) if row in wanted}
+    chosen = [found[row] for row in source_rows.tolist()]
+    if format != "same":
+        chosen = [_WRITERS[format](checked_pair(record)) for record in chosen]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    if path.suffix == ".parquet":
+        pl.DataFrame(chosen, infer_schema_length=None).write_parquet(partial)
+    elif path.suffix == ".json":
+        partial.write_text(json.dumps(chosen, ensure_ascii=False, indent=1, default=str))
+    else:
+        lines = (json.dumps(record, ensure_ascii=False, default=str) for record in chosen)
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    replace_durably(partial, path)
+    if format == "llamafactory":
+        _describe_for_llamafactory(path)
+
+
+def _describe_for_llamafactory(path: Path) -> None:
+    """Its entry in the file where LLaMA-Factory looks datasets up."""
+    index = path.with_name("dataset_info.json")
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    entries[path.stem] = {
+        "file_name": path.name,
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    }
+    partial = partial_path(index)
+    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=2), encoding="utf-8")
+    replace_durably(partial, index)
+
+
+def decisions(selection: Selection, dataset: PreferenceDataset) -> pl.DataFrame:
+    """One row per candidate: `row`, `source_row`, `pair_id`, `score`, `kept`, `weight` (0 where it
+    was dropped) and the log-probs it was decided by."""
+    pool = dataset.take(selection.pool)
+    weight_of = dict(
+        zip(
+            selection.indices.tolist(),
+            (np.ones(len(selection)) if selection.weight is None else selection.weight).tolist(),
+            strict=True,
+        )
+    )
+    table: dict[str, Any] = {
+        "row": selection.pool,
+        "source_row": pool.column("source_row"),
+        "pair_id": pool.column("pair_id"),
+        "score": selection.scores,
+        "kept": selection.kept,
+        "weight": [weight_of.get(row, 0.0) for row in selection.pool.tolist()],
+    }
+    for prefix, logps in (("", selection.policy), ("ref_", selection.reference)):
+        if logps is not None:
+            table[f"{prefix}chosen_logps"] = logps.chosen.numpy(force=True)
+            table[f"{prefix}rejected_logps"] = logps.rejected.numpy(force=True)
+    return pl.DataFrame(table, nan_to_null=True)
