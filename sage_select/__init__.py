@@ -1,5 +1,6 @@
 """sage-select: which preference pairs the current policy should train on next, and why."""
 
+from sage_select.config import SageConfig as SageConfig
 from sage_select.dataset import PreferenceDataset as PreferenceDataset
 from sage_select.losses import dpo as dpo
 from sage_select.losses import nca as nca

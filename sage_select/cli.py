@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -78,10 +77,11 @@ def main() -> None:
 @contextmanager
 def _reported(as_json: bool = False) -> Iterator[None]:
     """Errors as one message on stderr (and as JSON where that is asked for), and an exit code."""
-    warnings.showwarning = _show_warning
     _quieten_transformers()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
         from sage_select.config import ConfigError
 
@@ -310,7 +310,8 @@ def score(
 ) -> None:
     """Measure pairs under policy and reference: log-probs, rewards and scores in a table.
 
-    Its columns are what `select --policy-logps` and `reference.file` read.
+    All pairs, those held out included, or those of one interval. Its columns are what
+    `select --policy-logps` and `reference.file` read.
     """
     with _reported(as_json):
         from sage_select.config import ConfigError
@@ -319,7 +320,7 @@ def score(
         if out.suffix not in (".parquet", ".csv"):
             raise ConfigError(f"--out {out}: give a .parquet or .csv file")
         run = prepare(_read_config(config_file, overrides), show_progress=_bars(quiet))
-        pool = run.pairs if interval is None else run.dataset.take(_pool(run, interval))
+        pool = run.used if interval is None else run.dataset.take(_pool(run, interval))
         table, metrics = _scores(run, pool, policy, _bars(quiet))
         out.parent.mkdir(parents=True, exist_ok=True)
         table.write_parquet(out) if out.suffix == ".parquet" else table.write_csv(out)
@@ -333,6 +334,7 @@ def score(
 def _scores(
     run: "Run", pool: Any, policy: str | None, show_progress: bool | None
 ) -> tuple[Any, dict[str, float]]:
+    import numpy as np
     import polars as pl
 
     from sage_select.measuring import measure
@@ -353,6 +355,7 @@ def _scores(
             "pair_id": pool.column("pair_id"),
             "row": pool.index,
             "source_row": pool.column("source_row"),
+            "held_out": ~np.isin(pool.index, run.pairs.index),
             "chosen_logps": logps.chosen.numpy(),
             "rejected_logps": logps.rejected.numpy(),
             "ref_chosen_logps": known.chosen.numpy(),
@@ -477,11 +480,10 @@ def _selected(
     reference = open_reference(
         run, policy=model if policy is None else None, show_progress=show_progress
     )
-    selector = selector_of(run, reference)
+    selector = selector_of(run, reference, show_progress=show_progress)
     if keep is not None:
         selector = replace(selector, keep=Constant(keep))
     if policy_logps is None:
-        selector = replace(selector, measure=partial(selector.measure, show_progress=show_progress))
         return selector.select(model, pool, step, progress=progress)
     logps = read_reference(policy_logps, pool, chosen="chosen_logps", rejected="rejected_logps")
     return selector.rank(logps, reference, progress, step, ids=pool.ids)
@@ -530,7 +532,7 @@ def train(
         torch.manual_seed(config.seed)
         model = load_model(config)
         reference = open_reference(run, policy=model, show_progress=_bars(quiet))
-        selector = selector_of(run, reference)
+        selector = selector_of(run, reference, show_progress=_bars(quiet))
         loader = SelectiveLoader(
             selector,
             run.timeline,

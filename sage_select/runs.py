@@ -268,7 +268,7 @@ def open_reference(
     return store.take(run.used.index)
 
 
-def selector_of(run: Run, reference: Reference) -> Selector:
+def selector_of(run: Run, reference: Reference, *, show_progress: bool | None = None) -> Selector:
     """The selector of a run."""
     selection = run.config.selection
     return Selector(
@@ -276,7 +276,9 @@ def selector_of(run: Run, reference: Reference) -> Selector:
         run.timeline.keep,
         reference,
         run.timeline.progress,
-        measure=partial(measure, mixed_precision=mixed_precision(run.config)),
+        measure=partial(
+            measure, mixed_precision=mixed_precision(run.config), show_progress=show_progress
+        ),
         multiple=selection.multiple,
         seed=run.config.seed,
         no_signal=selection.no_signal,

@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# before any library asks: a name that is on no disk is an error at once, not after retries
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 

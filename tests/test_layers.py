@@ -37,8 +37,13 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "store": (5, {"numpy", "polars", "pyarrow", "torch"}),
     "selector": (5, PURE),
     "loader": (6, {"numpy"}),
+    "config": (4, {"pydantic", "yaml"}),
+    "exports": (6, {"numpy", "polars"}),
     "adapters": (7, set()),
     "adapters.plain": (8, {"torch", "transformers"}),
+    "runs": (9, {"numpy", "torch", "transformers"}),
+    "doctor": (10, {"torch"}),
+    "cli": (11, {"polars", "rich", "torch", "transformers", "typer"}),
 }
 HOSTS = {"accelerate", "datasets", "lightning", "peft", "trl", "matplotlib", "pandas"}
 

@@ -1,0 +1,424 @@
+"""The command line, on the demo's policy and real files."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from conftest import ROOT
+from typer.testing import CliRunner
+from worlds import arithmetic_pairs
+
+from sage_select import PreferenceDataset, SageConfig
+from sage_select.audit import SelectionLog
+from sage_select.cli import app
+from sage_select.exports import as_llamafactory, as_trl
+from sage_select.records import checked_pair
+
+BASE = ROOT / "examples" / "arithmetic_base"
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    """A run on the demo's pairs, with a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path / "cache"))
+    write_pairs(tmp_path / "pairs.jsonl")
+    description = {
+        "model": {"name": str(BASE), "tokenizer": str(BASE / "tokenizer"), "dtype": "float32"},
+        "data": {"path": "pairs.jsonl", "max_length": 64, "held_out": 0.1},
+        "selection": {"mix_start": [0.6, 0.35, 0.05], "mix_end": [0.3, 0.4, 0.3],
+                      "refresh_steps": 6},
+        "training": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-4},
+        "folder": "run",
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(description))
+    return tmp_path / "run.yaml"
+
+
+def write_pairs(path, count=60):
+    path.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_pairs()[:count]))
+
+
+def sage_select(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def told(*arguments):
+    return json.loads(sage_select(*arguments, "--json").stdout)
+
+
+def test_plan(config):
+    plan = told("plan", config)
+    assert plan["rows_read"] == plan["pairs"] + plan["held_out"] + sum(plan["set_aside"].values())
+    assert sum(interval["pairs"] for interval in plan["intervals"]) == plan["pairs"]
+    assert sum(interval["kept"] for interval in plan["intervals"]) == plan["kept"]
+    assert plan["steps"] == -(-plan["kept"] // 4) < plan["steps_without_selection"]
+    assert plan["intervals"][0]["keep"] == 1.0
+    assert plan["intervals"][-1]["keep"] == 0.4
+    cost = plan["cost"]
+    expected = (cost["reference"] + cost["scoring"] + 3 * cost["training"]) / (
+        cost["reference"] + 3 * cost["full"]
+    )
+    assert cost["relative"] == pytest.approx(expected)
+    assert cost["training"] < cost["full"] == cost["scoring"]
+    assert plan["parameters"] > 100_000
+    text = sage_select("plan", config).stdout
+    for word in ("60 rows read", "intervals", "cost, in millions of tokens", plan["config"]):
+        assert word in text
+    assert not (config.parent / "run").exists()  # nothing but the plan
+
+
+def test_plan_needs_no_model(config):
+    plan = told("plan", config, "--set", "model.name=org/elsewhere")
+    assert plan["parameters"] is None
+
+
+def test_score_then_select_from_its_table(config, tmp_path):
+    scored = told("score", config, "--out", "scores.parquet")
+    table = pl.read_parquet("scores.parquet")
+    assert scored["pairs"] == table.height
+    assert scored["accuracy"] == 0.5  # the policy is the reference
+    moved = table.with_columns(pl.col("chosen_logps") - pl.int_range(pl.len()) * 3)
+    moved.write_parquet("moved.parquet")
+    chosen = told("select", config, "--keep", "0.5", "--policy-logps", "moved.parquet",
+                  "--out", "kept.jsonl")  # fmt: skip
+    assert chosen["rule"] == "score"
+    decisions = pl.read_parquet(chosen["decisions"])
+    assert chosen["kept"] == decisions["kept"].sum() == decisions.height // 2
+    best = decisions.sort("score", descending=True).head(chosen["kept"])
+    assert best["kept"].all()
+    assert decisions["weight"].to_list() == [float(kept) for kept in decisions["kept"]]
+    kept = [json.loads(line) for line in Path("kept.jsonl").read_text().splitlines()]
+    source = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    rows = decisions.filter("kept")["source_row"].to_list()
+    assert sorted(map(json.dumps, kept)) == sorted(json.dumps(source[row]) for row in rows)
+
+
+def test_select_scores_a_checkpoint_on_a_pool_of_the_plan(config, world):
+    import torch
+
+    with torch.no_grad():
+        for parameter in world.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    world.model.save_pretrained("checkpoint")
+    chosen = told("select", config, "--interval", 1, "--policy", "checkpoint",
+                  "--out", "kept.parquet", "--format", "trl")  # fmt: skip
+    interval = told("plan", config)["intervals"][1]
+    assert (chosen["candidates"], chosen["kept"]) == (interval["pairs"], interval["kept"])
+    assert chosen["rule"] == "score"
+    assert pl.read_parquet("kept.parquet").columns == ["prompt", "chosen", "rejected"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("format", ["same", "trl", "llamafactory"])
+def test_what_is_written_reads_back_as_the_same_pairs(format, ending, config, still):
+    chosen = told("select", config, "--keep", 0.5, "--out", f"out/kept{ending}", "--format", format)
+    kept = pl.read_parquet(chosen["decisions"]).filter("kept")
+    if format == "llamafactory":  # whose prompts are messages
+        entry = json.loads(Path("out/dataset_info.json").read_text())["kept"]
+        assert entry["file_name"] == f"kept{ending}"
+        assert entry["ranking"] is True
+        tokenizer = with_a_template(still.tokenizer)
+    else:
+        tokenizer = still.tokenizer
+    found = PreferenceDataset.read(f"out/kept{ending}", tokenizer=tokenizer, max_length=64)
+    assert len(found) == kept.height
+    if format != "llamafactory":
+        assert sorted(found.ids) == sorted(kept["pair_id"])
+
+
+def with_a_template(tokenizer):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+def test_trl_takes_the_records():
+    """TRL's own rules for its formats (its data_utils), on what we write."""
+    datasets = pytest.importorskip("datasets")
+    text = checked_pair({"chosen": "Sky? blue", "rejected": "Sky? red"})
+    chat = checked_pair(
+        {
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            "chosen": {"from": "gpt", "value": "blue"},
+            "rejected": {"from": "gpt", "value": "red"},
+        }
+    )
+    for pair, kind in ((text, str), (chat, list)):
+        (record,) = datasets.Dataset.from_list([as_trl(pair)])
+        assert set(record) == {"prompt", "chosen", "rejected"}
+        assert {type(value) for value in record.values()} == {kind}
+    assert record["chosen"] == [{"role": "assistant", "content": "blue"}]
+
+
+def test_llamafactory_takes_the_records(data):
+    """Its own demo file goes in and comes out as it was."""
+    rows = json.loads(gzip.decompress((data / "formats" / "dpo_en_demo.json.gz").read_bytes()))
+    for row in rows:
+        assert as_llamafactory(checked_pair(row)) == row
+
+
+LLAMAFACTORY_CANNOT = {
+    "a response of several messages": {
+        "prompt": [{"role": "user", "content": "p"}],
+        "chosen": [{"role": "assistant", "content": c} for c in "ab"],
+        "rejected": [{"role": "assistant", "content": "c"}],
+    },
+    "a prompt that ends with an assistant message": {
+        "prompt": [{"role": r, "content": "p"} for r in ("user", "assistant")],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    },
+    "a message without text": {
+        "prompt": [{"role": "user", "content": "p"}],
+        "chosen": [{"role": "assistant", "tool_calls": [{"name": "f"}]}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    },
+}
+
+
+@pytest.mark.parametrize("words", LLAMAFACTORY_CANNOT)
+def test_what_llamafactory_cannot_say_is_refused(words):
+    with pytest.raises(ValueError, match=words):
+        as_llamafactory(checked_pair(LLAMAFACTORY_CANNOT[words]))
+
+
+def test_train_and_resume(config):
+    done = told("train", config)
+    log = SelectionLog("run/selection").read()
+    assert done["steps"] == told("plan", config)["steps"] == -(-log["kept"].sum() // 4)
+    assert done["last"]["loss"] < done["first"]["loss"]
+    assert SageConfig.read("run/config.yaml", environment={}).folder == "run"
+    for name in ("metrics.jsonl", "evaluations.jsonl", "best.pt", "model/model.safetensors"):
+        assert (Path("run") / name).exists()
+    sage_select("train", config, code=3)
+    assert told("train", config, "--resume")["last"] == done["last"]
+    refused = sage_select("train", config, "--resume", "--set", "beta=0.2", code=2)
+    assert "beta was 0.1, is 0.2" in refused.stderr
+    other = sage_select("train", config, "--resume", "--set", "training.epochs=2", code=2)
+    assert "training.epochs was 1, is 2" in other.stderr
+
+
+def test_a_score_and_a_loss_of_ones_own(config):
+    Path("mine.py").write_text(
+        "from sage_select.losses import dpo\n"
+        "def shortest_chosen(policy, reference, *, seed=0):\n"
+        "    return -policy.chosen_tokens.double()\n"
+        "loss = dpo\n"
+    )
+    told("train", config, "--set", "selection.score=mine:shortest_chosen",
+         "--set", "training.loss=mine:loss", "--quiet")  # fmt: skip
+    log = SelectionLog("run/selection").read().filter(pl.col("interval") == 1)
+    assert log["rule"].unique().to_list() == ["score"]
+    assert log["score"].to_list() == [-float(n) for n in log["chosen_tokens"]]
+
+
+def test_store(config):
+    first, second = (told("store", "fill", config) for _ in range(2))
+    assert first["sequences_measured"] > 0
+    assert second["sequences_measured"] == 0
+    listed = told("store", "list")
+    assert [r["identity"] for r in listed["references"]] == [first["identity"]]
+    assert listed["bytes"] > 0 < listed["token_bytes"]
+    assert first["identity"] in sage_select("store", "list").stdout
+    assert told("store", "evict", "--older-than", "1h")["references"] == []
+    assert told("store", "evict", "--max-size", "1GB")["references"] == []
+    assert told("store", "evict", "--identity", first["identity"])["bytes"] > 0
+    assert told("store", "list")["references"] == []
+    for file in Path("cache/tokens").iterdir():
+        os.utime(file, (0, 0))
+    assert told("store", "evict", "--tokens", "--older-than", "30d")["files"] > 0
+    assert list(Path("cache/tokens").iterdir()) == []
+
+
+def test_a_reference_of_another_model_and_from_a_file(config):
+    told("score", config, "--out", "scores.csv", "--set", f"reference.model={BASE}",
+         "--set", "reference.store=mystore")  # fmt: skip
+    assert len(told("store", "list", "--store", "mystore")["references"]) == 1
+    again = told(
+        "score",
+        config,
+        "--out",
+        "again.csv",
+        "--set",
+        "reference.file=scores.csv",
+        "--set",
+        "data.held_out=0",
+    )  # the held-out pairs are not in that file
+    assert again["pairs"] > 0
+
+
+def test_doctor(config):
+    found = told("doctor")
+    assert found["fit"]
+    assert {"python", "torch", "devices", "cache"} <= {f["about"] for f in found["findings"]}
+    found = told("doctor", config)
+    about = {finding["about"]: finding for finding in found["findings"]}
+    assert about["data"]["said"].startswith("60 rows")
+    assert about["model"]["verdict"] == about["memory"]["verdict"] == "ok"
+    assert "0 of" in sage_select("doctor", config).stdout
+
+
+SICK = {
+    "model.name=none/there": ("model", "cannot be loaded"),
+    "model.device=cuda:99": ("device", "cannot be used here"),
+    "model.dtype=float16": ("model", "overflow in training"),
+    "data.path=none.jsonl": ("data and plan", "no file none.jsonl"),
+    "strata.clarity=clearness": ("data and plan", "the data have no column 'clearness'"),
+    "selection.score=nowhere:score": ("functions", "cannot be imported"),
+    "model.chat_template=none.jinja": ("tokenizer", "there is no file none.jinja"),
+    "folder=/proc/run": ("run folder", "/proc/run"),
+}
+
+
+@pytest.mark.parametrize("change", SICK)
+def test_doctor_finds_what_would_stop_a_run(change, config):
+    result = sage_select("doctor", config, "--set", change, "--json", code=4)
+    about, words = SICK[change]
+    said = [f["said"] for f in json.loads(result.stdout)["findings"]
+            if (f["about"], f["verdict"]) == (about, "fail")]  # fmt: skip
+    assert any(words in text for text in said), result.stdout
+
+
+WARNED = {
+    "model.dtype=bfloat16": "rounds to no change in bfloat16 weights",
+    "data.max_length=100000": "positions; longer pairs",
+    "data.max_length=12": "cut at 12 tokens",
+    "data.held_out=0": "best weights are unknown",
+}
+
+
+@pytest.mark.parametrize("change", WARNED)
+def test_doctor_warns_of_what_would_spoil_a_run(change, config):
+    rate = ["--set", "training.learning_rate=1e-6"]
+    found = told("doctor", config, *rate, "--set", change)
+    assert found["fit"]
+    assert any(WARNED[change] in f["said"] for f in found["findings"] if f["verdict"] == "warn")
+
+
+# Wrong command lines: arguments, exit code, words on stderr
+
+WRONG = [
+    (["plan"], 2, "Missing argument"),
+    (["plann"], 2, "No such command 'plann'"),
+    (["plan", "CONFIG", "--sett", "x"], 2, "No such option"),
+    (["plan", "none.yaml"], 3, "no file none.yaml"),
+    (["plan", "CONFIG", "--set", "training.epochs"], 2, "give a name and a value"),
+    (["plan", "CONFIG", "--set", "training.epoch=1"], 2, "did you mean 'epochs'?"),
+    (["plan", "CONFIG", "--set", "training.epochs=0"], 2, "greater than or equal to 1, got 0"),
+    (["plan", "CONFIG", "--set", "beta=["], 2, "--set beta=[: cannot be read"),
+    (["plan", "CONFIG", "--set", "data.path=none.jsonl"], 3, "no file none.jsonl"),
+    (["plan", "CONFIG", "--set", "data.path=null"], 2, "data.path is not set"),
+    (["plan", "CONFIG", "--set", "model.tokenizer=none/there"], 3, "'none/there' cannot be loaded"),
+    (["plan", "CONFIG", "--set", "strata.clarity=x"], 2, "the data have no column 'x'; they have"),
+    (["plan", "CONFIG", "--set", "data.max_length=3"], 3, "none of the 60 rows can be used"),
+    (["plan", "CONFIG", "--set", "data.on_bad=error", "--set", "data.max_length=8"], 3,
+     "mend them, or pass on_bad='set_aside'"),
+    (["plan", "CONFIG", "--set", "selection.on_infeasible=error", "--set",
+      "selection.mix_start=[0,0,1]"], 3, "the data cannot follow the mix"),
+    (["plan", "CONFIG", "--set", "strata.by=stratum", "--set", "strata.stratum=clarity"], 2,
+     "not a whole number from 0 to 2"),
+    (["score", "CONFIG"], 2, "Missing option '--out'"),
+    (["score", "CONFIG", "--out", "x.txt"], 2, "give a .parquet or .csv file"),
+    (["score", "CONFIG", "--out", "x.csv", "--interval", "99"], 2, "has intervals 0 to"),
+    (["score", "CONFIG", "--out", "x.csv", "--policy", "none/there"], 3, "cannot be loaded"),
+    (["select", "CONFIG", "--out", "x.jsonl"], 2, "give --interval, for a pool of the plan, or"),
+    (["select", "CONFIG", "--out", "x.jsonl", "--keep", "1.5"], 2, "--keep must lie in (0, 1]"),
+    (["select", "CONFIG", "--out", "x.txt", "--keep", "0.5"], 2, "known endings are .jsonl"),
+    (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--format", "csv"], 2,
+     "'csv' is not one of"),
+    (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--policy", "a",
+      "--policy-logps", "b"], 2, "not both"),
+    (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--policy-logps", "b.parquet"], 3,
+     "b.parquet"),
+    (["train", "CONFIG", "--set", "model.name=none/there"], 3, "cannot be loaded"),
+    (["train", "CONFIG", "--set", "model.device=gpu"], 2, "'gpu' cannot be used here"),
+    (["train", "CONFIG", "--set", "training.loss=none:loss"], 2, "cannot be imported"),
+    (["store", "evict"], 2, "say what: --identity, --older-than or --max-size"),
+    (["store", "evict", "--older-than", "soon"], 2, "give a number and one of m, h, d, w"),
+    (["store", "evict", "--max-size", "2 gigs"], 2, "give a number and one of B, kB, MB, GB"),
+    (["store", "evict", "--identity", "none"], 3, "has no reference none"),
+    (["store", "evict", "--tokens"], 2, "say how old with --older-than"),
+    (["store", "fill", "CONFIG", "--set", "reference.file=x.csv"], 2, "nothing to measure"),
+    (["doctor", "none.yaml"], 3, "no file none.yaml"),
+    (["config", "show", "none.yaml"], 3, "no file none.yaml"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
+def test_messages(arguments, code, words, config):
+    arguments = [config if argument == "CONFIG" else argument for argument in arguments]
+    result = sage_select(*arguments, code=code)
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_json_says_errors_too(config):
+    result = sage_select("plan", config, "--set", "beta=0", "--json", code=2)
+    assert "greater than 0" in json.loads(result.stdout)["error"]
+
+
+def test_config_commands(config):
+    assert SageConfig(**yaml.safe_load(sage_select("config", "paper").stdout)) == SageConfig.paper()
+    assert "properties" in json.loads(sage_select("config", "schema").stdout)
+    shown = sage_select("config", "show", config, "--set", "seed=5").stdout
+    assert yaml.safe_load(shown)["seed"] == 5
+    assert shown.splitlines()[0] == "# " + told("config", "show", config, "--set", "seed=5")["hash"]
+
+
+@pytest.mark.parametrize(
+    "command", ["", "plan", "score", "select", "train", "store", "doctor", "config"]
+)
+def test_help(command):
+    text = sage_select(*command.split(), "--help").stdout
+    assert "Usage:" in text
+    assert len(text.splitlines()) > 8
+
+
+def test_the_console_script_and_its_log(config, monkeypatch):
+    """As a script sees it: JSON alone on stdout, and no redrawn bars in a log file."""
+    script = Path(sys.executable).with_name("sage-select")
+    done = subprocess.run(
+        [script, "plan", config, "--json"], capture_output=True, text=True, timeout=200, check=True
+    )
+    assert json.loads(done.stdout)["steps"] > 0
+    assert "\r" not in done.stderr
+
+
+def test_a_log_file_gets_lines_not_bars(capsys, monkeypatch):
+    from sage_select import progress
+
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with progress.progress_bar(3, "scoring", "pairs") as bar:
+        for _ in range(3):
+            bar.update()
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    assert [line.split(":")[0] for line in written.splitlines()] == ["scoring"] * len(
+        written.splitlines()
+    )
+    assert "3/3" in written
+    monkeypatch.setattr(progress, "LINE_EVERY", 60.0)
+    with progress.progress_bar(3, "scoring", "pairs") as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""  # nothing of what takes no time
+
+
+def test_the_kept_are_written_in_training_order(config):
+    """Seeded, and the same on every call; not best first, which a trainer may not shuffle."""
+    contents = []
+    for name, seed in (("one.jsonl", 0), ("two.jsonl", 0), ("three.jsonl", 1)):
+        told("select", config, "--keep", 1.0, "--out", name, "--set", f"seed={seed}",
+             "--set", "data.held_out=0")  # fmt: skip
+        contents.append(Path(name).read_text().splitlines())
+    assert contents[0] == contents[1] != contents[2]
+    assert sorted(contents[0]) == sorted(contents[2])

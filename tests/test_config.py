@@ -1,0 +1,220 @@
+import json
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sage_select import SageConfig
+from sage_select.config import ConfigError
+
+TABLE_4 = {
+    "beta": 0.1,
+    "training.epochs": 3,
+    "training.batch_size": 16,
+    "training.learning_rate": 5e-7,
+    "training.loss": "nca",
+    "data.max_length": 32_768,
+    "selection.mix_start": (0.9, 0.1, 0.0),
+    "selection.mix_end": (0.4, 0.4, 0.2),
+    "selection.keep_start": 1.0,
+    "selection.keep_end": 0.4,
+    "selection.refresh_steps": 25,
+    "selection.score": "sage",
+}
+
+
+def setting(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_the_paper(name):
+    assert setting(SageConfig.paper(), name) == TABLE_4[name]
+    assert setting(SageConfig(), name) == TABLE_4[name]  # which the defaults are as well
+
+
+def test_the_paper_takes_changes():
+    config = SageConfig.paper(training={"epochs": 1}, data={"path": "pairs.jsonl"})
+    assert (config.training.epochs, config.training.batch_size) == (1, 16)
+    assert config.data.max_length == 32_768
+
+
+@given(
+    st.builds(
+        SageConfig,
+        beta=st.floats(0.01, 10),
+        seed=st.integers(0, 2**31),
+        training=st.fixed_dictionaries(
+            {
+                "learning_rate": st.floats(1e-9, 1),
+                "epochs": st.integers(1, 9),
+                "loss": st.sampled_from(["nca", "dpo", "mine:loss"]),
+            }
+        ),
+        data=st.fixed_dictionaries(
+            {"path": st.text(), "columns": st.dictionaries(st.text(), st.text(), max_size=2)}
+        ),
+    )
+)
+def test_yaml_and_json_read_back(config):
+    again = SageConfig(**yaml.safe_load(config.to_yaml()))
+    assert again == config
+    assert again.hash == config.hash
+    assert SageConfig(**json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_files(ending, tmp_path):
+    config = SageConfig.paper(model={"name": "m"}, beta=0.3)
+    text = config.to_yaml() if ending == "yaml" else config.model_dump_json()
+    (tmp_path / f"run.{ending}").write_text(text)
+    assert SageConfig.read(tmp_path / f"run.{ending}", environment={}) == config
+
+
+def test_the_environment_overrides_the_file_and_arguments_override_both(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {learning_rate: 1e-6, epochs: 2, batch_size: 4}\nseed: 1\n")
+    config = SageConfig.read(
+        path,
+        environment={
+            "SAGE_SELECT__TRAINING__EPOCHS": "5",
+            "SAGE_SELECT__TRAINING__BATCH_SIZE": "8",
+            "SAGE_SELECT__SELECTION__MIX_START": "[0.5, 0.3, 0.2]",
+            "SAGE_SELECT__SEED": "7",
+            "SAGE_SELECT_CACHE": "elsewhere",
+        },
+        overrides={"training.epochs": 6},
+    )
+    assert config.training.learning_rate == 1e-6
+    assert (config.training.epochs, config.training.batch_size, config.seed) == (6, 8, 7)
+    assert config.selection.mix_start == (0.5, 0.3, 0.2)
+
+
+def test_the_hash_changes_with_what_decides():
+    base = SageConfig.paper(model={"name": "m"})
+    decides = [{"seed": 1}, {"training": {"learning_rate": 1e-6}}, {"selection": {"eps": 1e-5}}]
+    does_not = [
+        {"folder": "x"},
+        {"training": {"checkpoint_every": 7}},
+        {"model": {"device": "cpu"}},
+    ]
+    hashes = [SageConfig.paper(**({"model": {"name": "m"}} | change)).hash for change in decides]
+    assert len({base.hash, *hashes}) == 4
+    for change in does_not:
+        change = {**change, "model": {"name": "m", **change.get("model", {})}}
+        assert SageConfig.paper(**change).hash == base.hash
+    assert str(base.run_folder).endswith(base.hash)
+    assert str(SageConfig(folder="here").run_folder) == "here"
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        SageConfig().training.epochs = 4
+
+
+def test_the_schema_describes_every_setting():
+    schema = SageConfig.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            if "$ref" not in field:
+                assert field["description"], name
+
+
+ERRORS = {
+    "there is no setting 'trainin'; did you mean 'training'?": {"trainin": {}},
+    "training: there is no setting 'lr'; there are loss, learning_rate": {"training": {"lr": 1}},
+    "training.learning_rate: should be greater than 0, got 0": {"training": {"learning_rate": 0}},
+    "training.epochs: should be greater than or equal to 1, got 0": {"training": {"epochs": 0}},
+    "training.epochs: should be a valid integer": {"training": {"epochs": "many"}},
+    "training.loss: there is no function 'ncaa'; did you mean 'nca'?": {
+        "training": {"loss": "ncaa"}
+    },
+    "micro_batch_size 32 is larger than batch_size 16": {"training": {"micro_batch_size": 32}},
+    "training.mixed_precision: should be 'none' or 'bfloat16', got 'float16'": {
+        "training": {"mixed_precision": "float16"}
+    },
+    "training.warmup_share: should be less than or equal to 1, got 10": {
+        "training": {"warmup_share": 10}
+    },
+    "beta: should be greater than 0, got -0.1": {"beta": -0.1},
+    "beta: should be a finite number": {"beta": float("inf")},
+    "selection.score: there is no function 'sgae'; did you mean 'sage'?": {
+        "selection": {"score": "sgae"}
+    },
+    "selection.keep_end: should be less than or equal to 1, got 40": {
+        "selection": {"keep_end": 40}
+    },
+    "selection.mix_start: shares must sum to 1, these sum to 0.9": {
+        "selection": {"mix_start": [0.5, 0.4, 0.0]}
+    },
+    "mix_start has 2 shares and mix_end 3": {"selection": {"mix_start": [0.5, 0.5]}},
+    "selection.refresh_steps: should be greater": {"selection": {"refresh_steps": 0}},
+    "selection.length_norm: should be 'total', 'sqrt', 'none' or 'stratified'": {
+        "selection": {"length_norm": "mean"}
+    },
+    "strata by 'none' makes 1 strata; give one share per stratum": {"strata": {"by": "none"}},
+    "strata.shares: shares must sum to 1": {"strata": {"shares": [0.5, 0.4]}},
+    "data.max_length: should be greater than or equal to 2, got 1": {"data": {"max_length": 1}},
+    "data.held_out: should be less than 1, got 1.0": {"data": {"held_out": 1.0}},
+    "data: should be a valid dictionary": {"data": "pairs.jsonl"},
+    "reference: a file replaces model and store": {"reference": {"file": "a", "model": "b"}},
+    "model.dtype: should be 'auto', 'float32', 'bfloat16' or 'float16', got 'fp8'": {
+        "model": {"dtype": "fp8"}
+    },
+}
+
+
+@pytest.mark.parametrize("words", ERRORS)
+def test_messages(words):
+    with pytest.raises(ConfigError) as error:
+        SageConfig(**ERRORS[words])
+    assert words in str(error.value)
+
+
+def test_every_wrong_setting_is_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        SageConfig(beta=0, training={"epochs": 0}, data={"max_length": 0})
+    assert len(str(error.value).splitlines()) == 3
+
+
+FILES = {
+    "run.yaml: a configuration is a mapping": "- beta",
+    "run.yaml: cannot be read": "beta: [",
+    "'beta' stands there twice": "beta: 0.1\nbeta: 0.2",
+    "'epochs' stands there twice": "training:\n  epochs: 1\n  epochs: 2",
+    "'seed' stands there twice; keep one of them": '{"seed": 1, "seed": 2}',
+    "cannot be read: Expecting": '{"seed": }',
+    "run.yaml: beta: should be greater than 0, got 0": "beta: 0",
+}
+
+
+@pytest.mark.parametrize("words", FILES)
+def test_messages_of_files(words, tmp_path):
+    (tmp_path / "run.yaml").write_text(FILES[words])
+    with pytest.raises(ConfigError) as error:
+        SageConfig.read(tmp_path / "run.yaml", environment={})
+    assert words in str(error.value)
+
+
+ENVIRONMENTS = {
+    "there is no setting 'lr'": {"SAGE_SELECT__TRAINING__LR": "1"},
+    "training.epochs: should be a valid integer": {"SAGE_SELECT__TRAINING__EPOCHS": "x"},
+    "SAGE_SELECT__BETA: cannot be read": {"SAGE_SELECT__BETA": "["},
+}
+
+
+@pytest.mark.parametrize("words", ENVIRONMENTS)
+def test_messages_of_the_environment(words, tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    with pytest.raises(ConfigError) as error:
+        SageConfig.read(tmp_path / "run.yaml", environment=ENVIRONMENTS[words])
+    assert words in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`sage-select config paper` prints one"):
+        SageConfig.read(tmp_path / "none.yaml")
