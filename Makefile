@@ -21,7 +21,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf .venv build runs *.egg-info

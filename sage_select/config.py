@@ -76,7 +76,7 @@ class ReferenceSection(_Section):
     store: str | None = None
     """The folder of the store; by default `reference` in the user's cache."""
     file: str | None = None
-    """Instead of a model: log-probs computed elsewhere (Parquet, CSV or JSON Lines)."""
+    """Log-probs computed elsewhere, instead of a model (Parquet, CSV or JSON Lines)."""
     key: str = "pair_id"
     """The column that names pairs in that file, and among the data's columns."""
 
@@ -99,7 +99,8 @@ class DataSection(_Section):
     revision: str | None = None
     """Which revision of a hub's set."""
     columns: dict[str, str] = {}
-    """Where fields have other names: ours to theirs, as in {prompt: question}."""
+    """Where fields have other names, ours to theirs,
+    as in `{prompt: question}`."""
     max_length: Annotated[int, Field(ge=2)] = 32_768
     """Tokens of prompt and response together; longer ones are cut at the end."""
     limit: Count | None = None
@@ -139,7 +140,8 @@ class SelectionSection(_Section):
     """Which pairs are kept: the score, the pools and the schedules."""
 
     score: str = "sage"
-    """What ranks pairs: a name, or `module:function` for one of your own."""
+    """What ranks pairs, by its name;
+    one of your own as `module:function`."""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
     """Of Eq. 8."""
     length_norm: Literal["total", "sqrt", "none", "stratified"] = "total"
@@ -155,15 +157,15 @@ class SelectionSection(_Section):
     refresh_steps: Count = 25
     """Candidate batches per pool."""
     scope: Literal["run", "epoch", "single_pass"] = "run"
-    """What a plan covers: the whole run, each epoch anew, or every pair once."""
+    """What a plan covers, the whole run, each epoch anew, or every pair once."""
     progress: Literal["inclusive", "k_over_K"] = "inclusive"
-    """Progress of pool k of K: (k - 1) / (K - 1), or k / K as printed in the paper."""
+    """Progress of pool k of K, (k - 1) / (K - 1), or k / K as printed in the paper."""
     on_infeasible: Literal["rebalance", "error"] = "rebalance"
     """What to do where the data cannot follow the mix."""
     multiple: Count = 1
     """Kept counts are rounded down to a multiple of this."""
     no_signal: Literal["hash", "score"] = "hash"
-    """What to keep where the rewards are all alike: at random, or by the score all the same."""
+    """What is kept where the rewards are all alike, any at random, or by the score all the same."""
 
     @field_validator("score")
     @classmethod
@@ -189,7 +191,8 @@ class TrainingSection(_Section):
     """How to train."""
 
     loss: str = "nca"
-    """A name, or `module:function` for one of your own."""
+    """What pairs are trained on, by its name;
+    one of your own as `module:function`."""
     learning_rate: Positive = 5e-7
     """Peak of the schedule."""
     epochs: Count = 3
@@ -235,7 +238,7 @@ class TrainingSection(_Section):
 
 
 class SageConfig(_Section):
-    """A run, in full: from Python, YAML or JSON, with overrides from the environment.
+    """A run, in full, from Python, YAML or JSON, with overrides from the environment.
 
     Every setting has a default, which is the paper's (Table 4) where the paper says anything; only
     `model.name` and `data.path` must be set before a run.

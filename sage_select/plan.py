@@ -121,7 +121,7 @@ class Plan:
             pool and `copies` times in all (Eq. 5 for each traversal of the dataset).
         progress: The progress in [0, 1] that belongs to each pool.
         counts: int64 [K, C], pairs of each stratum in each pool.
-        ideal: float64 [K, C], what the mixing schedule asks for: rho_c(k) |P_k|  (Eq. 6).
+        ideal: float64 [K, C], what the mixing schedule asks for: `rho_c(k) |P_k|`  (Eq. 6).
         copies: How many times each pair is dealt.
         seed: The seed of the deal.
     """

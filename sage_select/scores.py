@@ -146,7 +146,7 @@ def nca_newton(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) ->
 
 
 def smallest_margin(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
-    """-|r_w - r_l|: the pairs nearest to the decision boundary first."""
+    """-`|r_w - r_l|`: the pairs nearest to the decision boundary first."""
     return -rewards(_float64(policy), _float64(reference), beta=beta).margin.abs()
 
 
