@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_select import PreferenceDataset, measure
+from sage_select import PreferenceDataset, ReferenceStore
 from sage_select.adapters.plain import Training, train
 from sage_select.loader import ShuffledLoader
 
@@ -43,7 +43,9 @@ def main() -> None:
     print(dataset.waterfall())
     rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
 
-    reference = measure(model, dataset.take([*rows, *held_out]))
+    # measured once and kept: a resumed run, or the next one, measures nothing
+    reference = ReferenceStore(model, dataset.take([*rows, *held_out]))
+    reference.fill()
 
     loader = ShuffledLoader(
         dataset.take(rows), batch_size=args.batch_size, epochs=args.epochs, seed=args.seed

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_select import Linear, PreferenceDataset, Selector, Timeline, measure, sage
+from sage_select import Linear, PreferenceDataset, ReferenceStore, Selector, Timeline, sage
 from sage_select.adapters.plain import Training, train
 from sage_select.audit import SelectionLog
 from sage_select.loader import SelectiveLoader
@@ -65,7 +65,9 @@ def main() -> None:
         ids=pairs.ids,
     ).on_rows(rows)
 
-    reference = measure(model, dataset.take([*rows, *held_out]))
+    # measured once and kept: a resumed run, or the next one, measures nothing
+    reference = ReferenceStore(model, dataset.take([*rows, *held_out]))
+    reference.fill()
 
     # of each pool, keep the highest scores under the policy as it is by then (Eq. 8-9)
     timeline = Timeline(plan, keep=Linear(1.0, 0.4), batch_size=args.batch_size)

@@ -179,117 +179,43 @@ def plan(
     It needs the data and the tokenizer; no weight is loaded.
     """
     with _reported(as_json):
-        from sage_select.runs import cost_of, prepare
+        from sage_select.forecast import forecast
+        from sage_select.runs import prepare
 
         config = _read_config(config_file, overrides)
         run = prepare(config, show_progress=_bars(quiet))
-        told = _plan_told(run)
-        told["cost"] = asdict(cost := cost_of(run)) | {"relative": cost.relative}
-        told["parameters"] = parameters = _parameters(config)
-        told["petaflops"] = parameters and round(
-            2e-15 * parameters * (cost.reference + cost.scoring + 3 * cost.training), 4
-        )
+        told = forecast(run)
         if as_json:
             _print_json(told)
             return
-        console = _console()
+        console, cost = _console(), told["cost"]
+        strata = [(name, n, n / told["pairs"]) for name, n in told["strata"].items()]
+        intervals = [tuple(interval.values()) for interval in told["intervals"]]
+        millions = [(words, cost[name] / 1e6) for name, words in COST_WORDS.items()]
         typer.echo(run.dataset.waterfall())
         for title, columns, rows in (
-            ("\nstrata", ("stratum", "pairs", "share"), _strata_rows(run)),
-            ("\nintervals", _interval_columns(run), _interval_rows(run)),
-            ("\ncost, in millions of tokens", ("what", "tokens"), _cost_rows(told)),
+            ("\nstrata", ("stratum", "pairs", "share"), strata),
+            ("\nintervals", tuple(told["intervals"][0]), intervals),
+            ("\ncost, in millions of tokens", ("what", "tokens"), millions),
         ):
             console.print(_table(title, *columns, rows=rows))
+        petaflops = told["petaflops"]
         typer.echo(
             f"\n{run.timeline.plan}\n"
-            f"{run.timeline.total_kept:,} kept pairs in {run.timeline.total_steps:,} steps; "
-            f"{_full_steps(run):,} steps without selection\n"
-            f"{cost.relative:.2f} of the cost of training on everything"
-            + (f", {told['petaflops']:,} PFLOP" if parameters else "")
+            f"{told['kept']:,} kept pairs in {told['steps']:,} steps; "
+            f"{told['steps_without_selection']:,} steps without selection\n"
+            f"{cost['relative']:.2f} of the cost of training on everything"
+            + (f", {petaflops:.3g} PFLOP" if petaflops is not None else "")
             + f"\nconfiguration {config.hash}, run folder {config.run_folder}"
         )
 
 
-def _full_steps(run: "Run") -> int:
-    training = run.config.training
-    return -(-len(run.pairs) * training.epochs // training.batch_size)
-
-
-def _parameters(config: "SageConfig") -> int | None:
-    from sage_select.runs import num_parameters
-
-    try:
-        return num_parameters(config)
-    except FileNotFoundError:
-        return None  # the data may be here, and the model elsewhere
-
-
-def _plan_told(run: "Run") -> dict[str, Any]:
-    timeline = run.timeline
-    return {
-        "config": run.config.hash,
-        "rows_read": len(run.dataset) + run.dataset.set_aside.height,
-        "set_aside": dict(run.dataset.set_aside["reason"].value_counts().rows()),
-        "pairs": len(run.pairs),
-        "held_out": 0 if run.held_out is None else len(run.held_out),
-        "strata": {name: count for name, count, _ in _strata_rows(run)},
-        "intervals": [
-            dict(zip(_interval_columns(run), row, strict=True)) for row in _interval_rows(run)
-        ],
-        "largest_deviation": timeline.plan.largest_deviation,
-        "kept": timeline.total_kept,
-        "steps": timeline.total_steps,
-        "steps_without_selection": _full_steps(run),
-    }
-
-
-def _strata_names(run: "Run") -> list[str]:
-    from sage_select.plan import STRATA
-
-    count = run.timeline.plan.counts.shape[1]
-    return list(STRATA) if count == len(STRATA) else [f"stratum {c}" for c in range(count)]
-
-
-def _strata_rows(run: "Run") -> list[tuple[Any, ...]]:
-    return [
-        (name, int((run.strata == c).sum()), float((run.strata == c).mean()))
-        for c, name in enumerate(_strata_names(run))
-    ]
-
-
-def _interval_columns(run: "Run") -> tuple[str, ...]:
-    names = _strata_names(run)
-    return (
-        "interval", "progress", "pairs", *names, *(f"{name} asked" for name in names),
-        "keep", "kept", "first step",
-    )  # fmt: skip
-
-
-def _interval_rows(run: "Run") -> list[tuple[Any, ...]]:
-    timeline, plan = run.timeline, run.timeline.plan
-    return [
-        (
-            k,
-            plan.progress[k],
-            len(pool),
-            *plan.counts[k].tolist(),
-            *plan.ideal[k].round(1).tolist(),
-            float(timeline.keep(plan.progress[k])),
-            timeline.kept_count[k],
-            timeline.first_step[k],
-        )
-        for k, pool in enumerate(plan.pools)
-    ]
-
-
-def _cost_rows(told: dict[str, Any]) -> list[tuple[Any, ...]]:
-    words = {
-        "reference": "reference, once, if the store knows none of it",
-        "scoring": "scoring the pools",
-        "training": "training on the kept pairs, if they are as long as the others",
-        "full": "training on everything instead",
-    }
-    return [(text, round(told["cost"][name] / 1e6, 4)) for name, text in words.items()]
+COST_WORDS = {
+    "reference": "reference, once, if the store knows none of it",
+    "scoring": "scoring the pools",
+    "training": "training on the kept pairs, if they are as long as the others",
+    "full": "training on everything instead",
+}
 
 
 # score and select

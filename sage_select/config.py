@@ -336,7 +336,10 @@ class SageConfig(_Section):
     def to_yaml(self, *, changed_only: bool = False) -> str:
         """The same as YAML, which `read` reads back."""
         values = self.model_dump(mode="json", exclude_unset=changed_only)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        if yaml.safe_load(text) != values:  # a rare letter that must be escaped
+            text = yaml.safe_dump(values, sort_keys=False)
+        return text
 
     @property
     def hash(self) -> str:

@@ -14,12 +14,12 @@ import torch
 
 from sage_select.cache import cache_folder
 from sage_select.config import ConfigError, SageConfig
+from sage_select.forecast import num_parameters
 from sage_select.runs import (
     DTYPES,
     device_of,
     load_tokenizer,
     model_settings,
-    num_parameters,
     prepare,
     score_of,
     training_of,
@@ -126,7 +126,7 @@ def _tokenizer(config: SageConfig) -> Iterator[Finding]:
 
 def _model(config: SageConfig) -> Iterator[Finding]:
     settings = model_settings(config).get_text_config()
-    parameters = num_parameters(config)
+    parameters = num_parameters(config) or 0
     yield Finding("model", "ok", f"{config.model.name}, {parameters:,} parameters")
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
@@ -194,7 +194,7 @@ def _run_folder(config: SageConfig) -> Iterator[Finding]:
     if not os.access(existing, os.W_OK):
         yield Finding("run folder", "fail", f"{existing} cannot be written")
         return
-    parameters = num_parameters(config)
+    parameters = num_parameters(config) or 0
     # a checkpoint has weights and two moments; best weights and the final model stand beside them
     needed = 4 * parameters * (3 * (config.training.keep_checkpoints + 1) + 2)
     free = shutil.disk_usage(existing).free

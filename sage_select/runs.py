@@ -91,53 +91,6 @@ def prepare(config: SageConfig, *, show_progress: bool | None = None) -> Run:
     return Run(config, dataset, pairs, held_out, strata, timeline)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Tokens that a run reads, known before it starts; prompts and responses, of both sides.
-
-    Attributes:
-        reference: Of all pairs, forward; less where the store knows them already.
-        scoring: Of all pools, forward.
-        training: Of the kept pairs, forward and backward, if they are as long as the others; a
-            score that prefers short pairs needs less.
-        full: Of the same epochs without selection, forward and backward.
-    """
-
-    reference: int
-    scoring: int
-    training: int
-    full: int
-
-    @property
-    def relative(self) -> float:
-        """The run's cost over that of training on everything, a backward pass costing two forward
-        ones, and the reference being measured once in both."""
-        return (self.reference + self.scoring + 3 * self.training) / (
-            self.reference + 3 * self.full
-        )
-
-
-def cost_of(run: Run) -> Cost:
-    """What a run will read."""
-    tokens = dict(zip(run.pairs.index.tolist(), run.pairs.num_tokens.tolist(), strict=True))
-    pools = [sum(tokens[row] for row in pool.tolist()) for pool in run.timeline.plan.pools]
-    sizes = [len(pool) for pool in run.timeline.plan.pools]
-    kept = zip(pools, run.timeline.kept_count, sizes, strict=True)
-    return Cost(
-        reference=int(run.used.num_tokens.sum()),
-        scoring=sum(pools),
-        training=round(sum(total * count / size for total, count, size in kept)),
-        full=sum(tokens.values()) * run.config.training.epochs,
-    )
-
-
-def num_parameters(config: SageConfig) -> int:
-    """Parameters of the policy, counted without loading a weight."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_settings(config))
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def load_tokenizer(config: SageConfig) -> Any:
     """The tokenizer, with the chat template that is asked for."""
     name = config.model.tokenizer or _needed(config.model.name, "model.name")
@@ -265,7 +218,7 @@ def open_reference(
         show_progress=show_progress,
     )
     store.fill()
-    return store.take(run.used.index)
+    return store
 
 
 def selector_of(run: Run, reference: Reference, *, show_progress: bool | None = None) -> Selector:

@@ -219,8 +219,7 @@ class ReferenceStore:
         return logps
 
     def _positions(self, rows: Int64Array) -> Int64Array:
-        order = np.argsort(self.dataset.index, kind="stable")
-        ascending = self.dataset.index[order]
+        order, ascending = self._order
         found = np.searchsorted(ascending, rows).clip(max=len(ascending) - 1)
         for row in rows[ascending[found] != rows][:1]:
             raise KeyError(
@@ -229,6 +228,12 @@ class ReferenceStore:
             )
         positions: Int64Array = order[found]
         return positions
+
+    @cached_property
+    def _order(self) -> tuple[Int64Array, Int64Array]:
+        """The dataset's positions by ascending row, and these rows."""
+        order = np.argsort(self.dataset.index, kind="stable")
+        return order, self.dataset.index[order]
 
     def _describe(self) -> None:
         """What a person should know of this reference; nothing depends on it."""

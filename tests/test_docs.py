@@ -58,7 +58,8 @@ def run_in_shell(line: str, folder: Path) -> None:
         return
     *variables, arguments = line.partition("sage-select ")[::2]
     environment = dict(pair.split("=") for pair in variables[0].split())
-    words = [str(folder / word) if word == "run.yaml" else word for word in shlex.split(arguments, comments=True)]
+    words = shlex.split(arguments, comments=True)
+    words = [str(folder / word) if word == "run.yaml" else word for word in words]
     if "run.yaml" in arguments.split() and "Qwen" in (folder / "run.yaml").read_text():
         words = ["config", "show", str(folder / "run.yaml")]  # its model and data are not here
     result = CliRunner().invoke(app, words, env=environment)

@@ -42,8 +42,9 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "adapters": (7, set()),
     "adapters.plain": (8, {"torch", "transformers"}),
     "runs": (9, {"numpy", "torch", "transformers"}),
-    "doctor": (10, {"torch"}),
-    "cli": (11, {"polars", "rich", "torch", "transformers", "typer"}),
+    "forecast": (10, {"torch", "transformers"}),
+    "doctor": (11, {"torch"}),
+    "cli": (12, {"numpy", "polars", "rich", "torch", "transformers", "typer"}),
 }
 HOSTS = {"accelerate", "datasets", "lightning", "peft", "trl", "matplotlib", "pandas"}
 
