@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -114,7 +116,13 @@ class PreferenceDataset:
             ValueError: If its kind is unknown, or no pair in it can be used.
         """
         _check_options(max_length, on_bad, num_workers)
-        records = read_records(path, split=split, subset=subset, revision=revision)
+        records = read_records(
+            path,
+            text=frozenset((columns or {}).values()),
+            split=split,
+            subset=subset,
+            revision=revision,
+        )
         identity = tokenizer_digest(tokenizer)
         folder = _writable(Path(cache) if cache is not None else tokens_folder())
         files = source_files(Path(path)) if Path(path).exists() else []
@@ -250,8 +258,8 @@ class PreferenceDataset:
     @property
     def num_tokens(self) -> Int64Array:
         """int64 [P], tokens of both sequences of a pair: what a forward pass has to read."""
-        prompts = self._pairs.lengths("prompt")[self.index]
-        return 2 * prompts + self.chosen_tokens + self.rejected_tokens
+        chosen, rejected = self.sequence_lengths.reshape(2, -1)
+        return chosen + rejected
 
     @property
     def num_responses(self) -> Int64Array:
@@ -308,11 +316,21 @@ class PreferenceDataset:
 
     def sequences(self) -> list[TokenSequence]:
         """The 2P sequences of this view: all chosen, then all rejected."""
+        return self.sequences_at(np.arange(2 * len(self)))
+
+    def sequences_at(self, places: Int64Array) -> list[TokenSequence]:
+        """Some of the 2P sequences, by their places in `sequences()`."""
+        size = len(self)
         return [
-            self._pairs.sequence(side, i)
-            for side in ("chosen", "rejected")
-            for i in self.index.tolist()
+            self._pairs.sequence("chosen" if place < size else "rejected", i)
+            for place, i in zip(places.tolist(), self.index[places % size].tolist(), strict=True)
         ]
+
+    @property
+    def sequence_lengths(self) -> Int64Array:
+        """int64 [2P], tokens of each sequence, in the order of `sequences()`."""
+        prompts = self._pairs.lengths("prompt")[self.index]
+        return np.concatenate([prompts + self.chosen_tokens, prompts + self.rejected_tokens])
 
     def responses(self) -> list[TokenSequence]:
         """The P x K sequences of rows with K responses, row by row, the best first.
@@ -354,11 +372,19 @@ def tokens_folder() -> Path:
 def evict_tokens(unused_for: float, folder: str | Path | None = None) -> tuple[int, int]:
     """Delete tokens that were unused for so many seconds; files and bytes that went."""
     place = Path(folder) if folder is not None else tokens_folder()
-    gone = [file for file in place.glob("*") if time.time() - file.stat().st_mtime > unused_for]
-    freed = sum(file.stat().st_size for file in gone)
-    for file in gone:
-        file.unlink(missing_ok=True)
-    return len(gone), freed
+    count = freed = 0
+    for file in place.iterdir() if place.is_dir() else ():
+        if not _TOKEN_FILE.fullmatch(file.name):
+            continue  # somebody else's
+        with suppress(FileNotFoundError):
+            known = file.stat()
+            if time.time() - known.st_mtime > unused_for:
+                file.unlink()
+                count, freed = count + 1, freed + known.st_size
+    return count, freed
+
+
+_TOKEN_FILE = re.compile(r"\.?[0-9a-f]{32}\.(arrow|json)(\.[0-9a-f]+\.partial)?")
 
 
 class _PairTable:
@@ -392,13 +418,18 @@ class _PairTable:
         """Names of annotations, and what they are called in the tables: an input's column never
         hides one of ours."""
         given = dict.fromkeys(
-            name.removeprefix(INPUT).removeprefix(INPUT_AS_JSON)
+            name.partition(".")[2]
             for table in self._tables
             for name in table.column_names
             if name.startswith((INPUT, INPUT_AS_JSON))
         )
-        ours = {name: name for name in OWN_COLUMNS}
-        return ours | {f"input_{n}" if n in ours else n: f"{INPUT}{n}" for n in given}
+        names = {name: name for name in OWN_COLUMNS}
+        for name in given:
+            public = f"input_{name}" if name in OWN_COLUMNS else name
+            while public in names or (public != name and public in given):
+                public = f"input_{public}"
+            names[public] = f"{INPUT}{name}"
+        return names
 
     @property
     def columns(self) -> list[str]:
@@ -500,14 +531,32 @@ def _joined(tables: list[pa.Table]) -> tuple[_PairTable, pl.DataFrame]:
 def _concatenated(name: str, parts: list[pl.Series], are_json: list[bool]) -> pl.Series:
     """Parts of a column; where they have no common type, their values as JSON text."""
     kinds = {part.dtype for part in parts if part.dtype != pl.Null}
-    if any(are_json) or (len(kinds) > 1 and not all(kind.is_numeric() for kind in kinds)):
+    common = _common_type(kinds, parts) if not any(are_json) else None
+    if common is None:
+        common = pl.String()
         parts = [
-            part if is_json else pl.Series(name, as_json(part), dtype=pl.String)
+            part if is_json else pl.Series(name, as_json(part.to_list()), dtype=pl.String)
             for part, is_json in zip(parts, are_json, strict=True)
         ]
-        kinds = {pl.String()}
-    kind = pl.Float64() if len(kinds) > 1 else next(iter(kinds), pl.Null())
-    return pl.concat([part.cast(kind) for part in parts]).rename(name)
+    return pl.concat([part.cast(common) for part in parts]).rename(name)
+
+
+def _common_type(kinds: set[pl.DataType], parts: list[pl.Series]) -> pl.DataType | None:
+    """A type that all values have without losing anything, if there is one."""
+    if len(kinds) <= 1:
+        return next(iter(kinds), pl.Null())
+    if not all(kind.is_numeric() for kind in kinds):
+        return None
+    extremes: list[Any] = [0]
+    for part in parts:
+        if part.dtype.is_integer() and part.null_count() < len(part):
+            extremes += [part.min(), part.max()]
+    least, most = min(extremes), max(extremes)
+    if all(kind.is_integer() for kind in kinds):
+        if most < 1 << 63:
+            return pl.Int64()
+        return pl.UInt64() if least >= 0 else None
+    return pl.Float64() if max(most, -least) <= 1 << 53 else None
 
 
 class _Manifest(NamedTuple):
@@ -515,34 +564,43 @@ class _Manifest(NamedTuple):
 
     folder: Path
     path: Path
+    files: Sequence[Path]
+    state: list[tuple[int, int]]  # of the files when they were hashed
 
     @classmethod
     def of(cls, folder: Path | None, files: Sequence[Path], settings: Any) -> "_Manifest | None":
         if folder is None or not files:
             return None
-        content = hashlib.blake2b(digest_size=16)
+        content, state = hashlib.blake2b(digest_size=16), _state(files)
         for file in files:
             with file.open("rb") as stream:
                 content.update(hashlib.file_digest(stream, "blake2b").digest())
         name = digest([content.hexdigest(), [f.suffixes for f in files], settings])
-        return cls(folder, folder / f"{name}.json")
+        return cls(folder, folder / f"{name}.json", files, state)
 
     def read(self) -> list[tuple[str, pa.Table]] | None:
         """The chunks, where all of them are still in the cache."""
         try:
             names = json.loads(self.path.read_text())
             mark_as_used(self.path)
-            return [(name, read_table(chunk_path(self.folder, name))) for name in names]
-        except (OSError, ValueError, pa.ArrowException):
+            return [(name, read_table(chunk_path(self.folder, name))) for name in names] or None
+        except (OSError, ValueError, TypeError, pa.ArrowException):
             return None
 
     def write(self, names: Iterable[str]) -> None:
-        """Remember the chunks, where every one has a name."""
+        """Remember the chunks, where every one has a name and no file has changed meanwhile."""
         names = list(names)
-        if all(names):
+        if not all(names) or _state(self.files) != self.state:
+            return
+        with suppress(OSError):  # without it the file is read again next time, no more
             partial = partial_path(self.path)
             partial.write_text(json.dumps(names))
             replace_durably(partial, self.path)
+
+
+def _state(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """What changes when a file is written."""
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _writable(folder: Path) -> Path | None:

@@ -62,7 +62,7 @@ def as_llamafactory(pair: Pair) -> dict[str, Any]:
 
 
 def _turn(message: Message) -> dict[str, str]:
-    if "content" not in message:
+    if "content" not in message or message.get("tool_calls"):
         raise ValueError(
             "select: a message without text (a tool call) cannot be written for LLaMA-Factory; use "
             "--format trl or same"
@@ -110,16 +110,29 @@ def write_pairs(
         chosen = [_WRITERS[format](checked_pair(record)) for record in chosen]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    if path.suffix == ".parquet":
-        pl.DataFrame(chosen, infer_schema_length=None).write_parquet(partial)
-    elif path.suffix == ".json":
-        partial.write_text(json.dumps(chosen, ensure_ascii=False, indent=1, default=str))
-    else:
-        lines = (json.dumps(record, ensure_ascii=False, default=str) for record in chosen)
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    try:
+        _write(partial, path.suffix, chosen)
+    except (UnicodeEncodeError, TypeError, pl.exceptions.PolarsError) as error:
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"select: these records cannot be written as {path.suffix}: {reason}; .jsonl takes "
+            "records of any shape"
+        ) from error
     replace_durably(partial, path)
     if format == "llamafactory":
         _describe_for_llamafactory(path)
+
+
+def _write(path: Path, ending: str, records: list[Any]) -> None:
+    if ending == ".parquet":
+        pl.DataFrame(records, infer_schema_length=None).write_parquet(path)
+    elif ending == ".json":
+        text = json.dumps(records, ensure_ascii=False, indent=1, default=str)
+        path.write_text(text, encoding="utf-8")
+    else:
+        lines = (json.dumps(record, ensure_ascii=False, default=str) for record in records)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _describe_for_llamafactory(path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 import torch
@@ -33,14 +34,25 @@ def tokenizer_digest(tokenizer: Any) -> str:
         vocabulary = {k: v for k, v in parts.items() if k not in ("padding", "truncation")}
     else:
         vocabulary = {"vocabulary": tokenizer.get_vocab(), "class": type(tokenizer).__qualname__}
+    template = tokenizer.chat_template
     return digest(
         [
             vocabulary,
+            str(date.today()) if writes_the_date(tokenizer) else None,
+            [getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS],
             tokenizer.eos_token_id,
             {str(k): str(v) for k, v in tokenizer.special_tokens_map.items()},
-            tokenizer.chat_template,
+            template,
         ]
     )
+
+
+def writes_the_date(tokenizer: Any) -> bool:
+    """Whether the chat template puts the day on which it is applied into prompts."""
+    return "strftime_now" in json.dumps(tokenizer.chat_template)
+
+
+_TOKENIZER_SETTINGS = ("split_special_tokens", "add_bos_token", "add_eos_token", "legacy")
 
 
 def model_digest(model: nn.Module) -> str:
@@ -63,23 +75,61 @@ def has_adapters(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def check_adapters_come_off(model: nn.Module) -> None:
+    """Refuse a model which, with its adapters off, is not the base model.
+
+    Raises:
+        ValueError: If adapters were added without PEFT's own wrapper, are merged, or have changed
+            the base model's weights.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) and not has_adapters(model):
+        raise ValueError(f"ReferenceStore: the model has adapters of transformers' own; {_OWN}")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            f"ReferenceStore: the adapters are merged into the weights; call "
+            f"model.unmerge_adapter() first, or: {_OWN}"
+        )
+    for config in getattr(model, "peft_config", {}).values() if has_adapters(model) else ():
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        if start.startswith(("pissa", "olora", "corda", "loftq")):
+            raise ValueError(
+                f"ReferenceStore: init_lora_weights={start!r} changes the base model's weights; "
+                + _OWN
+            )
+        if getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"ReferenceStore: the adapters train biases of the base model "
+                f"(bias={config.bias!r}); {_OWN}"
+            )
+
+
+_OWN = "give the reference a model of its own, loaded from where the policy began"
+
+
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights under the names they have in the base model; tied ones once."""
-    adapters = has_adapters(model)
+    """Weights, and buffers that are not saved, under the names they have in the base model; tied
+    ones once."""
     prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
-    added = (prefix, "lora_", "modules_to_save", "prompt_encoder")
+    added = (prefix, *_ADDED) if has_adapters(model) else ()
+    saved = model.state_dict()
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
     seen = set()
-    for name, tensor in model.state_dict().items():
-        if adapters:
-            parts = name.removeprefix("base_model.").removeprefix("model.").split(".")
-            if any(part.startswith(added) for part in parts):
-                continue
-            name = ".".join(p for p in parts if p not in ("base_layer", "original_module"))
+    for name, tensor in {**saved, **unsaved}.items():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if any(part.startswith(added) for part in parts if added):
+            continue
+        if parts[-1] == "inv_freq" and f"{name.rpartition('.')[0]}.original_inv_freq" in unsaved:
+            tensor = tensor[:0]  # long sequences may rewrite it from the original; its dtype counts
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape)
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        yield name, tensor
+        yield ".".join(parts), tensor
+
+
+_ADDED = ("lora_", "vera_", "modules_to_save", "prompt_encoder", "ranknum", "trainable_tokens")
+_WRAPPERS = ("base_model", "model", "base_layer", "original_module", "_orig_mod", "module")
+"""Parts of names that adapters, compilation and parallelism put in."""
 
 
 _NO_MATTER = (
@@ -93,12 +143,17 @@ _NO_MATTER = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
+    "id2label",
+    "label2id",
+    "problem_type",
 )
 
 
 def _settings(model: nn.Module) -> Any:
-    """The configuration, without what changes no log-prob or is part of the weights anyway."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return type(model).__qualname__
-    return {k: v for k, v in config.to_dict().items() if k not in _NO_MATTER}
+    """The kind of model and its configuration, without what changes no log-prob or is part of the
+    weights anyway."""
+    base: Any = getattr(model, "_orig_mod", model)
+    base = base.get_base_model() if has_adapters(base) else base
+    config: Any = getattr(base, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return [type(base).__qualname__, {k: v for k, v in settings.items() if k not in _NO_MATTER}]

@@ -1,18 +1,24 @@
 """Measuring: forward passes of a causal language model over pairs, to `PairLogps`."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 from warnings import warn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from sage_select.dataset import PreferenceDataset, TokenSequence
+from sage_select.hashing import Int64Array
 from sage_select.ops.token_logps import Implementation, sequence_logps
 from sage_select.pairs import PairLogps
 from sage_select.progress import progress_bar
+
+HASHED_AT_ONCE = 4096  # sequences whose tokens are in memory while keys are made
 
 
 def measure(
@@ -46,8 +52,7 @@ def measure(
         ValueError: If a token is outside the model's vocabulary, the model does something to its
             logits that this library does not know, or a log-prob is not finite.
     """
-    sequences = pool.sequences()
-    distinct = distinct_sequences(sequences)
+    distinct = distinct_sequences(pool)
     logps = torch.zeros(len(distinct), dtype=torch.float64)
 
     def keep(places: list[int], found: Tensor) -> None:
@@ -62,34 +67,73 @@ def measure(
         mixed_precision=mixed_precision,
         show_progress=show_progress,
     )
-    position = {sequence: i for i, sequence in enumerate(distinct)}
-    return joined(pool, logps[[position[_content(sequence)] for sequence in sequences]])
+    return joined(pool, logps[distinct.of_pairs])
 
 
-class Content(NamedTuple):
-    """A sequence by its content; in order, a longer one is greater."""
-
-    length: int
-    response_start: int
-    tokens: bytes  # int32
-
-    def sequence(self) -> TokenSequence:
-        """The sequence."""
-        return TokenSequence(np.frombuffer(self.tokens, np.int32), self.response_start)
+Keys = npt.NDArray[np.bytes_]
+"""16 bytes per sequence. Fixed-size byte strings are compared whole: numpy ignores zeros at an end,
+but two strings of one size that differ in nothing else are equal."""
 
 
-def distinct_sequences(sequences: Sequence[TokenSequence]) -> list[Content]:
-    """Each sequence once, the longest first.
+@dataclass(frozen=True)
+class DistinctSequences:
+    """D different sequences among the 2P of some pairs, the longest first.
 
-    Pairs of one prompt often share a response. Sorted by content, what is batched with what does
-    not depend on the order of the rows.
+    Pairs of one prompt often share a response. Ordered by length and content, what is batched with
+    what does not depend on the order of the rows. Tokens are looked up when they are needed: a set
+    larger than memory can be measured.
+
+    Attributes:
+        pairs: The pairs.
+        keys: [D], a hash of each sequence's tokens and of where the response starts.
+        lengths: int64 [D], tokens.
+        largest_token: Of all of them.
+        of_pairs: int64 [2P], for all chosen and then all rejected, which sequence it is.
     """
-    return sorted(set(map(_content, sequences)), reverse=True)
+
+    pairs: PreferenceDataset
+    keys: Keys
+    lengths: Int64Array
+    largest_token: int
+    of_pairs: Int64Array
+    _first: Int64Array  # [D], a place among the 2P where it stands
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sequences(self, places: Sequence[int]) -> list[TokenSequence]:
+        """The sequences at these places."""
+        return self.pairs.sequences_at(self._first[list(places)])
+
+
+def sequence_keys(pairs: PreferenceDataset) -> tuple[Keys, int]:
+    """[2P], the keys of all chosen sequences and then of all rejected ones; the largest token."""
+    hashes, largest = [], 0
+    for start in range(0, 2 * len(pairs), HASHED_AT_ONCE):
+        places = np.arange(start, min(start + HASHED_AT_ONCE, 2 * len(pairs)))
+        for tokens, begin in pairs.sequences_at(places):
+            largest = max(largest, int(tokens.max()))
+            salt = begin.to_bytes(16, "little")
+            hashes.append(hashlib.blake2b(tokens.tobytes(), digest_size=16, salt=salt).digest())
+    return np.frombuffer(b"".join(hashes), dtype="S16"), largest
+
+
+def distinct_sequences(pairs: PreferenceDataset) -> DistinctSequences:
+    """Each sequence of these pairs once, the longest first."""
+    keys, largest = sequence_keys(pairs)
+    distinct, first, of_pairs = np.unique(keys, return_index=True, return_inverse=True)
+    lengths = pairs.sequence_lengths[first]
+    order = np.lexsort((distinct, -lengths))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return DistinctSequences(
+        pairs, distinct[order], lengths[order], largest, rank[of_pairs], first[order]
+    )
 
 
 def measure_sequences(
     model: nn.Module,
-    distinct: Sequence[Content],
+    distinct: DistinctSequences,
     on_batch: Callable[[list[int], Tensor], None],
     *,
     known: Collection[int] = (),
@@ -106,7 +150,7 @@ def measure_sequences(
 
     Args:
         model: As for `measure`.
-        distinct: The sequences, in the order of `distinct_sequences`.
+        distinct: The sequences.
         on_batch: Called with places in `distinct` and their log-probs, float64 on the CPU.
         known: Places that need not be measured.
         max_batch_tokens: As for `measure`; so are the others.
@@ -125,11 +169,11 @@ def measure_sequences(
             len(distinct), desc, "responses", initial=len(known), show=show_progress
         ) as bar,
     ):
-        _check_head(model, distinct[-1].sequence(), impl)
-        for batch in _batches([content.length for content in distinct], max_batch_tokens):
+        _check_head(model, distinct.sequences([len(distinct) - 1])[0], impl)
+        for batch in _batches(distinct.lengths.tolist(), max_batch_tokens):
             if places := [i for i in batch if i not in known]:
-                some = [distinct[i].sequence() for i in places]
-                on_batch(places, response_logps(model, some, impl=impl).cpu())
+                found = response_logps(model, distinct.sequences(places), impl=impl)
+                on_batch(places, found.cpu())
                 bar.update(len(places))
 
 
@@ -223,10 +267,6 @@ def _pad(sequences: Sequence[TokenSequence]) -> _Batch:
     )
 
 
-def _content(sequence: TokenSequence) -> Content:
-    return Content(len(sequence.tokens), sequence.response_start, sequence.tokens.tobytes())
-
-
 def _batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[range]:
     """Runs of sequences that fit the budget when padded to their first, which is the longest."""
     start = 0
@@ -291,19 +331,18 @@ def _head(model: nn.Module) -> _Head:
     )
 
 
-def _check_fit(model: nn.Module, distinct: Sequence[Content]) -> None:
+def _check_fit(model: nn.Module, distinct: DistinctSequences) -> None:
     """Refuse tokens that the model cannot embed; warn of positions it was not made for."""
     _head(model)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max((int(content.sequence().tokens.max()) for content in distinct), default=0)
-    if largest >= vocabulary:
+    if distinct.largest_token >= vocabulary:
         raise ValueError(
-            f"measure: token {largest} is outside the model's vocabulary of {vocabulary}; read the "
-            "pairs with the model's own tokenizer"
+            f"measure: token {distinct.largest_token} is outside the model's vocabulary of "
+            f"{vocabulary}; read the pairs with the model's own tokenizer"
         )
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     positions = getattr(config, "max_position_embeddings", None)
-    longest = max((content.length for content in distinct), default=0)
+    longest = int(distinct.lengths.max(initial=0))
     if positions is not None and longest > positions:
         warn(
             f"measure: a sequence of {longest} tokens is longer than the {positions} positions of "

@@ -34,6 +34,7 @@ class Pair(NamedTuple):
     rejected: Any
     between: tuple[Any, ...] = ()  # the other responses, best first
     scores: tuple[float, ...] | None = None  # of all responses, best first
+    tools: Any = None  # what the chat template is told of tools
 
     @property
     def responses(self) -> tuple[Any, ...]:
@@ -62,20 +63,25 @@ def checked_pair(row: Any) -> Pair:
     elif isinstance(prompt, list):
         raise BadRecord("prompt is a list of messages but the responses are text")
     elif prompt is None:
+        if "prompt" in row:  # other rows have one: this one's must not be guessed
+            raise BadRecord("prompt is missing")
         prompt, *ranked = _split_common_text(ranked)
     if ranked[0] == ranked[-1]:
         raise BadRecord("chosen and rejected are identical")
-    return Pair(prompt, ranked[0], ranked[-1], tuple(ranked[1:-1]), ranking.scores)
+    tools = _tools(row.get("tools")) if isinstance(prompt, list) else None
+    return Pair(prompt, ranked[0], ranked[-1], tuple(ranked[1:-1]), ranking.scores, tools)
 
 
 def content_id(value: Any) -> str:
     """A hash of the text: the same whatever file, row or process it stands in."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def pair_id(pair: Pair) -> str:
     """The stable name of a pair: a hash of its prompt and of its responses in their order."""
-    return content_id([pair.prompt, pair.chosen, pair.rejected, *pair.between])
+    told = [] if pair.tools is None else [{"tools": pair.tools}]
+    return content_id([pair.prompt, pair.chosen, pair.rejected, *pair.between, *told])
 
 
 def shared_start(*sequences: Sequence[Any]) -> int:
@@ -101,8 +107,8 @@ class _Ranking(NamedTuple):
 
 def _in_our_words(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
     """The same record under our field names, and which of its fields are the responses."""
-    for shape, rewritten in _SHAPES:
-        if all(row.get(name) is not None for name in shape):
+    for shape, unless, rewritten in _SHAPES:
+        if all(row.get(name) is not None for name in shape) and row.get(unless) is None:
             row = {**row, **rewritten(row)}
     if row.get("responses") is not None and row.get("chosen") is None:
         return _ranked(row)
@@ -147,34 +153,53 @@ def _numbers(name: str, values: Any, count: int) -> list[float]:
 
 def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     """LLaMA-Factory's and Light-R1's: the turns so far, and one message for each response."""
-    prompt = row["conversations"]
-    system = row.get("system")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        last: Any = prompt[-1].get("from", prompt[-1].get("role"))
-        if last in ROLES and ROLES[last] == "assistant":
+    prompt, system = row["conversations"], row.get("system")
+    if isinstance(prompt, list) and prompt:
+        if _role(prompt[-1]) == "assistant":
             raise BadRecord("conversations ends with an assistant message")
-        if isinstance(system, str) and system:
+        if isinstance(system, str) and system and _role(prompt[0]) != "system":
             prompt = [{"role": "system", "content": system}, *prompt]
-    responses = {name: row.get(name) for name in ("chosen", "rejected")}
-    return {
-        "prompt": prompt,
-        **{
-            name: [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-            for name, value in responses.items()
-        },
+    return {"prompt": prompt} | {
+        name: _as_message(row.get(name)) for name in ("chosen", "rejected")
     }
 
 
+def _role(message: Any) -> str | None:
+    """What a message's role is called here, or None if it has none that is known."""
+    role = message.get("from", message.get("role")) if isinstance(message, dict) else None
+    return ROLES.get(role) if isinstance(role, str) else None
+
+
+def _as_message(response: Any) -> Any:
+    is_text = isinstance(response, str)
+    return [{"role": "assistant", "content": response}] if is_text else response
+
+
 def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    """LLaMA-Factory's other format: an instruction, and an input that may be empty."""
-    parts = [row["instruction"], row.get("input")]
-    texts = [part for part in parts if isinstance(part, str) and part]
-    prompt = "\n".join(texts) if isinstance(row["instruction"], str) else row["instruction"]
-    fields = {"prompt": prompt} if row.get("prompt") is None else {}
+    """LLaMA-Factory's other format: an instruction, and an input, system and history or not."""
+    fields: dict[str, Any] = {}
     match row.get("output"):
         case [chosen, rejected] if row.get("chosen") is None:
-            fields |= {"chosen": chosen, "rejected": rejected}
-    return fields
+            fields = {"chosen": chosen, "rejected": rejected}
+    if row.get("prompt") is not None:
+        return fields
+    instruction, system, history = row["instruction"], row.get("system"), row.get("history")
+    if isinstance(instruction, str) and isinstance(row.get("input"), str) and row["input"]:
+        instruction = f"{instruction}\n{row['input']}"
+    if not system and not history:
+        return fields | {"prompt": instruction}
+    # what was said before makes it a conversation
+    turns = [{"role": "system", "content": system}] if system else []
+    for said in history or []:
+        if not isinstance(said, list) or len(said) != 2:
+            raise BadRecord("history is not a list of questions with their answers")
+        turns += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), said, strict=True)
+        ]
+    turns.append({"role": "user", "content": instruction})
+    both = {name: fields.get(name, row.get(name)) for name in ("chosen", "rejected")}
+    return {"prompt": turns} | {name: _as_message(text) for name, text in both.items()}
 
 
 def _completions(row: dict[str, Any]) -> dict[str, Any]:
@@ -192,16 +217,17 @@ def _whole_conversations(row: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": row["chosen_messages"], "rejected": row["rejected_messages"]}
 
 
-_SHAPES: list[tuple[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]]] = [
-    (("conversations",), _sharegpt),
-    (("chosen_messages", "rejected_messages"), _whole_conversations),
-    (("instruction",), _alpaca),
-    (("completions",), _completions),
+_SHAPES: list[tuple[tuple[str, ...], str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
+    (("conversations",), "prompt", _sharegpt),
+    (("chosen_messages", "rejected_messages"), "chosen", _whole_conversations),
+    (("instruction",), "messages", _alpaca),
+    (("completions",), "chosen", _completions),
 ]
-"""Fields by which a foreign shape is known, and what it is in our words."""
+"""Fields by which a foreign shape is known, the field without which it is meant, and what it is in
+our words."""
 
 TEXT_FIELDS = frozenset(
-    ["prompt", "chosen", "rejected", "responses", *(name for shape, _ in _SHAPES for name in shape)]
+    ["prompt", "chosen", "rejected", "responses", *(n for shape, *_ in _SHAPES for n in shape)]
 )
 """Fields whose text becomes tokens; all others are annotations."""
 
@@ -231,7 +257,7 @@ def _message(name: str, message: Any) -> Message:
     """A message in the words of chat templates; what is absent is left out of it."""
     if not isinstance(message, dict):
         raise BadRecord(f"{name} has a message without a role")
-    message = {key: x for key, x in message.items() if x is not None}
+    message = _without_nulls(message)
     role = message.pop("from", None) if "role" not in message else message.pop("role")
     if not isinstance(role, str):
         raise BadRecord(f"{name} has a message without a role")
@@ -244,6 +270,23 @@ def _message(name: str, message: Any) -> Message:
         return {"role": ROLES[role], **message}
     _check_text(name, content, f"{name} has a message without text")
     return {"role": ROLES[role], "content": content, **message}
+
+
+def _without_nulls(value: Any) -> Any:
+    """The same without what is absent: tables give every record the fields of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value
+
+
+def _tools(tools: Any) -> Any:
+    """A list of tools, which some sets keep as JSON text; None where there are none."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise BadRecord("tools is text that is not JSON") from None
+    return _without_nulls(tools) or None
 
 
 def _joined_parts(name: str, parts: list[Any]) -> str:
@@ -290,13 +333,21 @@ def _conversation(prompt: Any, responses: list[list[Message]]) -> list[list[Mess
         # some sets repeat the prompt's messages in the responses
         size = len(prompt)
         if all(response[:size] == prompt for response in responses):
-            return [prompt, *(response[size:] for response in responses)]
-        if any(response[0] == prompt[0] for response in responses):
-            raise BadRecord("a response repeats a part of the prompt")
-        return [prompt, *responses]
+            responses = [response[size:] for response in responses]
+        return [prompt, *map(_begun_by_the_assistant, responses)]
     # without a prompt, or with its text beside full conversations, the conversations rule
     shared = _check_split(shared_start(*responses), responses)
-    return [responses[0][:shared], *(response[shared:] for response in responses)]
+    return [
+        responses[0][:shared],
+        *(_begun_by_the_assistant(response[shared:]) for response in responses),
+    ]
+
+
+def _begun_by_the_assistant(response: list[Message]) -> list[Message]:
+    """What is not said by the model must not be trained on as if it were."""
+    if response[0]["role"] != "assistant":
+        raise BadRecord("a response starts with a message that is not the assistant's")
+    return response
 
 
 def _split_common_text(responses: list[str]) -> list[str]:

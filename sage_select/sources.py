@@ -3,10 +3,12 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
@@ -20,6 +22,7 @@ COMPRESSED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # these may end in 
 def read_records(
     name: str | Path,
     *,
+    text: frozenset[str] = frozenset(),
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
@@ -28,6 +31,7 @@ def read_records(
 
     Args:
         name: A path, or a hub name such as "org/set".
+        text: Columns of a CSV that hold text whatever they look like, besides ours.
         split: Which split of a hub's set, or of one that `datasets` has saved.
         subset: Which subset (configuration) of a hub's set.
         revision: Which revision of a hub's set.
@@ -47,7 +51,7 @@ def read_records(
     files = source_files(path)
     if not files:
         return _saved_by_datasets(path, split)
-    return (record for file in files for record in _file_records(file))
+    return (record for file in files for record in _file_records(file, text))
 
 
 def source_files(path: Path) -> list[Path]:
@@ -59,7 +63,7 @@ def source_files(path: Path) -> list[Path]:
     if path.is_file():
         _kind(path)
         return [path]
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return []
     files = sorted(file for file in path.iterdir() if file.is_file() and _known(file))
     if not files:
@@ -81,13 +85,13 @@ def iterate_records(records: Any) -> Iterator[Any]:
     if isinstance(records, pl.LazyFrame):
         return iterate_records(records.collect())
     if hasattr(records, "features") and hasattr(records, "iter"):  # of `datasets`, not imported
-        return _columns_to_records(records.iter(batch_size=AT_ONCE))
+        return _columns_to_records(records.with_format(None).iter(batch_size=AT_ONCE))
     if hasattr(records, "iloc"):  # of pandas
         return _from_pandas(records)
     if hasattr(records, "__arrow_c_stream__"):
         return iterate_records(pl.DataFrame(records))
     if isinstance(records, Iterable) and not isinstance(records, str | bytes | Mapping):
-        return iter(records)
+        return map(_plain, records)
     raise TypeError(
         "PreferenceDataset.from_records: records must be a list of dicts, a polars, pandas or "
         f"Arrow table, or a datasets.Dataset, got {type(records).__name__}; for a file or a hub's "
@@ -121,7 +125,7 @@ def rename(records: Iterable[Any], columns: Mapping[str, str]) -> Iterator[Any]:
 
 
 def _kind(path: Path) -> str:
-    suffixes = path.suffixes or [""]
+    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
     kind = suffixes[-1]
     if kind == ".gz" and len(suffixes) > 1 and suffixes[-2] in COMPRESSED:
         return suffixes[-2]
@@ -135,13 +139,16 @@ def _kind(path: Path) -> str:
 
 
 def _known(path: Path) -> bool:
+    """Whether a file in a folder is data: not what describes data, nor our own decisions."""
+    if path.name == "dataset_info.json" or path.name.endswith(".selection.parquet"):
+        return False
     try:
         return bool(_kind(path))
     except ValueError:
         return False
 
 
-def _file_records(path: Path) -> Iterator[Any]:
+def _file_records(path: Path, text: frozenset[str]) -> Iterator[Any]:
     kind = _kind(path)
     try:
         if kind in (".jsonl", ".ndjson"):
@@ -149,18 +156,25 @@ def _file_records(path: Path) -> Iterator[Any]:
         elif kind == ".json":
             yield from _json(path)
         elif kind in (".csv", ".tsv"):
-            yield from _csv(path, "\t" if kind == ".tsv" else ",")
+            yield from _csv(path, "\t" if kind == ".tsv" else ",", text | _CSV_TEXT)
         else:
             for batch in _parquet(path) if kind == ".parquet" else _arrow(path):
                 yield from pl.DataFrame(batch).to_dicts()
-    except (pa.ArrowException, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (
+        pa.ArrowException,
+        pl.exceptions.PolarsError,
+        UnicodeDecodeError,
+        gzip.BadGzipFile,
+        zlib.error,
+        EOFError,
+    ) as error:
         raise ValueError(
             f"PreferenceDataset.read: {path} cannot be read as {kind[1:]}: {error}"
         ) from error
 
 
 def _text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
@@ -179,7 +193,12 @@ def _json(path: Path) -> Iterator[Any]:
         while start.isspace():
             start = file.read(1)
     if start != "[":  # some call their JSON Lines .json
-        yield from _json_lines(path)
+        try:
+            yield from _json_lines(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; a .json file is a list of records, or a record on each line"
+            ) from None
         return
     with _text(path) as file:
         yield from _parsed(file.read(), str(path))
@@ -192,7 +211,10 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"PreferenceDataset.read: {place} is not JSON: {error}") from error
 
 
-def _csv(path: Path, separator: str) -> Iterator[dict[str, Any]]:
+_CSV_TEXT = frozenset(["prompt", "chosen", "rejected", "instruction", "input"])
+
+
+def _csv(path: Path, separator: str, text: frozenset[str]) -> Iterator[dict[str, Any]]:
     """Texts stay texts; a column whose every value is a number becomes one."""
     with _text(path) as file:
         header = next(csv.reader(file, delimiter=separator), [])
@@ -201,9 +223,7 @@ def _csv(path: Path, separator: str) -> Iterator[dict[str, Any]]:
             path,
             separator=separator,
             infer_schema_length=None,
-            schema_overrides=dict.fromkeys(
-                set(header) & {"prompt", "chosen", "rejected", "instruction", "input"}, pl.String
-            ),
+            schema_overrides=dict.fromkeys(text & set(header), pl.String),
         )
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
@@ -239,14 +259,30 @@ def _columns_to_records(batches: Iterable[dict[str, list[Any]]]) -> Iterator[dic
             yield dict(zip(columns, values, strict=True))
 
 
-def _from_pandas(table: Any) -> Iterator[dict[str, Any]]:
+def _from_pandas(table: Any) -> Iterator[Any]:
     for start in range(0, len(table), AT_ONCE):
         for record in table.iloc[start : start + AT_ONCE].to_dict("records"):
-            # pandas marks what is missing with a number that is not equal to itself
+            # pandas marks what is missing with a value that is not equal to itself
             yield {
-                name: None if isinstance(value, float) and value != value else value
+                name: None if _is_missing(value) else _plain(value)
                 for name, value in record.items()
             }
+
+
+def _is_missing(value: Any) -> bool:
+    same = value == value
+    return same is False or type(same).__name__ == "NAType"
+
+
+def _plain(value: Any) -> Any:
+    """The same with lists for tuples and arrays, and Python's numbers for numpy's."""
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _could_be_on_a_hub(name: str) -> bool:

@@ -12,12 +12,13 @@ trainers share what they have.
 
 import hashlib
 import json
-import shutil
+import re
 import time
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -30,10 +31,22 @@ import torch
 from torch import Tensor, nn
 
 from sage_select.cache import cache_folder, mark_as_used, partial_path, replace_durably
-from sage_select.dataset import PreferenceDataset, TokenSequence
-from sage_select.fingerprints import digest, has_adapters, model_digest
+from sage_select.dataset import PreferenceDataset
+from sage_select.fingerprints import (
+    check_adapters_come_off,
+    digest,
+    has_adapters,
+    model_digest,
+)
 from sage_select.hashing import Float64Array, Int64Array
-from sage_select.measuring import Content, distinct_sequences, joined, measure_sequences
+from sage_select.measuring import (
+    DistinctSequences,
+    Keys,
+    distinct_sequences,
+    joined,
+    measure_sequences,
+    sequence_keys,
+)
 from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
 
@@ -41,7 +54,6 @@ WRITE_EVERY = 5.0  # seconds between parts: what a kill can lose
 MERGE_ABOVE = 32  # parts of one reference, before they are merged into one
 ABANDONED = 24 * 3600.0  # seconds after which an unfinished part is some killed process's
 
-Keys = npt.NDArray[np.bytes_]
 _SCHEMA = pa.schema({"key": pa.binary(16), "logp": pa.float64()})
 
 
@@ -103,8 +115,8 @@ class ReferenceStore:
             "show_progress": show_progress,
         }
         if model is not None:
-            self._path = _path_of(model, mixed_precision, impl)
-            identity = digest([model_digest(model), self._path])
+            check_adapters_come_off(model)
+            identity = self._identity_of(model)
         assert identity is not None
         self.identity = identity
         self.folder = root / identity
@@ -150,19 +162,17 @@ class ReferenceStore:
                 "were never measured, and there is no model to measure them with; fill the store "
                 "first, with `sage-select store fill` or ReferenceStore(model, ...).fill()"
             )
-        if digest([model_digest(self.model), self._path]) != self.identity:
+        if self._identity_of(self.model) != self.identity:
             raise ValueError(
                 "ReferenceStore: the reference model's weights have changed since the store was "
-                "opened, so what is missing cannot be measured any more; call fill() before "
-                "training, or give the reference a model of its own"
+                "opened, or its precision, device or attention, so what is missing cannot be "
+                "measured any more; call fill() before training, or give the reference a model of "
+                "its own"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._describe()
-        distinct = distinct_sequences(wanted.sequences())
-        keys = _keys_of([content.sequence() for content in distinct])
-        at_hand = _read_parts(self.folder)
-        found = np.flatnonzero(~np.isnan(at_hand.look_up(keys)))
-        measured = self._measure(distinct, keys, set(found.tolist()))
+        self._describe(self.model)
+        distinct = distinct_sequences(wanted)
+        found = np.flatnonzero(~np.isnan(_read_parts(self.folder).look_up(distinct.keys)))
+        measured = self._measure(distinct, set(found.tolist()))
         self._logps = None  # what was written is read back
         _merge(self.folder)
         return measured
@@ -181,14 +191,29 @@ class ReferenceStore:
         logps = torch.from_numpy(self._known()[positions].T.copy())
         return joined(wanted, logps.reshape(-1))
 
-    def _measure(self, distinct: list[Content], keys: Keys, known: Collection[int]) -> int:
+    def _identity_of(self, model: nn.Module) -> str:
+        return digest([model_digest(model), self._path_of(model)])
+
+    def _path_of(self, model: nn.Module) -> dict[str, str]:
+        """What decides the rounding of a log-prob, besides the weights."""
+        weight = next(model.parameters())
+        config: Any = getattr(model, "config", None)
+        return {
+            "dtype": str(weight.dtype),
+            "mixed_precision": str(self._measures["mixed_precision"]),
+            "device": weight.device.type,
+            "attention": str(getattr(config, "_attn_implementation", "")),
+            "head": resolved(self._measures["impl"]),
+        }
+
+    def _measure(self, distinct: DistinctSequences, known: Collection[int]) -> int:
         assert self.model is not None
         off = self.model.disable_adapter() if has_adapters(self.model) else nullcontext()  # type: ignore[operator]
         with off, _Writer(self.folder) as writer:
             measure_sequences(
                 self.model,
                 distinct,
-                lambda places, logps: writer.add(keys[places], self._finite(keys[places], logps)),
+                lambda places, logps: writer.add(*self._finite(distinct.keys[places], logps)),
                 known=known,
                 desc="measuring the reference",
                 **self._measures,
@@ -204,9 +229,9 @@ class ReferenceStore:
     @cached_property
     def _dataset_keys(self) -> Keys:
         """[N, 2], chosen and rejected."""
-        return _keys_of(self.dataset.sequences()).reshape(2, len(self.dataset)).T
+        return sequence_keys(self.dataset)[0].reshape(2, len(self.dataset)).T
 
-    def _finite(self, keys: Keys, logps: Tensor) -> Tensor:
+    def _finite(self, keys: Keys, logps: Tensor) -> tuple[Keys, Tensor]:
         for key, logp in zip(
             keys[~logps.isfinite().numpy()], logps[~logps.isfinite()], strict=True
         ):
@@ -216,17 +241,16 @@ class ReferenceStore:
                 f"{self.dataset.index[first]}) has log-prob {logp.item()}; the reference's weights "
                 "or activations are not finite"
             )
-        return logps
+        return keys, logps
 
     def _positions(self, rows: Int64Array) -> Int64Array:
         order, ascending = self._order
-        found = np.searchsorted(ascending, rows).clip(max=len(ascending) - 1)
-        for row in rows[ascending[found] != rows][:1]:
+        for row in rows[~np.isin(rows, ascending)][:1]:
             raise KeyError(
                 f"ReferenceStore.take: row {row} is not among the {len(order)} pairs of the "
                 "store's dataset; open the store with the whole dataset"
             )
-        positions: Int64Array = order[found]
+        positions: Int64Array = order[np.searchsorted(ascending, rows)]
         return positions
 
     @cached_property
@@ -235,15 +259,18 @@ class ReferenceStore:
         order = np.argsort(self.dataset.index, kind="stable")
         return order, self.dataset.index[order]
 
-    def _describe(self) -> None:
+    def _describe(self, model: nn.Module) -> None:
         """What a person should know of this reference; nothing depends on it."""
         path = self.folder / "reference.json"
-        if not path.exists():
-            config: Any = getattr(self.model, "config", None)
-            told = {"model": str(getattr(config, "_name_or_path", "")), **self._path}
-            partial = partial_path(path)
-            partial.write_text(json.dumps(told))
-            replace_durably(partial, path)
+        if path.exists():
+            mark_as_used(path)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config: Any = getattr(model, "config", None)
+        told = {"model": str(getattr(config, "_name_or_path", "")), **self._path_of(model)}
+        partial = partial_path(path)
+        partial.write_text(json.dumps(told))
+        replace_durably(partial, path)
 
 
 def read_reference(
@@ -271,18 +298,23 @@ def read_reference(
         ValueError: If a column or a pair is missing, a pair stands there twice with different
             values, or a log-prob is not a finite number of at most 0.
     """
+    as_text = {key: pl.String}  # 007 is not 7
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
-        ".csv": pl.read_csv,
-        ".jsonl": pl.read_ndjson,
-        ".ndjson": pl.read_ndjson,
+        ".csv": bound(pl.read_csv, infer_schema_length=None, schema_overrides=as_text),
+        ".jsonl": bound(pl.read_ndjson, infer_schema_length=None),
+        ".ndjson": bound(pl.read_ndjson, infer_schema_length=None),
     }
     file = Path(path)
     if file.suffix not in readers:
         raise ValueError(
             f"read_reference: cannot read {file.name}; known endings are {', '.join(readers)}"
         )
-    table = readers[file.suffix](file)
+    try:
+        table = readers[file.suffix](file)
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"read_reference: {file} cannot be read: {reason}") from error
     for name in (key, chosen, rejected):
         if name not in table.columns:
             raise ValueError(
@@ -302,11 +334,11 @@ def read_reference(
             f"read_reference: {file} has no log-probs for pair {name} (by {key}); "
             "measure it, or take a dataset without it"
         )
-    above = pl.any_horizontal(pl.col("chosen", "rejected") > 0)
-    for name in found.filter(above)["key"][:1]:
+    both = pl.col("chosen", "rejected")
+    for name in found.filter(pl.any_horizontal(~both.is_finite() | (both > 0)))["key"][:1]:
         raise ValueError(
-            f"read_reference: {file} has a log-prob above 0 for pair {name}; log-probs are natural "
-            "logarithms of probabilities, summed over a response"
+            f"read_reference: {file} has a log-prob for pair {name} that is above 0 or not finite; "
+            "log-probs are natural logarithms of probabilities, summed over a response"
         )
     logps = np.concatenate([found["chosen"].to_numpy(), found["rejected"].to_numpy()])
     return joined(dataset, torch.from_numpy(logps))
@@ -341,20 +373,28 @@ def stored_references(folder: str | Path | None = None) -> list[StoredReference]
     root = Path(folder) if folder is not None else default_store()
     found = []
     for place in root.iterdir() if root.is_dir() else ():
-        files = [file for file in place.iterdir() if file.is_file()] if place.is_dir() else []
-        if not files:
-            continue
-        told = place / "reference.json"
+        if not _IDENTITY.fullmatch(place.name) or not place.is_dir():
+            continue  # somebody else's
+        states = []
+        for file in place.iterdir():
+            with suppress(FileNotFoundError):  # merged or finished meanwhile
+                states.append(file.stat())
+        told = {}
+        with suppress(OSError, ValueError):
+            told = json.loads((place / "reference.json").read_text())
         found.append(
             StoredReference(
                 identity=place.name,
-                told=json.loads(told.read_text()) if told.exists() else {},
+                told=told,
                 sequences=len(_read_parts(place).keys),
-                size=sum(file.stat().st_size for file in files),
-                used=max(file.stat().st_mtime for file in files),
+                size=sum(state.st_size for state in states),
+                used=max((state.st_mtime for state in states), default=0.0),
             )
         )
     return sorted(found, key=lambda reference: -reference.used)
+
+
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
 
 
 def evict(
@@ -384,32 +424,21 @@ def evict(
     references = stored_references(root)
     if identity is not None and identity not in {r.identity for r in references}:
         raise ValueError(f"evict: {root} has no reference {identity}")
-    going, kept_size = [], 0
+    going, total = [], 0
     for reference in references:  # the most recently used first
+        total += reference.size
         stale = unused_for is not None and time.time() - reference.used > unused_for
-        above = max_size is not None and kept_size + reference.size > max_size
+        above = max_size is not None and total > max_size
         if reference.identity == identity or stale or above:
             going.append(reference)
-        else:
-            kept_size += reference.size
     for reference in going:
-        shutil.rmtree(root / reference.identity)
+        place = root / reference.identity
+        for pattern in ("part-*.arrow", ".*.partial", "reference.json"):
+            for file in place.glob(pattern):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # what else stands there is somebody else's
+            place.rmdir()
     return going
-
-
-def _path_of(
-    model: nn.Module, mixed_precision: torch.dtype | None, impl: Implementation
-) -> dict[str, str]:
-    """What decides the rounding of a log-prob, besides the weights."""
-    weight = next(model.parameters())
-    config: Any = getattr(model, "config", None)
-    return {
-        "dtype": str(weight.dtype),
-        "mixed_precision": str(mixed_precision),
-        "device": weight.device.type,
-        "attention": str(getattr(config, "_attn_implementation", "")),
-        "head": resolved(impl),
-    }
 
 
 # Parts
@@ -428,21 +457,6 @@ class _Entries:
             return np.full(keys.shape, np.nan)
         places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(self.keys[places] == keys, self.logps[places], np.nan)
-
-
-def _keys_of(sequences: list[TokenSequence]) -> Keys:
-    """16 bytes per sequence: a hash of its tokens and of where the response starts.
-
-    As fixed-size byte strings they are compared whole: numpy ignores zeros at an end, but two
-    strings of one size that differ in nothing else are equal.
-    """
-    hashes = (
-        hashlib.blake2b(
-            tokens.tobytes(), digest_size=16, salt=start.to_bytes(16, "little")
-        ).digest()
-        for tokens, start in sequences
-    )
-    return np.frombuffer(b"".join(hashes), dtype="S16")
 
 
 class _Writer:
@@ -471,6 +485,7 @@ class _Writer:
         """Put on disk what was taken in."""
         if self._keys:
             _write_part(self._folder, np.concatenate(self._keys), np.concatenate(self._logps))
+            mark_as_used(self._folder / "reference.json")
         self._keys, self._logps, self._written = [], [], time.monotonic()
 
 
@@ -484,6 +499,7 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
         writer.write_table(pa.table([column, pa.array(logps)], schema=_SCHEMA))
     content = sink.getvalue().to_pybytes()
     path = folder / f"part-{_checksum(content)}.arrow"
+    folder.mkdir(parents=True, exist_ok=True)  # somebody may have evicted it
     partial = partial_path(path)
     partial.write_bytes(content)
     replace_durably(partial, path)
@@ -531,8 +547,9 @@ def _read_parts(folder: Path) -> _Entries:
 def _merge(folder: Path) -> None:
     """One part for many, and no leftovers of killed processes."""
     for path in folder.glob(".*.partial"):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # just finished by another process
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
     parts = list(folder.glob("part-*.arrow"))
     if len(parts) > MERGE_ABOVE:
         entries = _read_parts(folder)

@@ -10,12 +10,14 @@ from decimal import Decimal
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import warn
 
 import polars as pl
 import pyarrow as pa
 from jinja2 import TemplateError
 
 from sage_select.cache import mark_as_used, partial_path, replace_durably
+from sage_select.fingerprints import writes_the_date
 from sage_select.progress import progress_bar
 from sage_select.records import (
     TEXT_FIELDS,
@@ -66,6 +68,13 @@ def tokenised(
         total: Number of records, where it is known.
         show_progress: False for no bar.
     """
+    if writes_the_date(tokenizer):
+        warn(
+            "PreferenceDataset: the tokenizer's chat template writes today's date into every prompt "
+            "(strftime_now), so tokens, log-probs and caches are another day's tomorrow; set "
+            "tokenizer.chat_template to one with a fixed date",
+            stacklevel=2,
+        )
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
     with progress_bar(total, "tokenising", "rows", show=show_progress) as bar:
@@ -171,9 +180,17 @@ class _ChunkMaker:
             return table
         path = chunk_path(self.cache, chunk.name)
         partial = partial_path(path)
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        replace_durably(partial, path)
+        try:
+            with (
+                pa.OSFile(str(partial), "wb") as file,
+                pa.ipc.new_file(file, table.schema) as writer,
+            ):
+                writer.write_table(table)
+            replace_durably(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            warn(f"tokens stay in memory, since {path} cannot be written: {error}", stacklevel=2)
+            return table
         return read_table(path)
 
 
@@ -188,8 +205,7 @@ def _start_worker(maker: _ChunkMaker) -> None:
 def _work(chunk: _Chunk) -> pa.Table | None:
     assert _worker_maker is not None
     table = _worker_maker.make(chunk)
-    stored = _worker_maker.cache is not None and chunk.name is not None
-    return None if stored else table  # the parent maps the file itself
+    return table if _worker_maker.known(chunk) is None else None  # the parent maps the file itself
 
 
 def _in_order(
@@ -261,15 +277,28 @@ def _annotations(rows: list[dict[str, Any]]) -> list[pl.Series]:
 
 def _series(name: str, values: list[Any]) -> pl.Series:
     kinds = {type(value) for value in values if value is not None}
-    if kinds == {int, float}:
-        return pl.Series(f"{INPUT}{name}", values, dtype=pl.Float64)
+    mixed = kinds == {int, float} and all(map(_is_exact, values))
     try:
-        series = pl.Series(f"{INPUT}{name}", values, strict=True)
+        series = pl.Series(
+            f"{INPUT}{name}", values, dtype=pl.Float64 if mixed else None, strict=not mixed
+        )
     except (TypeError, OverflowError, UnicodeError, pl.exceptions.PolarsError):
-        series = pl.Series(values, dtype=pl.Object)
-    if series.dtype == pl.Object:
-        return pl.Series(f"{INPUT_AS_JSON}{name}", as_json(values), dtype=pl.String)
+        return _json_series(name, values)
+    if series.dtype in (pl.Object, pl.Int128):
+        return _json_series(name, values)
+    # of lists and records the first few decide the type, and what does not fit it is lost
+    if series.dtype.is_nested() and series.to_list() != values:
+        return _json_series(name, values)
     return series
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether a number is the same as a 64-bit float."""
+    return not isinstance(value, int) or abs(value) <= 1 << 53
+
+
+def _json_series(name: str, values: list[Any]) -> pl.Series:
+    return pl.Series(f"{INPUT_AS_JSON}{name}", as_json(values), dtype=pl.String)
 
 
 def as_json(values: Iterable[Any]) -> list[str | None]:
@@ -332,21 +361,24 @@ def _rendered_conversation(pair: Pair, tokenizer: Any) -> list[str]:
             "tokenizer.chat_template"
         )
     open_ended = pair.prompt[-1]["role"] == "assistant"  # the response continues this message
+    options = {"tokenize": False} | ({} if pair.tools is None else {"tools": pair.tools})
     try:
-        prompt = tokenizer.apply_chat_template(
-            pair.prompt,
-            tokenize=False,
-            add_generation_prompt=not open_ended,
-            continue_final_message=open_ended,
-        )
-        return [
-            prompt,
+        texts = [
+            tokenizer.apply_chat_template(
+                pair.prompt,
+                add_generation_prompt=not open_ended,
+                continue_final_message=open_ended,
+                **options,
+            ),
             *(
-                tokenizer.apply_chat_template(pair.prompt + response, tokenize=False)
+                tokenizer.apply_chat_template(pair.prompt + response, **options)
                 for response in pair.responses
             ),
         ]
-    except (TemplateError, KeyError, TypeError) as error:
+        for text in texts:
+            text.encode()
+        return texts
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
         raise BadRecord("the chat template refuses the messages") from error
 
 

@@ -1,5 +1,7 @@
 import gzip
 import json
+from copy import deepcopy
+from datetime import date
 
 import numpy as np
 import polars as pl
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sage_select import PreferenceDataset, nca_responses, tokenising
+from sage_select import dataset as dataset_module
 from sage_select.losses import response_weights
 from sage_select.measuring import response_logps
 from sage_select.records import BadRecord, checked_pair, shared_start
@@ -105,6 +108,35 @@ SHAPES = {
         {"instruction": "Sky", "input": "now?", "chosen": "blue", "rejected": "red"},
         ("Sky\nnow?", "blue", "red"),
     ),
+    "alpaca with a system prompt and a history": (
+        {
+            "instruction": "Now?",
+            "system": "Be brief.",
+            "history": [["Sky?", "Up."]],
+            "chosen": "blue",
+            "rejected": "red",
+        },
+        (
+            [
+                {"role": "system", "content": "Be brief."},
+                *user("Sky?"),
+                *assistant("Up."),
+                *user("Now?"),
+            ],
+            assistant("blue"),
+            assistant("red"),
+        ),
+    ),
+    "a complete record with fields of other shapes": (
+        {
+            "prompt": "Sky?",
+            "chosen": " blue",
+            "rejected": " red",
+            "completions": ["x"],
+            "conversations": [{"from": "gpt", "value": "x"}],
+        },
+        ("Sky?", " blue", " red"),
+    ),
     "alpaca, both in one list": (
         {"instruction": "Sky?", "input": "", "output": ["blue", "red"]},
         ("Sky?", "blue", "red"),
@@ -169,7 +201,20 @@ BAD_RECORDS = {
     "prompt is a list of messages but the responses are text": GOOD | {"prompt": user("p")},
     "not a record": None,
     "chosen is not valid Unicode": GOOD | {"chosen": "cut \ud83d"},
-    "a response repeats a part of the prompt": {
+    "prompt is missing": GOOD | {"prompt": None},
+    "tools is text that is not JSON": {
+        "prompt": user("p"),
+        "chosen": assistant("a"),
+        "rejected": assistant("b"),
+        "tools": "{",
+    },
+    "history is not a list of questions with their answers": {
+        "instruction": "p",
+        "history": ["q"],
+        "chosen": "a",
+        "rejected": "b",
+    },
+    "a response starts with a message that is not the assistant's": {
         "prompt": user("p") + assistant("q") + user("r"),
         "chosen": user("p") + assistant("a"),
         "rejected": assistant("b"),
@@ -473,6 +518,8 @@ def test_a_changed_template_or_vocabulary_is_tokenised_again(counted, data, tmp_
     tokenizer.chat_template = "!" + tokenizer.chat_template
     assert (read(), read()) == (1, 0)
     tokenizer.add_tokens("blue")
+    assert (read(), read()) == (1, 0)
+    tokenizer.split_special_tokens = True
     assert read() == 1
 
 
@@ -547,6 +594,133 @@ def test_annotations_of_mixed_kinds_lose_nothing(tokenizer):
     assert [m and json.loads(m) for m in pairs.column("mixed")] == mixed
     numbers = [row | {"number": n} for row, n in zip(records(), [1, 2.5, None, 3, 4], strict=True)]
     assert dataset(tokenizer, numbers).column("number").to_list() == [1.0, 2.5, None, 3.0, 4.0]
+
+
+MIXED = {  # values in the first chunk and in the last row, and what they are as a column
+    "whole numbers and fractions": (1, 2.5, [1.0, 2.5]),
+    "whole numbers that a float cannot say": (2**60 + 1, 0.5, [str(2**60 + 1), "0.5"]),
+    "whole numbers of different sizes": (2**62 + 1, 2**63 + 1, [2**62 + 1, 2**63 + 1]),
+    "larger than any integer type": (1, 2**70, ["1", str(2**70)]),
+    "lists of different kinds": ([1], [1.5], ["[1]", "[1.5]"]),
+    "lists that are empty at first": ([], [1], ["[]", "[1]"]),
+    "lists in one chunk and text in the other": ([1], "x", ["[1]", '"x"']),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_annotations_of_different_chunks_lose_nothing(name, tokenizer):
+    first, last, expected = MIXED[name]
+    rows = [row | {"kind": first} for row in long_records()]
+    rows[-1]["kind"] = last
+    column = dataset(tokenizer, rows).column("kind")
+    assert column[[0, -1]].to_list() == expected
+
+
+def test_nested_annotations_lose_nothing(tokenizer):
+    rows = records(200)
+    for i, row in enumerate(rows):
+        row["list"] = [1] if i < 150 else [1.7]
+        row["record"] = {"a": 1} if i < 150 else {"a": 1, "b": 2}
+    pairs = dataset(tokenizer, rows)
+    assert [json.loads(text) for text in pairs.column("list")] == [row["list"] for row in rows]
+    assert json.loads(pairs.column("record")[199]) == {"a": 1, "b": 2}
+
+
+def test_annotations_of_any_name(tokenizer):
+    names = ["json.x", "input.x", "x", "pair_id", "input_pair_id", "row", "scores", "truncated"]
+    rows = [row | {name: f"{name} {i}" for name in names} for i, row in enumerate(records(2))]
+    pairs = dataset(tokenizer, rows)
+    found = {tuple(pairs.column(name)) for name in pairs.columns if "note" not in name}
+    assert {(f"{name} 0", f"{name} 1") for name in names} <= found
+
+
+def test_arrays_and_tuples_are_lists(tokenizer):
+    import pandas
+
+    rows = [{"prompt": "1?", "responses": ("1", "2", "3"), "scores": np.array([1, 3, 2])}]
+    lists = [{"prompt": "1?", "responses": ["1", "2", "3"], "scores": [1, 3, 2]}]
+    for kind in (rows, pandas.DataFrame(rows), lists):
+        assert dataset(tokenizer, kind).ids.tolist() == dataset(tokenizer, lists).ids.tolist()
+    table = pandas.DataFrame([*records(2), {"prompt": None, "chosen": "a", "rejected": "b"}])
+    assert dataset(tokenizer, table).set_aside["reason"].to_list() == ["prompt is missing"]
+
+
+def test_what_a_template_cannot_say_is_set_aside(qwen):
+    rows = [
+        {"prompt": user("p"), "chosen": assistant("a"), "rejected": assistant("b")},
+        {"prompt": user("\ud800"), "chosen": assistant("a"), "rejected": assistant("b")},
+        {
+            "prompt": [{"role": "user", "content": "q", "at": date(2026, 1, 1)}],
+            "chosen": assistant("a"),
+            "rejected": assistant("b"),
+        },
+        {
+            "prompt": [*user("p"), {"role": "assistant", "content": "", "tool_calls": [{}]}],
+            "chosen": assistant("a"),
+            "rejected": assistant("b"),
+        },
+    ]
+    pairs = PreferenceDataset.from_records(rows, tokenizer=qwen, max_length=64)
+    assert len(pairs) + pairs.set_aside.height == 4
+    assert 1 in pairs.set_aside["source_row"]
+
+
+def test_a_template_that_writes_the_date_is_pointed_out(qwen):
+    qwen = deepcopy(qwen)
+    qwen.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT
+    record, _ = SHAPES["conversational, explicit prompt"]
+    with pytest.warns(UserWarning, match="writes today's date into every prompt"):
+        PreferenceDataset.from_records([record], tokenizer=qwen, max_length=64)
+
+
+def test_tools_are_told_to_the_template(qwen):
+    qwen = deepcopy(qwen)
+    qwen.chat_template = "{{ tools | tojson if tools else '' }}" + CHAT
+    row = {"prompt": user("p"), "chosen": assistant("a"), "rejected": assistant("b")}
+    tools = [{"name": "search"}]
+    rows = [row, row | {"tools": tools}, row | {"tools": json.dumps(tools)}]
+    pairs = PreferenceDataset.from_records(rows, tokenizer=qwen, max_length=64)
+    assert len(pairs) == 2  # the last says the same as the one before
+    texts = [qwen.decode(sequence.tokens) for sequence in pairs.sequences()[:2]]
+    assert ["search" in text for text in texts] == [False, True]
+
+
+def test_a_folder_of_our_own_exports_reads_back(tokenizer, tmp_path):
+    write(".jsonl", records(), tmp_path / "kept.jsonl")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    write(".parquet", [{"row": 1}], tmp_path / "kept.selection.parquet")
+    check_same(PreferenceDataset.read(tmp_path, tokenizer=tokenizer, max_length=64),
+               dataset(tokenizer))  # fmt: skip
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tokenizer, tmp_path, monkeypatch):
+    write(".jsonl", records(), tmp_path / "pairs.jsonl")
+    monkeypatch.setattr(tokenising, "replace_durably", refuse)
+    with pytest.warns(UserWarning, match="tokens stay in memory"):
+        pairs = PreferenceDataset.read(
+            tmp_path / "pairs.jsonl", tokenizer=tokenizer, max_length=64, cache=tmp_path / "cache"
+        )
+    check_same(pairs, dataset(tokenizer))
+    assert list((tmp_path / "cache").glob("*.arrow")) == []
+
+
+def refuse(*args):
+    raise PermissionError("read-only")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tokenizer, tmp_path, monkeypatch):
+    path, cache = tmp_path / "pairs.jsonl", tmp_path / "cache"
+    write(".jsonl", records(3), path)
+    read_records = dataset_module.read_records
+
+    def changed_meanwhile(*args, **options):
+        found = list(read_records(*args, **options))
+        write(".jsonl", records(5), path)
+        return found
+
+    monkeypatch.setattr(dataset_module, "read_records", changed_meanwhile)
+    PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64, cache=cache)
+    assert list(cache.glob("*.json")) == []
 
 
 def test_one_odd_line_does_not_spoil_a_file(tokenizer, tmp_path):

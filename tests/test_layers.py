@@ -16,7 +16,7 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "progress": (0, {"tqdm"}),
     "records": (0, set()),
     "fingerprints": (0, {"torch"}),
-    "sources": (0, {"datasets", "polars", "pyarrow"}),
+    "sources": (0, {"datasets", "numpy", "polars", "pyarrow"}),
     "tokenising": (1, {"jinja2", "polars", "pyarrow"}),
     "quotas": (1, {"numpy"}),
     "rows": (1, {"numpy"}),

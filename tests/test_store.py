@@ -15,6 +15,7 @@ import torch
 from store_worker import NEVER, fill
 
 from sage_select import PreferenceDataset, ReferenceStore, measure, measuring, store
+from sage_select.dataset import evict_tokens
 from sage_select.store import evict, read_reference, stored_references
 
 TESTS = Path(__file__).parent
@@ -88,6 +89,7 @@ def first_word(model):
 
 
 CHANGES = {
+    "a buffer that is not saved": lambda model: model.model.rotary_emb.to(torch.bfloat16),
     "one bit of one weight": lambda model: first_word(model).add_(1),
     "dtype": lambda model: model.to(torch.bfloat16),
     "a setting": lambda model: setattr(model.config, "rms_norm_eps", 1e-5),
@@ -162,6 +164,40 @@ def test_adapters_are_off(still, forwards, tmp_path):
     expected = measure(still.model, still.dataset)
     assert equal(base.take(still.dataset.index), expected)
     assert not torch.allclose(measure(policy, still.dataset).chosen, expected.chosen)
+
+
+def adapted(still, **options):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules="all-linear", r=2, **options)
+    return peft.get_peft_model(deepcopy(still.model), lora)
+
+
+def merged(still):
+    policy = adapted(still)
+    policy.merge_adapter()
+    return policy
+
+
+def added_by_transformers(still):
+    peft = pytest.importorskip("peft")
+    policy = deepcopy(still.model)
+    policy.add_adapter(peft.LoraConfig(target_modules="all-linear", r=2))
+    return policy
+
+
+NOT_OFF = {
+    "adapters of transformers' own": added_by_transformers,
+    "the adapters are merged": merged,
+    "init_lora_weights='pissa' changes": lambda still: adapted(still, init_lora_weights="pissa"),
+    "the adapters train biases": lambda still: adapted(still, bias="lora_only"),
+}
+
+
+@pytest.mark.parametrize("words", NOT_OFF)
+def test_adapters_that_do_not_come_off_are_refused(words, still, tmp_path):
+    policy = NOT_OFF[words](still)
+    with pytest.raises(ValueError, match=words):
+        ReferenceStore(policy, still.dataset, folder=tmp_path)
 
 
 def test_a_reference_that_was_trained_is_refused(world, tmp_path):
@@ -279,6 +315,35 @@ def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
         assert np.isnan(entries.look_up(keys[known:])).all()
 
 
+def test_a_reference_that_was_evicted_under_way_is_written_anew(still, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "WRITE_EVERY", 0.0)
+    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path, max_batch_tokens=256)
+    write, parts = store._write_part, []
+
+    def evicted_once(folder, keys, logps):
+        parts.append(write(folder, keys, logps))
+        if len(parts) == 2:
+            evict(tmp_path, identity=reference.identity)
+        return parts[-1]
+
+    monkeypatch.setattr(store, "_write_part", evicted_once)
+    reference.fill()
+    assert 0 < len(reference.missing()) < len(still.dataset)
+    assert reference.fill() > 0
+    assert len(reference.missing()) == 0
+
+
+def test_eviction_spares_what_is_not_ours(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("years of work")
+    (tmp_path / "0123456789abcdef0123456789abcdef").mkdir()
+    (tmp_path / "0123456789abcdef0123456789abcdef" / "notes").write_text("more")
+    evict(tmp_path, unused_for=-1)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.tex", "notes"]
+    (tmp_path / "mine.json").write_text("{}")
+    assert evict_tokens(-1, tmp_path) == (0, 0)
+
+
 def test_a_spoiled_part_is_measured_again(still, tmp_path):
     reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
     reference.fill()
@@ -339,10 +404,11 @@ def test_log_probs_from_a_file(ending, still, tmp_path):
 BAD_FILES = {
     "has no column 'ref_chosen_logps'": lambda table: table.drop("ref_chosen_logps"),
     "has no log-probs for pair": lambda table: table.head(3),
+    "or not finite": lambda table: table.with_columns(ref_chosen_logps=pl.lit(float("nan"))),
     "has different log-probs for pair": lambda table: pl.concat(
         [table, table.with_columns(pl.col("ref_chosen_logps") - 1)]
     ),
-    "has a log-prob above 0": lambda table: table.with_columns(-pl.col("ref_chosen_logps")),
+    "that is above 0 or not finite": lambda table: table.with_columns(-pl.col("ref_chosen_logps")),
 }
 
 
