@@ -669,7 +669,7 @@ def test_a_template_that_writes_the_date_is_pointed_out(qwen):
     qwen = deepcopy(qwen)
     qwen.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT
     record, _ = SHAPES["conversational, explicit prompt"]
-    with pytest.warns(UserWarning, match="writes today's date into every prompt"):
+    with pytest.warns(UserWarning, match="writes today's date into every"):
         PreferenceDataset.from_records([record], tokenizer=qwen, max_length=64)
 
 
@@ -716,7 +716,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tokenizer, tmp_p
     def changed_meanwhile(*args, **options):
         found = list(read_records(*args, **options))
         write(".jsonl", records(5), path)
-        return found
+        yield from found
 
     monkeypatch.setattr(dataset_module, "read_records", changed_meanwhile)
     PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64, cache=cache)
