@@ -71,8 +71,8 @@ def tokenised(
     if writes_the_date(tokenizer):
         warn(
             "PreferenceDataset: the tokenizer's chat template writes today's date into every "
-            "prompt (strftime_now), so tokens, log-probs and caches are another day's tomorrow; set "
-            "tokenizer.chat_template to one with a fixed date",
+            "prompt (strftime_now), so tokens, log-probs and caches are others tomorrow; "
+            "set tokenizer.chat_template to one with a fixed date",
             stacklevel=2,
         )
     if cache is not None:
