@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Heavy imports stand in the commands, so that --help and completion answer at once.
 
-WRONG_USE, BAD_INPUT, NOT_FIT, INTERRUPTED = 2, 3, 4, 130
+WRONG_USE, BAD_INPUT, NOT_FIT, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +53,8 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Change a setting, as in --set training.epochs=1; may be given many times.",
+        help="Change a setting, as in --set training.epochs=1; the value as in YAML; may be "
+        "given many times.",
         show_default=False,
     ),
 ]
@@ -71,7 +72,11 @@ StoreFolder = Annotated[
 
 def main() -> None:
     """The console script."""
-    app(prog_name="sage-select")
+    try:
+        app(prog_name="sage-select")
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
 
 
 @contextmanager
@@ -82,6 +87,8 @@ def _reported(as_json: bool = False) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
+    except BrokenPipeError:
+        raise
     except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
         from sage_select.config import ConfigError
 
@@ -99,7 +106,7 @@ def _reported(as_json: bool = False) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; what was written stands, and train --resume goes on", err=True)
+        typer.echo("interrupted; what was written stands, the same command goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -124,7 +131,7 @@ def _read_config(path: Path, overrides: list[str] | None) -> "SageConfig":
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: give a name and a value, as in training.epochs=1")
-        changes[name] = parsed_value(value, f"--set {text}")
+        changes[name] = parsed_value(value, f"--set {name}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # scores and losses of the user's own
     return SageConfig.read(path, overrides=changes)
@@ -201,8 +208,8 @@ def plan(
             console.print(_table(title, *columns, rows=rows))
         petaflops = told["petaflops"]
         typer.echo(
-            f"\n{run.timeline.plan}\n"
-            f"{told['kept']:,} kept pairs in {told['steps']:,} steps; "
+            f"\n{told['pairs']:,} pairs to train on, {told['held_out']:,} held out\n"
+            f"{run.timeline.plan}\n{told['kept']:,} kept pairs in {told['steps']:,} steps; "
             f"{told['steps_without_selection']:,} steps without selection\n"
             f"{cost['relative']:.2f} of the cost of training on everything"
             + (f", {petaflops:.3g} PFLOP" if petaflops is not None else "")
@@ -245,6 +252,7 @@ def score(
 
         if out.suffix not in (".parquet", ".csv"):
             raise ConfigError(f"--out {out}: give a .parquet or .csv file")
+        _check_writable(out)
         run = prepare(_read_config(config_file, overrides), show_progress=_bars(quiet))
         pool = run.used if interval is None else run.dataset.take(_pool(run, interval))
         table, metrics = _scores(run, pool, policy, _bars(quiet))
@@ -322,7 +330,8 @@ def select(
     policy_logps: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of a policy: its log-probs, as `score` writes them.", show_default=False
+            help="Instead of a policy: its log-probs, and the reference's, as `score` writes them.",
+            show_default=False,
         ),
     ] = None,
     format: Annotated[
@@ -340,7 +349,12 @@ def select(
     """
     with _reported(as_json):
         from sage_select.config import ConfigError
-        from sage_select.exports import ENDINGS, decisions, write_pairs
+        from sage_select.exports import (
+            ENDINGS,
+            decisions,
+            llamafactory_entries,
+            write_pairs,
+        )
         from sage_select.loader import training_order
         from sage_select.runs import prepare
         from sage_select.sources import read_records
@@ -353,6 +367,9 @@ def select(
             raise ConfigError(f"--keep must lie in (0, 1], got {keep}")
         if out.suffix not in ENDINGS:
             raise ConfigError(f"--out {out}: known endings are {', '.join(ENDINGS)}")
+        _check_writable(out)
+        if format == "llamafactory":
+            llamafactory_entries(out)  # a spoiled index is better known before the scoring
         config = _read_config(config_file, overrides)
         run = prepare(config, show_progress=_bars(quiet))
         selection = _selected(run, interval, keep, policy, policy_logps, _bars(quiet))
@@ -385,6 +402,18 @@ def select(
             typer.echo("\n".join(f"{name:12} {_said(value)}" for name, value in told.items()))
 
 
+def _check_writable(out: Path) -> None:
+    """Find out before hours of scoring whether a file can be written."""
+    import tempfile
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
 def _selected(
     run: "Run",
     interval: int | None,
@@ -393,26 +422,34 @@ def _selected(
     policy_logps: Path | None,
     show_progress: bool | None,
 ) -> Any:
-    from dataclasses import replace
-
     from sage_select.runs import load_model, open_reference, selector_of
-    from sage_select.schedules import Constant
     from sage_select.store import read_reference
 
     pool = run.pairs if interval is None else run.dataset.take(_pool(run, interval))
     progress = 0.0 if interval is None else run.timeline.plan.progress[interval]
     step = 0 if interval is None else run.timeline.first_step[interval]
-    model = load_model(run.config, policy) if policy_logps is None else None
-    reference = open_reference(
-        run, policy=model if policy is None else None, show_progress=show_progress
-    )
-    selector = selector_of(run, reference, show_progress=show_progress)
-    if keep is not None:
-        selector = replace(selector, keep=Constant(keep))
     if policy_logps is None:
+        model = load_model(run.config, policy)
+        reference = open_reference(
+            run, policy=model if policy is None else None, show_progress=show_progress
+        )
+        selector = selector_of(run, reference, keep=keep, show_progress=show_progress)
         return selector.select(model, pool, step, progress=progress)
     logps = read_reference(policy_logps, pool, chosen="chosen_logps", rejected="rejected_logps")
+    if run.config.reference.file is None and _has_reference(policy_logps):
+        reference = read_reference(policy_logps, pool)
+    else:
+        reference = open_reference(run, show_progress=show_progress)
+    selector = selector_of(run, reference, keep=keep)
     return selector.rank(logps, reference, progress, step, ids=pool.ids)
+
+
+def _has_reference(table: Path) -> bool:
+    """Whether a table of log-probs has the reference's as well, as `score` writes it."""
+    import polars as pl
+
+    read = pl.scan_parquet if table.suffix == ".parquet" else pl.scan_csv
+    return "ref_chosen_logps" in read(table).collect_schema().names()
 
 
 # train
@@ -436,6 +473,7 @@ def train(
     with _reported(as_json):
         import torch
 
+        from sage_select.adapters.plain import load_best
         from sage_select.adapters.plain import train as train_plain
         from sage_select.audit import SelectionLog
         from sage_select.loader import SelectiveLoader
@@ -452,9 +490,10 @@ def train(
         folder = config.run_folder
         training = training_of(config)
         run = prepare(config, show_progress=_bars(quiet))
-        _keep_config(config, folder, resume)
         typer.echo(f"{run.dataset.waterfall()}\n{run.timeline.plan}", err=True)
-        typer.echo(f"{run.timeline.total_steps:,} steps, in {folder}", err=True)
+        _keep_config(config, folder, resume)
+        held = _lock(folder)
+        typer.echo(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}", err=True)
         torch.manual_seed(config.seed)
         model = load_model(config)
         reference = open_reference(run, policy=model, show_progress=_bars(quiet))
@@ -478,31 +517,77 @@ def train(
             resume=resume,
             show_progress=_bars(quiet),
         )
-        model.save_pretrained(folder / "model")
-        load_tokenizer(config).save_pretrained(folder / "model")
+        tokenizer = load_tokenizer(config)
+        _save(model, tokenizer, folder / "model")
+        records = history.evaluations or history.steps
         told: dict[str, Any] = {
             "folder": str(folder),
             "steps": len(history.steps),
-            "first": (history.evaluations or history.steps)[0],
-            "last": (history.evaluations or history.steps)[-1],
+            "first": records[0],
+            "last": records[-1],
         }
+        if history.evaluations:
+            told["best"] = load_best(model, folder)
+            _save(model, tokenizer, folder / "best-model")
+        held.close()
         if as_json:
             _print_json(told)
             return
+        columns = [name for name in ("first", "best", "last") if name in told]
         rows = [
-            (name, told["first"][name], value)
-            for name, value in told["last"].items()
-            if name in told["first"]
+            (name, *(told[column][name] for column in columns))
+            for name in told["last"]
+            if all(name in told[column] for column in columns)
         ]
         title = "held-out pairs" if history.evaluations else "batches"
-        _console().print(_table(title, "metric", "first", "last", rows=rows))
-        typer.echo(f"the model stands in {folder / 'model'}")
+        _console().print(_table(title, "metric", *columns, rows=rows))
+        typer.echo(f"the model after the last step stands in {folder / 'model'}")
+        if history.evaluations:
+            by = config.training.best_by
+            typer.echo(f"the best by {by} on held-out pairs in {folder / 'best-model'}")
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Put a model where any other program can read it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():  # some are written for their owner's eyes only
+        file.chmod(0o666 & ~mask)
+
+
+def _lock(folder: Path) -> Any:
+    """Hold a run folder for this process alone, until it ends in whatever way."""
+    file = (folder / "lock").open("w")
+    with suppress(ImportError):  # a system without these locks
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"train: another process is training in {folder}; wait for its end, or set another "
+                "folder"
+            ) from None
+        except OSError:
+            pass  # a file system without these locks
+    return file
+
+
+def _where_it_stands(folder: Path) -> str:
+    checkpoints = sorted(folder.glob("checkpoint-*.pt"))
+    if not checkpoints:
+        return f"from the start, in {folder}"
+    return f"going on from step {int(checkpoints[-1].stem.partition('-')[2])}, in {folder}"
 
 
 def _keep_config(config: "SageConfig", folder: Path, resume: bool) -> None:
     """Put the configuration into the run folder, or hold it against the one that is there."""
     from sage_select.config import ConfigError, SageConfig
 
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"folder: {folder} is a file; give the name of a folder")
     path = folder / "config.yaml"
     if path.exists():
         earlier = SageConfig.read(path, environment={})
@@ -511,29 +596,36 @@ def _keep_config(config: "SageConfig", folder: Path, resume: bool) -> None:
                 f"train: {folder} holds a run already; pass --resume to go on with it, or set "
                 "another folder"
             )
-        if earlier.hash != config.hash:
+        if differences := _differences(earlier, config):
             raise ConfigError(
                 f"train --resume: {folder} was begun with other settings: "
-                f"{', '.join(_differences(earlier, config))}; set them as they were, or another "
-                "folder"
+                f"{', '.join(differences)}; set them as they were, or another folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(config.to_yaml(), encoding="utf-8")
 
 
 def _differences(earlier: "SageConfig", now: "SageConfig") -> list[str]:
-    before, after = earlier.model_dump(), now.model_dump()
+    """Settings that decide what is computed and are not the same."""
+    from sage_select.config import decides
+
+    before, after = (_flat(config.model_dump()) for config in (earlier, now))
     return [
-        f"{section}.{name} was {before[section][name]!r}, is {value!r}"
-        for section in before
-        if isinstance(before[section], dict)
-        for name, value in after[section].items()
-        if value != before[section][name]
-    ] + [
-        f"{name} was {before[name]!r}, is {after[name]!r}"
-        for name in before
-        if not isinstance(before[name], dict) and before[name] != after[name]
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in after.items()
+        if value != before[name] and decides(name)
     ]
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for section, values in sections.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
 
 
 # store
@@ -546,6 +638,8 @@ def list_references(store: StoreFolder = None, as_json: AsJson = False) -> None:
         from sage_select.dataset import tokens_folder
         from sage_select.store import default_store, stored_references
 
+        if store is not None and not store.is_dir():
+            raise FileNotFoundError(f"--store {store}: there is no such folder")
         references = stored_references(store)
         tokens = sum(f.stat().st_size for f in tokens_folder().glob("*") if f.is_file())
         if as_json:
@@ -649,7 +743,9 @@ def evict(
         if as_json:
             _print_json(told)
         else:
-            typer.echo("\n".join(f"{name:12} {_said(value)}" for name, value in told.items()))
+            count = told["files"] if tokens else len(told["references"])
+            what = "files of tokens" if tokens else "references"
+            typer.echo(f"{count:,} {what} deleted, {told['bytes']:,} bytes")
 
 
 def _seconds(text: str) -> float:
@@ -681,6 +777,12 @@ def doctor(
         Path | None,
         typer.Argument(help="A run's description, to examine it too.", show_default=False),
     ] = None,
+    thorough: Annotated[
+        bool,
+        typer.Option(
+            "--thorough", help="Also load the models and try the largest batch, without an update."
+        ),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -690,7 +792,7 @@ def doctor(
         from sage_select.doctor import as_records, examine
 
         config = None if config_file is None else _read_config(config_file, overrides)
-        findings = list(examine(config, show_progress=_bars(quiet)))
+        findings = list(examine(config, thorough=thorough, show_progress=_bars(quiet)))
         failed = [finding for finding in findings if finding.verdict == "fail"]
         if as_json:
             _print_json({"fit": not failed, "findings": as_records(findings)})

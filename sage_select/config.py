@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +23,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
-    """A configuration that describes no run; the message names each setting and the fix."""
+    """A configuration that describes no run; the message names each setting and the fix.
+
+    Attributes:
+        problems: What is wrong, by setting, where more than one thing may be.
+    """
+
+    def __init__(self, message: str, problems: list[tuple[str, str]] | None = None) -> None:
+        super().__init__(message)
+        self.problems = problems or []
 
 
 class _Section(BaseModel):
@@ -56,6 +64,8 @@ class ModelSection(_Section):
     """A folder or a hub name; by default the model's own."""
     chat_template: str | None = None
     """A file with a Jinja chat template, in place of the tokenizer's own."""
+    eos_token: str | None = None
+    """The token that ends a response, in place of the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto is the dtype they were saved in."""
     device: str = "auto"
@@ -270,7 +280,8 @@ class SageConfig(_Section):
         try:
             super().__init__(**sections)
         except ValidationError as error:
-            raise ConfigError(_told("SageConfig", error)) from None
+            problems = _problems(error)
+            raise ConfigError(_told(problems, lambda _: "SageConfig"), problems) from None
 
     @model_validator(mode="after")
     def _strata_fit_the_mix(self) -> Self:
@@ -321,17 +332,27 @@ class SageConfig(_Section):
                 f"SageConfig.read: no file {file}; `sage-select config paper` prints one to start "
                 "with"
             )
-        values = _parsed(file.read_text(encoding="utf-8"), str(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: cannot be read: {error}") from None
+        values = _parsed(text, str(file), as_json=file.suffix == ".json")
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: a configuration is a mapping of settings")
-        changes = _from_environment(os.environ if environment is None else environment)
-        changes |= overrides or {}
+        surroundings = os.environ if environment is None else environment
+        changes = _from_environment(surroundings) | dict(overrides or {})
         for name, value in changes.items():
             values = _merged(values, _nested(name, value))
         try:
             return cls(**{str(name): value for name, value in values.items()})
         except ConfigError as error:
-            raise ConfigError(str(error).replace("SageConfig:", f"{file}:")) from None
+
+            def origin(setting: str) -> str:
+                if setting in (overrides or {}):
+                    return f"--set {setting}"
+                return _variable(setting) if setting in changes else str(file)
+
+            raise ConfigError(_told(error.problems, origin), error.problems) from None
 
     def to_yaml(self, *, changed_only: bool = False) -> str:
         """The same as YAML, which `read` reads back."""
@@ -371,6 +392,13 @@ TABLE_4: dict[str, Any] = {
     "training": {"loss": "nca", "learning_rate": 5e-7, "epochs": 3, "batch_size": 16},
 }
 """Table 4; its sequence parallelism of 8 is a matter of the host."""
+
+
+def decides(setting: str) -> bool:
+    """Whether a setting, by its dotted name, decides what is computed."""
+    section, _, name = setting.rpartition(".")
+    return name not in _NO_MATTER.get(section, ())
+
 
 _NO_MATTER = {
     "": ["folder"],
@@ -422,7 +450,18 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _variable(setting: str) -> str:
+    return ENVIRONMENT + setting.replace(".", "__").upper()
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    for name in environment:
+        for section in SageConfig.model_fields:
+            if name.startswith(f"SAGE_SELECT_{section.upper()}_"):
+                raise ConfigError(
+                    f"{name}: a variable that changes a setting has two underscores between its "
+                    f"parts, as in {_variable('training.epochs')}"
+                )
     return {
         name.removeprefix(ENVIRONMENT).lower().replace("__", "."): parsed_value(text, name)
         for name, text in sorted(environment.items())
@@ -439,9 +478,9 @@ def parsed_value(text: str, name: str) -> Any:
     return _parsed(text, name)
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, place: str, *, as_json: bool = False) -> Any:
     try:
-        if text.lstrip().startswith("{"):
+        if as_json:
             return json.loads(text, object_pairs_hook=_each_once)
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, json.JSONDecodeError, ValueError) as error:
@@ -465,12 +504,20 @@ def _each_once(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return dict(items)
 
 
-def _told(place: str, error: ValidationError) -> str:
-    """One line for each setting that is wrong."""
-    lines = []
+def _problems(error: ValidationError) -> list[tuple[str, str]]:
+    """Each setting that is wrong, and what is."""
+    found = []
     for problem in error.errors():
-        where = ".".join(map(str, problem["loc"]))
         what = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if problem["type"] in ("model_type", "model_attributes_type"):
+            what = "should be a mapping of settings"
         got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-        lines.append(f"{place}: {where}{': ' if where else ''}{what}{got}")
-    return "\n".join(lines)
+        found.append((".".join(map(str, problem["loc"])), what + got))
+    return found
+
+
+def _told(problems: list[tuple[str, str]], origin: Callable[[str], str]) -> str:
+    """One line for each setting that is wrong, with where it was set."""
+    return "\n".join(
+        f"{origin(where)}: {where}{': ' if where else ''}{what}" for where, what in problems
+    )

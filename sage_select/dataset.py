@@ -31,6 +31,7 @@ from sage_select.tokenising import (
     OWN_COLUMNS,
     as_json,
     chunk_path,
+    fields_of,
     read_table,
     set_aside_rows,
     tokenised,
@@ -142,7 +143,7 @@ class PreferenceDataset:
             )
             if manifest is not None:
                 manifest.write([name for name, _ in chunks])
-        return cls._of([table for _, table in chunks], max_length, on_bad)
+        return cls._of([table for _, table in chunks], max_length, on_bad, str(path))
 
     @classmethod
     def from_records(
@@ -197,10 +198,12 @@ class PreferenceDataset:
             total=len(records) if isinstance(records, Sized) else None,
             show_progress=show_progress,
         )
-        return cls._of([table for _, table in chunks], max_length, on_bad)
+        return cls._of([table for _, table in chunks], max_length, on_bad, "what was given")
 
     @classmethod
-    def _of(cls, tables: list[pa.Table], max_length: int, on_bad: OnBad) -> "PreferenceDataset":
+    def _of(
+        cls, tables: list[pa.Table], max_length: int, on_bad: OnBad, place: str
+    ) -> "PreferenceDataset":
         pairs, set_aside = _joined(tables)
         total = len(pairs) + set_aside.height
         if set_aside.height and on_bad == "error":
@@ -209,9 +212,16 @@ class PreferenceDataset:
                 f"PreferenceDataset: {set_aside.height} of {total} rows cannot be used, the first "
                 f"is row {number}: {reason}; mend them, or pass on_bad='set_aside'"
             )
+        if total == 0:
+            raise ValueError(f"PreferenceDataset: there are no rows in {place}")
         if len(pairs) == 0:
+            fields = ", ".join(fields_of(tables[0])) or "none"
             reasons = dict(Counter(set_aside["reason"].to_list()).most_common())
-            raise ValueError(f"PreferenceDataset: none of the {total} rows can be used: {reasons}")
+            raise ValueError(
+                f"PreferenceDataset: none of the {total} rows can be used: {reasons}; the first "
+                f"has the fields {fields}; columns={{'prompt': ...}} (data.columns in a "
+                "configuration) says where ours have other names"
+            )
         return cls(np.arange(len(pairs)), set_aside, max_length, pairs)
 
     def __len__(self) -> int:

@@ -135,10 +135,26 @@ def _write(path: Path, ending: str, records: list[Any]) -> None:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _describe_for_llamafactory(path: Path) -> None:
-    """Its entry in the file where LLaMA-Factory looks datasets up."""
+def llamafactory_entries(path: Path) -> dict[str, Any]:
+    """The datasets that LLaMA-Factory's index beside a file knows.
+
+    Raises:
+        ValueError: If the index is not what it should be.
+    """
     index = path.with_name("dataset_info.json")
-    entries = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"select: {index} is not JSON: {error}; mend or move it") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"select: {index} is not a mapping of datasets; mend or move it")
+    return entries
+
+
+def _describe_for_llamafactory(path: Path) -> None:
+    """A file's entry in LLaMA-Factory's index."""
+    index = path.with_name("dataset_info.json")
+    entries = llamafactory_entries(path)
     entries[path.stem] = {
         "file_name": path.name,
         "formatting": "sharegpt",

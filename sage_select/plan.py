@@ -26,6 +26,8 @@ from sage_select.rows import all_different, checked_rows
 
 STRATA = ("easy", "medium", "hard")
 
+TIED_SHARE = 0.1  # of the pairs, with one value on both sides of a cut, before that is pointed out
+
 ProgressRule = Literal["inclusive", "k_over_K"]
 OnInfeasible = Literal["rebalance", "error"]
 Scope = Literal["run", "epoch", "single_pass"]
@@ -99,7 +101,16 @@ def strata_from_values(
         >>> strata_from_values([0.9, 0.1, 0.5, 0.7], shares=(0.5, 0.5)).tolist()
         [0, 1, 1, 0]
     """
-    easiness = np.asarray(values, dtype=np.float64)
+    given = np.asarray(values)
+    try:
+        easiness = given.astype(np.float64)
+    except (TypeError, ValueError):
+        for row, value in enumerate(given.tolist()):
+            if value is not None and not isinstance(value, int | float):
+                raise ValueError(
+                    f"strata_from_values: the value of row {row} is {value!r}, not a number"
+                ) from None
+        raise
     for row in np.flatnonzero(np.isnan(easiness))[:1]:
         raise ValueError(f"strata_from_values: the value of row {row} is missing")
     if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
@@ -109,6 +120,16 @@ def strata_from_values(
     cuts = np.rint(np.cumsum(shares)[:-1] * len(easiness))
     strata = np.empty(len(easiness), dtype=np.int64)
     strata[order] = np.searchsorted(cuts, np.arange(len(easiness)), side="right")
+    ordered = easiness[order]
+    for cut in (int(cut) for cut in cuts if 0 < cut < len(ordered)):
+        alike = int((ordered == ordered[cut]).sum()) if ordered[cut - 1] == ordered[cut] else 0
+        if alike > TIED_SHARE * len(ordered):
+            warn(
+                f"strata_from_values: {alike} of {len(ordered)} pairs have the value "
+                f"{ordered[cut]:g} and stand on both sides of a cut, where a hash parts them; move "
+                "the shares to where values change, or take a finer value",
+                stacklevel=2,
+            )
     return strata
 
 

@@ -23,6 +23,11 @@ ROLES = {
 """Known roles, in the words of TRL and of sharegpt, and what chat templates call them."""
 
 
+PROMPTS_ELSEWHERE = ("question", "query", "problem", "context", "user", "input", "text")
+"""What other sets call the prompt. Where a record has one of these and no prompt, what its
+responses happen to start with is not taken for it."""
+
+
 class Pair(NamedTuple):
     """A pair whose fields were checked: all are text, or all are messages.
 
@@ -65,6 +70,8 @@ def checked_pair(row: Any) -> Pair:
     elif prompt is None:
         if "prompt" in row:  # other rows have one: this one's must not be guessed
             raise BadRecord("prompt is missing")
+        if any(isinstance(row.get(name), str) for name in PROMPTS_ELSEWHERE):
+            raise BadRecord("prompt is missing, a field of another name may hold it (see columns)")
         prompt, *ranked = _split_common_text(ranked)
     if ranked[0] == ranked[-1]:
         raise BadRecord("chosen and rejected are identical")
@@ -230,6 +237,9 @@ TEXT_FIELDS = frozenset(
     ["prompt", "chosen", "rejected", "responses", *(n for shape, *_ in _SHAPES for n in shape)]
 )
 """Fields whose text becomes tokens; all others are annotations."""
+
+FIELDS = TEXT_FIELDS | {"input", "output", "system", "history", "tools", "scores", "ranks"}
+"""All fields that have a meaning here."""
 
 
 # The fields, checked

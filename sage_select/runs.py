@@ -3,10 +3,11 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
@@ -20,8 +21,14 @@ from sage_select.hashing import Int64Array
 from sage_select.losses import LOSSES
 from sage_select.measuring import measure
 from sage_select.pairs import Reference, Score
-from sage_select.plan import Timeline, plan_run, strata_from_judgments, strata_from_values
-from sage_select.schedules import Linear
+from sage_select.plan import (
+    Timeline,
+    kept_count,
+    plan_run,
+    strata_from_judgments,
+    strata_from_values,
+)
+from sage_select.schedules import Constant, Linear
 from sage_select.scores import SCORES
 from sage_select.selector import Selector
 from sage_select.store import ReferenceStore, read_reference
@@ -38,16 +45,12 @@ class Run:
         dataset: All usable pairs.
         pairs: Those to train on.
         held_out: Those to evaluate on, or None.
-        strata: int64 [P], the difficulty of each pair to train on.
-        timeline: The plan on the dataset's rows, and every step.
     """
 
     config: SageConfig
     dataset: PreferenceDataset
     pairs: PreferenceDataset
     held_out: PreferenceDataset | None
-    strata: Int64Array
-    timeline: Timeline
 
     @property
     def used(self) -> PreferenceDataset:
@@ -56,46 +59,91 @@ class Run:
             return self.pairs
         return self.dataset.take(np.concatenate([self.pairs.index, self.held_out.index]))
 
+    @cached_property
+    def strata(self) -> Int64Array:
+        """int64 [P], the difficulty of each pair to train on."""
+        return strata_of(self.config, self.pairs)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The plan on the dataset's rows, and every step.
+
+        Raises:
+            ConfigError: If a setting does not fit the data.
+            ValueError: If the data cannot be planned as asked.
+        """
+        selection, training = self.config.selection, self.config.training
+        plan = plan_run(
+            self.strata,
+            Linear(selection.mix_start, selection.mix_end),
+            batch_size=training.batch_size,
+            refresh_steps=selection.refresh_steps,
+            epochs=training.epochs,
+            scope=selection.scope,
+            seed=self.config.seed,
+            ids=self.pairs.ids,
+            on_infeasible=selection.on_infeasible,
+            progress=selection.progress,
+        ).on_rows(self.pairs.index)
+        keep = Linear(selection.keep_start, selection.keep_end)
+        timeline = Timeline(plan, keep, training.batch_size, selection.multiple)
+        _check_selects(timeline)
+        return timeline
+
+
+def _check_selects(timeline: Timeline) -> None:
+    pools = timeline.plan.pools
+    for k, (t, pool) in enumerate(zip(timeline.plan.progress, pools, strict=True)):
+        planned = kept_count(timeline.keep(t), len(pool))
+        if planned < timeline.multiple:
+            raise ConfigError(
+                f"selection.multiple: {timeline.multiple} is more than the {planned} pairs that "
+                f"interval {k} keeps; lower it, or raise selection.refresh_steps"
+            )
+    if timeline.total_kept == sum(map(len, pools)):
+        warn(
+            f"nothing is selected: the {len(pools)} pools are kept whole. With few pairs, lower "
+            "selection.refresh_steps, so that there are several pools; else lower "
+            "selection.keep_end",
+            stacklevel=3,
+        )
+
 
 def prepare(config: SageConfig, *, show_progress: bool | None = None) -> Run:
-    """Read the pairs, part them, and plan every step: what needs a tokenizer but no model.
+    """Read the pairs and part them: what needs a tokenizer but no model.
 
     Raises:
-        ConfigError: If a setting is missing, or does not fit the data.
+        ConfigError: If a setting is missing.
         FileNotFoundError: If the data or the tokenizer are not there.
-        ValueError: If no pair can be used, or the data cannot be planned as asked.
+        ValueError: If no pair can be used.
     """
     dataset = read_pairs(config, load_tokenizer(config), show_progress=show_progress)
     usable = dataset.take(range(len(dataset))[: config.data.limit])
-    rows, held_out = usable.index, None
-    if config.data.held_out:
-        rows, apart = usable.split(config.data.held_out, seed=config.seed)
-        held_out = dataset.take(apart)
-    pairs = dataset.take(rows)
-    strata = strata_of(config, pairs)
-    selection, training = config.selection, config.training
-    plan = plan_run(
-        strata,
-        Linear(selection.mix_start, selection.mix_end),
-        batch_size=training.batch_size,
-        refresh_steps=selection.refresh_steps,
-        epochs=training.epochs,
-        scope=selection.scope,
-        seed=config.seed,
-        ids=pairs.ids,
-        on_infeasible=selection.on_infeasible,
-        progress=selection.progress,
-    ).on_rows(rows)
-    keep = Linear(selection.keep_start, selection.keep_end)
-    timeline = Timeline(plan, keep, training.batch_size, selection.multiple)
-    return Run(config, dataset, pairs, held_out, strata, timeline)
+    if not config.data.held_out:
+        return Run(config, dataset, usable, None)
+    rows, apart = usable.split(config.data.held_out, seed=config.seed)
+    return Run(config, dataset, dataset.take(rows), dataset.take(apart))
 
 
 def load_tokenizer(config: SageConfig) -> Any:
     """The tokenizer, with the chat template that is asked for."""
     name = config.model.tokenizer or _needed(config.model.name, "model.name")
+    setting = "model.name" if config.model.tokenizer is None else "model.tokenizer"
     revision = config.model.revision if config.model.tokenizer is None else None
-    tokenizer = _from_pretrained(AutoTokenizer, name, "model.tokenizer", revision=revision)
+    tokenizer = _from_pretrained(AutoTokenizer, name, setting, revision=revision)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what a folder without one gives
+        raise FileNotFoundError(
+            f"{setting}: there is no tokenizer in {name!r}; model.tokenizer says where it is"
+        )
+    if config.model.eos_token is not None:
+        if tokenizer.convert_tokens_to_ids(config.model.eos_token) in (
+            None,
+            tokenizer.unk_token_id,
+        ):
+            raise ConfigError(
+                f"model.eos_token: {config.model.eos_token!r} is not a token of {name!r}"
+            )
+        tokenizer.eos_token = config.model.eos_token
     if config.model.chat_template is not None:
         file = Path(config.model.chat_template)
         if not file.is_file():
@@ -135,7 +183,13 @@ def strata_of(config: SageConfig, pairs: PreferenceDataset) -> Int64Array:
         )
     if strata.by == "value":
         values = _column(pairs, strata.value, "strata.value")
-        return strata_from_values(values, strata.shares, ids=pairs.ids, seed=config.seed)
+        try:
+            return strata_from_values(values, strata.shares, ids=pairs.ids, seed=config.seed)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, among the pairs to train on, in column {strata.value!r} (strata.value); "
+                "mend or drop these rows"
+            ) from None
     given = np.asarray(_column(pairs, strata.stratum, "strata.stratum"))
     count = len(config.selection.mix_start)
     for row in np.flatnonzero(~np.isin(given, np.arange(count)))[:1]:
@@ -156,6 +210,8 @@ def load_model(config: SageConfig, name: str | None = None, *, reference: bool =
     """
     wanted, setting = config.model.name, "model.name"
     revision: str | None = config.model.revision
+    if name is not None:
+        setting = "--policy"
     if reference and config.reference.model is not None:
         wanted, setting = config.reference.model, "reference.model"
         revision = config.reference.revision
@@ -167,10 +223,12 @@ def load_model(config: SageConfig, name: str | None = None, *, reference: bool =
     model = _from_pretrained(
         AutoModelForCausalLM, name or _needed(wanted, setting), setting, **options
     )
-    return model.to(device_of(device or config.model.device))
+    if device is not None:
+        return model.to(device_of(device, "reference.device"))
+    return model.to(device_of(config.model.device))
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str, setting: str = "model.device") -> torch.device:
     """The device of this name; "auto" is cuda where there is one.
 
     Raises:
@@ -184,12 +242,15 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.device: {name!r} cannot be used here: {reason}; auto takes what there is"
+            f"{setting}: {name!r} cannot be used here: {reason}; auto takes what there is"
         ) from None
 
 
-def model_settings(config: SageConfig) -> Any:
-    """The policy's own configuration, without its weights."""
+def model_settings(config: SageConfig, *, reference: bool = False) -> Any:
+    """The configuration of the policy, or of a reference of its own, without weights."""
+    if reference and config.reference.model is not None:
+        theirs, revision = config.reference.model, config.reference.revision
+        return _from_pretrained(AutoConfig, theirs, "reference.model", revision=revision)
     name = _needed(config.model.name, "model.name")
     return _from_pretrained(AutoConfig, name, "model.name", revision=config.model.revision)
 
@@ -221,14 +282,20 @@ def open_reference(
     return store
 
 
-def selector_of(run: Run, reference: Reference, *, show_progress: bool | None = None) -> Selector:
-    """The selector of a run."""
+def selector_of(
+    run: Run,
+    reference: Reference,
+    *,
+    keep: float | None = None,
+    show_progress: bool | None = None,
+) -> Selector:
+    """The selector of a run; with `keep`, one without a plan that keeps this share of any pool."""
     selection = run.config.selection
     return Selector(
         score_of(run.config),
-        run.timeline.keep,
+        run.timeline.keep if keep is None else Constant(keep),
         reference,
-        run.timeline.progress,
+        run.timeline.progress if keep is None else lambda step: 0.0,
         measure=partial(
             measure, mixed_precision=mixed_precision(run.config), show_progress=show_progress
         ),
@@ -297,8 +364,14 @@ def _function(name: str, known: dict[str, Callable[..., Any]], setting: str) -> 
 
 
 def _from_pretrained(kind: Any, name: str, setting: str, **options: Any) -> Any:
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{setting}: there is no folder {name}")
+    if Path(name).is_file():
+        raise FileNotFoundError(
+            f"{setting}: {name} is a file; give the folder of a model, as save_pretrained writes it"
+        )
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{setting}: {name!r} cannot be loaded: {reason}") from error

@@ -162,7 +162,8 @@ class Selector:
                 f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are alike "
                 f"(spread {signal:.2g} nats, floor {self.noise_floor:g}), so a score can rank by "
                 f"length alone; {count} pairs are kept at random, by the hash of their ids. "
-                "Start the keep schedule at 1.0, or pass no_signal='score' to rank all the same",
+                "Start the keep schedule at 1.0, or set no_signal='score' "
+                "(selection.no_signal in a configuration) to rank all the same",
                 stacklevel=2,
             )
         ranked_by = scores if rule == "score" else np.zeros_like(scores)

@@ -13,6 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 
+from sage_select.records import FIELDS
+
 AT_ONCE = 1024  # rows brought from a table at once
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -105,6 +107,11 @@ def rename(records: Iterable[Any], columns: Mapping[str, str]) -> Iterator[Any]:
     Raises:
         ValueError: If the first record has not one of the fields.
     """
+    for name in columns.keys() - FIELDS:
+        raise ValueError(
+            f"PreferenceDataset: columns maps {name!r}, which is not a field of ours; these are "
+            f"{', '.join(sorted(FIELDS))}"
+        )
     ours = {theirs: name for name, theirs in columns.items()}
     for number, record in enumerate(records):
         if isinstance(record, dict):

@@ -265,7 +265,13 @@ class ReferenceStore:
         if path.exists():
             mark_as_used(path)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"ReferenceStore: {self.folder} cannot be made: {error}; give a folder that can be "
+                "written (reference.store in a configuration)"
+            ) from None
         config: Any = getattr(model, "config", None)
         told = {"model": str(getattr(config, "_name_or_path", "")), **self._path_of(model)}
         partial = partial_path(path)
@@ -291,8 +297,9 @@ def read_reference(
         rejected: The same of the rejected ones.
 
     Returns:
-        Log-probs of the dataset's pairs. The file says nothing of tokens, so that counts are the
-        dataset's own: whoever made it must have cut responses at the same length.
+        Log-probs of the dataset's pairs. Where the file has `chosen_tokens` and `rejected_tokens`
+        they are compared with the dataset's. Where it has not, nobody can tell: whoever made it
+        must have used the same tokenizer and template, and cut responses at the same length.
 
     Raises:
         ValueError: If a column or a pair is missing, a pair stands there twice with different
@@ -310,6 +317,8 @@ def read_reference(
         raise ValueError(
             f"read_reference: cannot read {file.name}; known endings are {', '.join(readers)}"
         )
+    if not file.exists():
+        raise FileNotFoundError(f"read_reference: no file {file}")
     try:
         table = readers[file.suffix](file)
     except pl.exceptions.PolarsError as error:
@@ -320,7 +329,9 @@ def read_reference(
             raise ValueError(
                 f"read_reference: {file} has no column {name!r}; it has {table.columns}"
             )
+    counts = [name for name in ("chosen_tokens", "rejected_tokens") if name in table.columns]
     given = table.select(
+        *counts,
         pl.col(key).cast(pl.String).alias("key"),
         pl.col(chosen).cast(pl.Float64).alias("chosen"),
         pl.col(rejected).cast(pl.Float64).alias("rejected"),
@@ -334,6 +345,13 @@ def read_reference(
             f"read_reference: {file} has no log-probs for pair {name} (by {key}); "
             "measure it, or take a dataset without it"
         )
+    for count in counts:
+        ours = pl.Series("ours", getattr(dataset, count))
+        for name in found.filter(pl.col(count) != ours)["key"][:1]:
+            raise ValueError(
+                f"read_reference: the {count} of pair {name} in {file} are not the dataset's: it "
+                "was made with another tokenizer, template or max_length"
+            )
     both = pl.col("chosen", "rejected")
     for name in found.filter(pl.any_horizontal(~both.is_finite() | (both > 0)))["key"][:1]:
         raise ValueError(

@@ -29,7 +29,7 @@ from sage_select.records import (
     shared_start,
 )
 
-FORMAT = 1  # of the tables; a change of what they hold or mean needs a new number
+FORMAT = 2  # of the tables; a change of what they hold or mean needs a new number
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 1 << 25  # of records as JSON, whichever comes first
 ENCODE_BYTES = 1 << 22  # of text handed to the tokenizer in one call
@@ -97,6 +97,12 @@ def read_table(path: Path) -> pa.Table:
 def chunk_path(cache: Path, name: str) -> Path:
     """Where a chunk's table stands in the cache."""
     return cache / f"{name}.arrow"
+
+
+def fields_of(table: pa.Table) -> list[str]:
+    """The fields of a chunk's first record."""
+    fields: list[str] = json.loads(table.schema.metadata[b"records"])["fields"]
+    return fields
 
 
 def set_aside_rows(table: pa.Table) -> tuple[int, list[tuple[int, str]]]:
@@ -266,7 +272,12 @@ def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
     }
     for series in _annotations([rows[number] for number in tokens]):
         columns[series.name] = series.to_arrow(compat_level=pl.CompatLevel.oldest())
-    known = {"count": len(rows), "set_aside": sorted(reasons.items())}
+    first = next((row for row in rows if isinstance(row, dict)), {})
+    known = {
+        "count": len(rows),
+        "set_aside": sorted(reasons.items()),
+        "fields": [str(name) for name in first],
+    }
     return pa.table(columns).replace_schema_metadata({b"records": json.dumps(known).encode()})
 
 
@@ -331,6 +342,8 @@ def _tokenise(
                 reasons[n] = str(bad)
         for n, encoded in _encoded(texts, tokenizer, add_special_tokens=not conversational):
             try:
+                if encoded is None:
+                    raise BadRecord("the tokenizer cannot encode the text")
                 tokens[n] = _split_and_cut(*encoded, end=end, max_length=max_length)
             except BadRecord as bad:
                 reasons[n] = str(bad)
@@ -341,7 +354,8 @@ def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "PreferenceDataset: the tokenizer has no end token, so the model would not learn "
-            "where a response ends; set tokenizer.eos_token to the one it was trained with"
+            "where a response ends; set tokenizer.eos_token (model.eos_token in a configuration) "
+            "to the one it was trained with"
         )
     return int(tokenizer.eos_token_id)
 
@@ -358,7 +372,7 @@ def _rendered_conversation(pair: Pair, tokenizer: Any) -> list[str]:
         raise ValueError(
             "PreferenceDataset: the pairs are conversations, but the tokenizer has no chat "
             "template; use the instruction-tuned model's tokenizer, or set "
-            "tokenizer.chat_template"
+            "tokenizer.chat_template (model.chat_template in a configuration)"
         )
     open_ended = pair.prompt[-1]["role"] == "assistant"  # the response continues this message
     options = {"tokenize": False} | ({} if pair.tools is None else {"tools": pair.tools})
@@ -384,26 +398,38 @@ def _rendered_conversation(pair: Pair, tokenizer: Any) -> list[str]:
 
 def _encoded(
     texts: dict[int, list[str]], tokenizer: Any, *, add_special_tokens: bool
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """Tokens of each row's texts, some megabytes of text at a time."""
+) -> Iterator[tuple[int, list[list[int]] | None]]:
+    """Tokens of each row's texts, some megabytes of text at a time; None where it cannot be."""
+    options = {
+        "add_special_tokens": add_special_tokens,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
     batch: list[int] = []
     size = 0
     for position, (n, row) in enumerate(texts.items()):
         batch.append(n)
         size += sum(map(len, row))
         if size >= ENCODE_BYTES or position == len(texts) - 1:
-            flat = [text for m in batch for text in texts[m]]
-            encoded = iter(
-                tokenizer(
-                    flat,
-                    add_special_tokens=add_special_tokens,
-                    return_attention_mask=False,
-                    verbose=False,
-                )["input_ids"]
-            )
-            for m in batch:
-                yield m, [next(encoded) for _ in texts[m]]
+            yield from _encoded_batch({m: texts[m] for m in batch}, tokenizer, options)
             batch, size = [], 0
+
+
+def _encoded_batch(
+    texts: dict[int, list[str]], tokenizer: Any, options: dict[str, bool]
+) -> Iterator[tuple[int, list[list[int]] | None]]:
+    try:
+        found = tokenizer([text for row in texts.values() for text in row], **options)["input_ids"]
+    except Exception:  # a tokenizer's own, of no particular kind: one row must not stop the others
+        if len(texts) == 1:
+            yield from ((n, None) for n in texts)
+        else:
+            for n, row in texts.items():
+                yield from _encoded_batch({n: row}, tokenizer, options)
+        return
+    encoded = iter(found)
+    for n, row in texts.items():
+        yield n, [next(encoded) for _ in row]
 
 
 def _split_and_cut(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -278,11 +279,21 @@ SICK = {
     "selection.score=nowhere:score": ("functions", "cannot be imported"),
     "model.chat_template=none.jinja": ("tokenizer", "there is no file none.jinja"),
     "folder=/proc/run": ("run folder", "/proc/run"),
+    "folder=run.yaml": ("run folder", "run.yaml is a file"),
+    "selection.score=json:dumps": ("functions", "json:dumps(policy, reference) fails"),
+    "training.loss=builtins:len": ("functions", "builtins:len(policy, reference) fails"),
+    "reference.file=none.parquet": ("reference", "no file none.parquet"),
+    "reference.model=/none": ("reference", "there is no folder /none"),
+    "reference.device=cuda:9": ("reference", "reference.device: 'cuda:9'"),
+    "reference.store=/proc/store": ("reference", "/proc/store"),
+    "model.name=tokenizer-only": ("model", "tokenizer-only has no weights"),
+    "model.attention=flash_attention_2": ("model", "flash_attn is not installed"),
 }
 
 
 @pytest.mark.parametrize("change", SICK)
 def test_doctor_finds_what_would_stop_a_run(change, config):
+    shutil.copytree(BASE, "tokenizer-only", ignore=shutil.ignore_patterns("*.safetensors"))
     result = sage_select("doctor", config, "--set", change, "--json", code=4)
     about, words = SICK[change]
     said = [f["said"] for f in json.loads(result.stdout)["findings"]
@@ -295,6 +306,8 @@ WARNED = {
     "data.max_length=100000": "positions; longer pairs",
     "data.max_length=12": "cut at 12 tokens",
     "data.held_out=0": "best weights are unknown",
+    "training.learning_rate=50": "far above what trains",
+    "selection.refresh_steps=100": "nothing is selected",
 }
 
 
@@ -304,6 +317,65 @@ def test_doctor_warns_of_what_would_spoil_a_run(change, config):
     found = told("doctor", config, *rate, "--set", change)
     assert found["fit"]
     assert any(WARNED[change] in f["said"] for f in found["findings"] if f["verdict"] == "warn")
+
+
+def test_a_thorough_doctor_tries_the_largest_batch(config, data):
+    found = {f["about"]: f for f in told("doctor", config, "--thorough")["findings"]}
+    assert "4 pairs of up to" in found["largest batch"]["said"]
+    stranger = data / "models" / "stories260K"
+    result = sage_select(
+        "doctor", config, "--thorough", "--json", "--set", f"model.tokenizer={stranger}", code=4
+    )
+    said = [f["said"] for f in json.loads(result.stdout)["findings"] if f["verdict"] == "fail"]
+    assert any("they do not belong together" in text for text in said)
+    assert any("outside the model's vocabulary" in text for text in said)
+
+
+def test_what_needs_no_strata_asks_for_none(config):
+    nowhere = ["--set", "strata.clarity=nowhere"]
+    assert told("store", "fill", config, *nowhere)["sequences_measured"] > 0
+    assert told("score", config, "--out", "s.csv", *nowhere)["pairs"] == 60
+    assert told("select", config, "--keep", 0.5, "--out", "k.jsonl", *nowhere)["kept"] == 27
+
+
+def test_selecting_from_log_probs_loads_no_weights(config):
+    told("score", config, "--out", "scores.csv")
+    shutil.copytree(BASE, "tokenizer-only", ignore=shutil.ignore_patterns("*.safetensors"))
+    chosen = told("select", config, "--interval", 1, "--policy-logps", "scores.csv",
+                  "--out", "kept.jsonl", "--set", "model.name=tokenizer-only")  # fmt: skip
+    assert chosen["kept"] > 0
+    other = sage_select("select", config, "--keep", 0.5, "--policy-logps", "scores.csv", "--out",
+                        "k.jsonl", "--set", "data.max_length=20", code=3)  # fmt: skip
+    assert "made with another tokenizer, template or max_length" in other.stderr
+
+
+def test_a_spoiled_index_is_found_before_the_scoring(config):
+    Path("dataset_info.json").write_text("{")
+    result = sage_select("select", config, "--keep", 0.5, "--out", "k.jsonl", "--policy", "/none",
+                         "--format", "llamafactory", code=3)  # fmt: skip
+    assert "dataset_info.json is not JSON" in result.stderr
+
+
+def test_one_process_trains_in_a_folder(config):
+    fcntl = pytest.importorskip("fcntl")
+    Path("run").mkdir()
+    with Path("run/lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process is training in run" in sage_select("train", config, code=3).stderr
+    assert "10 steps, from the start, in run" in sage_select("train", config, "--resume").stderr
+    assert "going on from step 10, in run" in sage_select("train", config, "--resume").stderr
+
+
+def test_what_a_run_leaves_behind_can_be_used(config):
+    done = told("train", config, "--set", "training.evaluate_every=2")
+    evaluations = [
+        json.loads(line) for line in Path("run/evaluations.jsonl").read_text().splitlines()
+    ]
+    assert done["best"] == min(evaluations, key=lambda evaluation: evaluation["loss"])
+    for name in ("model", "best-model"):
+        scored = told("score", config, "--out", "s.csv", "--policy", f"run/{name}")
+        assert scored["margin"] != 0
+        assert {file.stat().st_mode & 0o444 for file in (Path("run") / name).iterdir()} == {0o444}
 
 
 # Wrong command lines: arguments, exit code, words on stderr
@@ -316,7 +388,7 @@ WRONG = [
     (["plan", "CONFIG", "--set", "training.epochs"], 2, "give a name and a value"),
     (["plan", "CONFIG", "--set", "training.epoch=1"], 2, "did you mean 'epochs'?"),
     (["plan", "CONFIG", "--set", "training.epochs=0"], 2, "greater than or equal to 1, got 0"),
-    (["plan", "CONFIG", "--set", "beta=["], 2, "--set beta=[: cannot be read"),
+    (["plan", "CONFIG", "--set", "beta=["], 2, "--set beta: cannot be read"),
     (["plan", "CONFIG", "--set", "data.path=none.jsonl"], 3, "no file none.jsonl"),
     (["plan", "CONFIG", "--set", "data.path=null"], 2, "data.path is not set"),
     (["plan", "CONFIG", "--set", "model.tokenizer=none/there"], 3, "'none/there' cannot be loaded"),
@@ -328,7 +400,25 @@ WRONG = [
       "selection.mix_start=[0,0,1]"], 3, "the data cannot follow the mix"),
     (["plan", "CONFIG", "--set", "strata.by=stratum", "--set", "strata.stratum=clarity"], 2,
      "not a whole number from 0 to 2"),
+    (["plan", "CONFIG", "--set", "training.epochs=zwei"], 2, "--set training.epochs: training.epo"),
+    (["plan", "CONFIG", "--set", "model={name: x, names: y}"], 2, "there is no setting 'names'"),
+    (["plan", "."], 2, ".: cannot be read"),
+    (["plan", "CONFIG", "--set", "selection.multiple=64"], 2, "64 is more than the"),
+    (["plan", "CONFIG", "--set", "data.columns={promt: prompt}"], 3, "columns maps 'promt'"),
+    (["plan", "CONFIG", "--set", "data.columns={prompt: query}"], 3, "columns names 'query'"),
+    (["plan", "CONFIG", "--set", "model.tokenizer=null"], 3, "there is no tokenizer in"),
+    (["plan", "CONFIG", "--set", "model.tokenizer=/none/here"], 3, "there is no folder /none/here"),
+    (["plan", "CONFIG", "--set", "model.eos_token=<end>"], 2, "'<end>' is not a token of"),
+    (["plan", "CONFIG", "--set", "strata.by=value", "--set", "strata.value=clarity"], 3,
+     "in column 'clarity' (strata.value)"),
     (["score", "CONFIG"], 2, "Missing option '--out'"),
+    (["score", "CONFIG", "--out", "/proc/x.csv"], 3, "--out /proc/x.csv: cannot be written"),
+    (["score", "CONFIG", "--out", "x.csv", "--policy", "run.yaml"], 3,
+     "--policy: run.yaml is a file; give the folder of a model"),
+    (["score", "CONFIG", "--out", "x.csv", "--set", "reference.device=cuda:9"], 2,
+     "reference.device: 'cuda:9' cannot be used here"),
+    (["select", "CONFIG", "--out", "run.yaml/x.jsonl", "--keep", "1"], 3,
+     "--out run.yaml/x.jsonl: cannot be written"),
     (["score", "CONFIG", "--out", "x.txt"], 2, "give a .parquet or .csv file"),
     (["score", "CONFIG", "--out", "x.csv", "--interval", "99"], 2, "has intervals 0 to"),
     (["score", "CONFIG", "--out", "x.csv", "--policy", "none/there"], 3, "cannot be loaded"),
@@ -340,7 +430,9 @@ WRONG = [
     (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--policy", "a",
       "--policy-logps", "b"], 2, "not both"),
     (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--policy-logps", "b.parquet"], 3,
-     "b.parquet"),
+     "no file b.parquet"),
+    (["train", "CONFIG", "--set", "folder=run.yaml"], 2, "folder: run.yaml is a file"),
+    (["store", "list", "--store", "none"], 3, "--store none: there is no such folder"),
     (["train", "CONFIG", "--set", "model.name=none/there"], 3, "cannot be loaded"),
     (["train", "CONFIG", "--set", "model.device=gpu"], 2, "'gpu' cannot be used here"),
     (["train", "CONFIG", "--set", "training.loss=none:loss"], 2, "cannot be imported"),

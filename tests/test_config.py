@@ -160,7 +160,7 @@ ERRORS = {
     "strata.shares: shares must sum to 1": {"strata": {"shares": [0.5, 0.4]}},
     "data.max_length: should be greater than or equal to 2, got 1": {"data": {"max_length": 1}},
     "data.held_out: should be less than 1, got 1.0": {"data": {"held_out": 1.0}},
-    "data: should be a valid dictionary": {"data": "pairs.jsonl"},
+    "data: should be a mapping of settings, got 'pairs.jsonl'": {"data": "pairs.jsonl"},
     "reference: a file replaces model and store": {"reference": {"file": "a", "model": "b"}},
     "model.dtype: should be 'auto', 'float32', 'bfloat16' or 'float16', got 'fp8'": {
         "model": {"dtype": "fp8"}
@@ -187,14 +187,15 @@ FILES = {
     "'beta' stands there twice": "beta: 0.1\nbeta: 0.2",
     "'epochs' stands there twice": "training:\n  epochs: 1\n  epochs: 2",
     "'seed' stands there twice; keep one of them": '{"seed": 1, "seed": 2}',
-    "cannot be read: Expecting": '{"seed": }',
+    "run.yaml: cannot be read: 'utf-8' codec": b"\xff",
     "run.yaml: beta: should be greater than 0, got 0": "beta: 0",
 }
 
 
 @pytest.mark.parametrize("words", FILES)
 def test_messages_of_files(words, tmp_path):
-    (tmp_path / "run.yaml").write_text(FILES[words])
+    content = FILES[words]
+    (tmp_path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as error:
         SageConfig.read(tmp_path / "run.yaml", environment={})
     assert words in str(error.value)
@@ -204,6 +205,8 @@ ENVIRONMENTS = {
     "there is no setting 'lr'": {"SAGE_SELECT__TRAINING__LR": "1"},
     "training.epochs: should be a valid integer": {"SAGE_SELECT__TRAINING__EPOCHS": "x"},
     "SAGE_SELECT__BETA: cannot be read": {"SAGE_SELECT__BETA": "["},
+    "SAGE_SELECT__BETA: beta: should be greater than 0": {"SAGE_SELECT__BETA": "0"},
+    "two underscores between its parts": {"SAGE_SELECT_TRAINING_EPOCHS": "1"},
 }
 
 
@@ -213,6 +216,14 @@ def test_messages_of_the_environment(words, tmp_path):
     with pytest.raises(ConfigError) as error:
         SageConfig.read(tmp_path / "run.yaml", environment=ENVIRONMENTS[words])
     assert words in str(error.value)
+
+
+def test_a_json_file_is_json(tmp_path):
+    (tmp_path / "run.json").write_text('{"seed": }')
+    with pytest.raises(ConfigError, match="cannot be read: Expecting value"):
+        SageConfig.read(tmp_path / "run.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SageConfig.read(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -201,6 +201,11 @@ BAD_RECORDS = {
     "prompt is a list of messages but the responses are text": GOOD | {"prompt": user("p")},
     "not a record": None,
     "chosen is not valid Unicode": GOOD | {"chosen": "cut \ud83d"},
+    r"prompt is missing, a field of another name may hold it \(see columns\)": {
+        "question": "Sky?",
+        "chosen": "The blue",
+        "rejected": "The red",
+    },
     "prompt is missing": GOOD | {"prompt": None},
     "tools is text that is not JSON": {
         "prompt": user("p"),
@@ -643,6 +648,13 @@ def test_arrays_and_tuples_are_lists(tokenizer):
         assert dataset(tokenizer, kind).ids.tolist() == dataset(tokenizer, lists).ids.tolist()
     table = pandas.DataFrame([*records(2), {"prompt": None, "chosen": "a", "rejected": "b"}])
     assert dataset(tokenizer, table).set_aside["reason"].to_list() == ["prompt is missing"]
+
+
+def test_what_a_tokenizer_cannot_encode_is_set_aside(tokenizer):
+    rows = [*records(3), {"prompt": "How many?", "chosen": "1", "rejected": "2"}]
+    pairs = dataset(tokenizer, rows)
+    assert pairs.set_aside.rows() == [(3, "the tokenizer cannot encode the text")]
+    assert pairs.ids.tolist() == dataset(tokenizer, records(3)).ids.tolist()
 
 
 def test_what_a_template_cannot_say_is_set_aside(qwen):

@@ -153,6 +153,17 @@ DATASET_ERRORS = [
         ValueError,
         "it has prompt, chosen, rejected",
     ),
+    (
+        lambda: dataset(columns={"promt": "prompt"}),
+        ValueError,
+        "columns maps 'promt', which is not",
+    ),
+    (lambda: dataset(records=[]), ValueError, "there are no rows"),
+    (
+        lambda: dataset(records=[{"good": "a"}]),
+        ValueError,
+        "the first has the fields good; columns=",
+    ),
     (lambda: dataset().response_scores, ValueError, "give each record a list `scores`"),
     (lambda: dataset().take([True]), TypeError, "np.flatnonzero(mask)"),
     (lambda: dataset().take([0.5]), TypeError, "rows must be whole numbers, got an array of float"),

@@ -16,8 +16,8 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "progress": (0, {"tqdm"}),
     "records": (0, set()),
     "fingerprints": (0, {"torch"}),
-    "sources": (0, {"datasets", "numpy", "polars", "pyarrow"}),
-    "tokenising": (1, {"jinja2", "polars", "pyarrow"}),
+    "sources": (1, {"datasets", "numpy", "polars", "pyarrow"}),
+    "tokenising": (2, {"jinja2", "polars", "pyarrow"}),
     "quotas": (1, {"numpy"}),
     "rows": (1, {"numpy"}),
     "schedules": (0, set()),
@@ -43,7 +43,7 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "adapters.plain": (8, {"torch", "transformers"}),
     "runs": (9, {"numpy", "torch", "transformers"}),
     "forecast": (10, {"torch", "transformers"}),
-    "doctor": (11, {"torch"}),
+    "doctor": (11, PURE),
     "cli": (12, {"numpy", "polars", "rich", "torch", "transformers", "typer"}),
 }
 HOSTS = {"accelerate", "datasets", "lightning", "peft", "trl", "matplotlib", "pandas"}

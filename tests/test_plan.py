@@ -213,6 +213,12 @@ def test_strata_from_judgments():
     assert strata_from_judgments(clarity, score).tolist() == list(stratum)
 
 
+def test_equal_values_across_a_cut_are_pointed_out():
+    with pytest.warns(UserWarning, match="10 of 12 pairs have the value 1 and stand on both sides"):
+        strata_from_values([3.0, *[1.0] * 10, 0.5], (0.5, 0.5))
+
+
+@pytest.mark.filterwarnings("ignore:strata_from_values")
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=50))
 def test_strata_from_values_are_ordered_and_of_the_size_asked_for(values):
     strata = strata_from_values(values, shares=(0.5, 0.3, 0.2))

@@ -403,6 +403,7 @@ def test_log_probs_from_a_file(ending, still, tmp_path):
 
 BAD_FILES = {
     "has no column 'ref_chosen_logps'": lambda table: table.drop("ref_chosen_logps"),
+    "the chosen_tokens of pair": lambda table: table.with_columns(chosen_tokens=pl.lit(1)),
     "has no log-probs for pair": lambda table: table.head(3),
     "or not finite": lambda table: table.with_columns(ref_chosen_logps=pl.lit(float("nan"))),
     "has different log-probs for pair": lambda table: pl.concat(
@@ -428,5 +429,7 @@ def test_messages_of_log_prob_files(words, still, tmp_path):
 
 
 def test_a_log_prob_file_of_unknown_kind_is_refused(still, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_reference(tmp_path / "logps.csv", still.dataset)
     with pytest.raises(ValueError, match="known endings are"):
         read_reference(tmp_path / "logps.txt", still.dataset)
