@@ -42,7 +42,7 @@ def test_code_blocks(page, monkeypatch, tmp_path):
                 else:
                     (tmp_path / "run.yaml").write_text(text)
             case "shell":
-                for line in text.splitlines():
+                for line in text.replace("\\\n", " ").splitlines():
                     run_in_shell(line, tmp_path)
             case "json":
                 checked_pair(json.loads(text))
