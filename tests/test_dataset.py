@@ -433,6 +433,23 @@ def test_a_set_saved_by_datasets(tokenizer, tmp_path):
         PreferenceDataset.read(tmp_path / "set", tokenizer=tokenizer, max_length=64, split="test")
 
 
+def test_a_hub_name_goes_to_datasets(tokenizer, monkeypatch):
+    """The network is all that is missing here."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return datasets.Dataset.from_list(records())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = PreferenceDataset.read(
+        "org/set", tokenizer=tokenizer, max_length=64, split="test", subset="en", revision="v1"
+    )
+    check_same(found, dataset(tokenizer))
+    assert asked == [(("org/set", "en"), {"split": "test", "revision": "v1"})]
+
+
 def test_fields_of_other_names(tokenizer):
     rows = [{"q": r["prompt"], "good": r["chosen"], "rejected": r["rejected"]} for r in records()]
     found = dataset(tokenizer, rows, columns={"prompt": "q", "chosen": "good"})
