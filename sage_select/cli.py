@@ -100,9 +100,7 @@ def _reported(as_json: bool = False) -> Iterator[None]:
         if as_json:
             typer.echo(json.dumps({"error": message}))
         raise typer.Exit(WRONG_USE if wrong_use else BAD_INPUT) from None
-    except (ArithmeticError, RuntimeError) as error:
-        if not isinstance(error, FloatingPointError):
-            raise
+    except (FloatingPointError, MemoryError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:

@@ -63,7 +63,7 @@ class Cost:
 
     Attributes:
         reference: Of all pairs, forward; less where the store knows them already.
-        scoring: Of all pools, forward.
+        scoring: Of all pools of which something is dropped, forward.
         training: Of the kept pairs, forward and backward, if they are as long as the others; a
             score that prefers short pairs needs less.
         full: Of the same epochs without selection, forward and backward.
@@ -86,13 +86,14 @@ class Cost:
 def cost_of(run: Run) -> Cost:
     """What a run will read."""
     tokens = dict(zip(run.pairs.index.tolist(), run.pairs.num_tokens.tolist(), strict=True))
-    pools = [sum(tokens[row] for row in pool.tolist()) for pool in run.timeline.plan.pools]
-    sizes = [len(pool) for pool in run.timeline.plan.pools]
-    kept = zip(pools, run.timeline.kept_count, sizes, strict=True)
+    pools = [
+        (sum(tokens[row] for row in pool.tolist()), count, len(pool))
+        for pool, count in zip(run.timeline.plan.pools, run.timeline.kept_count, strict=True)
+    ]
     return Cost(
         reference=int(run.used.num_tokens.sum()),
-        scoring=sum(pools),
-        training=round(sum(total * count / size for total, count, size in kept)),
+        scoring=sum(total for total, count, size in pools if count < size),
+        training=round(sum(total * count / size for total, count, size in pools)),
         full=sum(tokens.values()) * run.config.training.epochs,
     )
 

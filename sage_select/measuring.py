@@ -39,7 +39,8 @@ def measure(
     Args:
         model: A Hugging Face causal language model.
         pool: The pairs, `dataset` or `dataset.take(rows)`.
-        max_batch_tokens: Padded tokens of one forward pass; a longer sequence runs alone.
+        max_batch_tokens: Padded tokens of one forward pass; a longer sequence runs alone. Where
+            so many do not fit in memory, the budget is halved, with a warning, and no pair is lost.
         impl: How the head's log-probs are computed, see `token_logps`.
         mixed_precision: Autocast dtype of the body, as in training; the head stays in fp32.
         show_progress: False for no progress bar.
@@ -51,6 +52,7 @@ def measure(
         TypeError: If the model has no output head to reach.
         ValueError: If a token is outside the model's vocabulary, the model does something to its
             logits that this library does not know, or a log-prob is not finite.
+        MemoryError: If a single sequence does not fit in memory.
     """
     distinct = distinct_sequences(pool)
     logps = torch.zeros(len(distinct), dtype=torch.float64)
@@ -170,11 +172,70 @@ def measure_sequences(
         ) as bar,
     ):
         _check_head(model, distinct.sequences([len(distinct) - 1])[0], impl)
-        for batch in _batches(distinct.lengths.tolist(), max_batch_tokens):
-            if places := [i for i in batch if i not in known]:
-                found = response_logps(model, distinct.sequences(places), impl=impl)
-                on_batch(places, found.cpu())
-                bar.update(len(places))
+        budget = _Budget(distinct.lengths.tolist())
+        for batch in _batches(budget.lengths, max_batch_tokens):
+            waiting = budget.parts([i for i in batch if i not in known])
+            while waiting:
+                places = waiting.pop(0)
+                found = _unless_out_of_memory(
+                    lambda some: response_logps(model, distinct.sequences(some), impl=impl).cpu(),
+                    places,
+                )
+                if found is None:
+                    budget.lower(places)
+                    waiting = budget.parts(places) + waiting
+                else:
+                    on_batch(places, found)
+                    bar.update(len(places))
+
+
+class _Budget:
+    """How many padded tokens fit in memory, learnt where too many did not."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.limit: int | None = None
+
+    def parts(self, places: list[int]) -> list[list[int]]:
+        """Places in runs that fit, as far as is known."""
+        if self.limit is None or not places:
+            return [places] if places else []
+        lengths = [self.lengths[i] for i in places]
+        return [[places[i] for i in part] for part in _batches(lengths, self.limit)]
+
+    def lower(self, places: list[int]) -> None:
+        """Learn that these did not fit.
+
+        Raises:
+            MemoryError: If it is one sequence, which cannot be made smaller.
+        """
+        longest = self.lengths[places[0]]
+        if len(places) == 1:
+            raise MemoryError(
+                f"measure: a sequence of {longest:,} tokens does not fit in memory, though alone; "
+                "read the pairs with a smaller max_length, or measure on a larger device"
+            )
+        self.limit = longest * len(places) // 2
+        warn(
+            f"measure: {len(places)} sequences of up to {longest:,} tokens do not fit in memory; "
+            f"going on with batches of {self.limit:,} padded tokens. Pass max_batch_tokens="
+            f"{self.limit} to begin with that",
+            stacklevel=5,
+        )
+
+
+def _unless_out_of_memory(call: Callable[[list[int]], Tensor], places: list[int]) -> Tensor | None:
+    """What a call gives, or None where the device's memory does not suffice."""
+    try:
+        return call(places)
+    except RuntimeError as error:
+        words = str(error)
+        if "out of memory" not in words and "can't allocate memory" not in words:
+            raise
+    # outside the handler, which would keep alive what the call had allocated
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def pair_logps(

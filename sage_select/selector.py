@@ -46,7 +46,8 @@ class Selector:
             A score that does not look at log-probs, such as a judge's, ranks in any case.
         noise_floor: Spread of the log-ratios, in nats, up to which they count as all alike;
             `select` raises it to that of the precision it measures in.
-        skip_full: Whether to skip the forward pass where the keep ratio retains the whole pool.
+        skip_full: Whether to skip the forward pass where the keep ratio retains the whole pool, so
+            that nothing could be dropped; False scores it all the same, as evidence for the log.
 
     Example:
         >>> from functools import partial
@@ -69,7 +70,7 @@ class Selector:
     seed: int = 0
     no_signal: Literal["hash", "score"] = "hash"
     noise_floor: float = NOISE_FLOOR
-    skip_full: bool = False
+    skip_full: bool = True
 
     @property
     def mixed_precision(self) -> torch.dtype | None:

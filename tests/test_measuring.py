@@ -13,7 +13,7 @@ from transformers import (
 )
 from worlds import naive_response_logps
 
-from sage_select import PreferenceDataset, measure, nca
+from sage_select import PreferenceDataset, measure, measuring, nca
 from sage_select.measuring import pair_logps
 
 SMALL = {
@@ -201,3 +201,47 @@ def test_sequences_beyond_the_model_s_positions_are_reported(pairs):
 
 def test_an_empty_pool(still):
     assert len(measure(still.model, still.dataset.take([])).index) == 0
+
+
+@pytest.mark.parametrize("fits", [150, 90, 60])
+def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, pairs, monkeypatch):
+    model = small_model("llama")
+    expected = measure(model, pairs, max_batch_tokens=30)
+    forward, sizes = measuring.response_logps, []
+
+    def small_memory(model, sequences, **options):
+        size = len(sequences) * max(len(s.tokens) for s in sequences)
+        if size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        sizes.append(size)
+        return forward(model, sequences, **options)
+
+    monkeypatch.setattr(measuring, "response_logps", small_memory)
+    with pytest.warns(UserWarning, match="going on with batches of"):
+        found = measure(model, pairs, max_batch_tokens=10_000)
+    torch.testing.assert_close(found.chosen, expected.chosen)
+    torch.testing.assert_close(found.rejected, expected.rejected)
+    assert max(sizes) <= fits
+
+
+def test_a_sequence_that_does_not_fit_alone_is_named(pairs, monkeypatch):
+    forward = measuring.response_logps
+
+    def no_memory(model, sequences, **options):
+        if len(sequences[0].tokens) > 40:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return forward(model, sequences, **options)
+
+    monkeypatch.setattr(measuring, "response_logps", no_memory)
+    with pytest.raises(MemoryError, match=r"a sequence of \d+ tokens does not fit in memory"):
+        measure(small_model("llama"), pairs, max_batch_tokens=10)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(pairs, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(measuring, "_check_head", lambda *args: None)
+    monkeypatch.setattr(measuring, "response_logps", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        measure(small_model("llama"), pairs)

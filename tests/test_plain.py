@@ -102,7 +102,10 @@ def test_metrics_of_every_step(world, tmp_path):
         zip(world.dataset.index.tolist(), world.dataset.num_tokens.tolist(), strict=True)
     )
     assert history.steps[-1]["tokens_trained"] == sum(lengths[row] for row in kept)
-    assert history.steps[-1]["tokens_scored"] == sum(lengths.values())
+    first = world.timeline.plan.pools[0]
+    assert world.timeline.kept_count[0] == len(first)
+    unscored = sum(lengths[row] for row in first.tolist())  # all of it is kept
+    assert history.steps[-1]["tokens_scored"] == sum(lengths.values()) - unscored
 
 
 def test_the_best_weights_are_kept(world, tmp_path):

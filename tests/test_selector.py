@@ -175,7 +175,6 @@ def test_nothing_is_measured_where_nothing_can_be_dropped(still):
         keep=Constant(1.0),
         reference=still.selector.reference,
         measure=lambda model, pool: pytest.fail("measured"),
-        skip_full=True,
     )
     decision = decide.select(still.model, still.dataset.take(np.arange(10)), step=0)
     assert sorted(decision) == list(range(10))
