@@ -203,6 +203,20 @@ def test_an_empty_pool(still):
     assert len(measure(still.model, still.dataset.take([])).index) == 0
 
 
+def test_the_same_tokens_with_another_prompt_are_another_response():
+    from arithmetic import build_tokenizer
+
+    rows = [
+        {"prompt": "1+", "chosen": "1=2", "rejected": "7"},
+        {"prompt": "1+1", "chosen": "=2", "rejected": "7"},
+    ]
+    pairs = PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=64)
+    one, other = pairs.sequences()[:2]
+    assert one.tokens.tolist() == other.tokens.tolist()
+    logps = measure(small_model("llama"), pairs)
+    assert logps.chosen[0] < logps.chosen[1]  # which says one token less
+
+
 @pytest.mark.parametrize("fits", [150, 90, 60])
 def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, pairs, monkeypatch):
     model = small_model("llama")

@@ -16,6 +16,7 @@ from store_worker import NEVER, fill
 
 from sage_select import PreferenceDataset, ReferenceStore, measure, measuring, store
 from sage_select.dataset import evict_tokens
+from sage_select.fingerprints import model_digest
 from sage_select.store import evict, read_reference, stored_references
 
 TESTS = Path(__file__).parent
@@ -103,6 +104,16 @@ def test_another_model_is_another_reference(change, still, tmp_path):
     ReferenceStore(model, still.dataset, folder=tmp_path).fill()
     CHANGES[change](model)
     assert len(ReferenceStore(model, still.dataset, folder=tmp_path)) == 0
+
+
+def test_every_weight_counts(still):
+    model = deepcopy(still.model)
+    digests = {model_digest(model)}
+    for tensor in model.state_dict().values():
+        tensor.view(-1)[-1:].add_(1)
+        digests.add(model_digest(model))
+    tied = len({tensor.data_ptr() for tensor in model.state_dict().values()})
+    assert len(digests) >= 1 + tied
 
 
 def test_mixed_precision_and_head_are_part_of_the_path(still, tmp_path):
@@ -313,6 +324,15 @@ def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
         known = start + 10
         assert entries.look_up(keys[:known]).tolist() == values[:known].tolist(), before
         assert np.isnan(entries.look_up(keys[known:])).all()
+
+
+def test_an_entry_in_two_parts_is_one(tmp_path):
+    keys = np.frombuffer(np.random.default_rng(0).bytes(16 * 3), dtype="S16")
+    store._write_part(tmp_path, keys, np.array([-1.0, -2.0, -3.0]))
+    store._write_part(tmp_path, keys[:2], np.array([-1.5, -1.5]))  # the rounding of another batch
+    entries = store._read_parts(tmp_path)
+    assert len(entries.keys) == 3
+    assert entries.look_up(keys).tolist() == [-1.5, -2.0, -3.0]  # the least, whatever the order
 
 
 def test_a_reference_that_was_evicted_under_way_is_written_anew(still, tmp_path, monkeypatch):
