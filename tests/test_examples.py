@@ -102,3 +102,27 @@ def test_the_planning_benchmark():
     output = example("benchmarks/plan_and_rank.py", "--pairs", 100_000, "--pool", 1000)
     assert "planning:" in output
     assert "ranking:" in output
+
+
+@pytest.mark.slow
+def test_the_reading_benchmark():
+    output = example("benchmarks/read_pairs.py", "--rows", 3000)
+    rates = {line[:24].strip(): line[24:].split() for line in output.splitlines()[2:6]}
+    assert set(rates) == {
+        "tokenizer alone", "first reading", "second reading", "all tokens looked at",
+    }  # fmt: skip
+    assert float(rates["second reading"][1]) < float(rates["first reading"][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_benchmark_of_the_head(dtype):
+    output = example("benchmarks/head.py", "--tokens", 64, "--hidden", 32, "--vocabulary", 5000,
+                     "--repeats", 1, "--dtype", dtype)  # fmt: skip
+    errors = {
+        line[:30].strip(): float(line.split()[-1])
+        for line in output.splitlines()[2:]
+        if "not measured" not in line
+    }
+    assert errors["sage-select chunked"] < 2e-5
+    assert (errors["log_softmax of all logits"] < 1e-3) is (dtype == "float32")

@@ -57,6 +57,41 @@ def test_autocast_does_not_round_the_logits(impl):
     assert torch.equal(found, token_logps(h, w, t, impl=impl))
 
 
+@pytest.mark.parametrize("impl", ["chunked"])
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_permitted_imprecision_does_not_reach_the_logits(impl, precision):
+    h, w, t = problem(64, 256, 1000, torch.float32)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = token_logps(h.requires_grad_(), w, t, impl=impl)
+        found.sum().backward()
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.allclose(found.double(), truth(h, w, t), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(st.floats(0.0, 40.0))
+def test_confident_tokens(impl, lead):
+    """From p = 1 / V to 1 - 1e-17: never above 0, and exact to the rounding of the logit."""
+    h, w = torch.tensor([[lead]]), torch.zeros(700, 1)
+    w[300] = 1.0
+    found = token_logps(h, w, torch.tensor([300]), impl=impl)
+    assert found <= 0
+    assert torch.allclose(found.double(), truth(h, w, torch.tensor([300])), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_rows_that_overflow_are_done_again_and_others_are_not_touched(impl):
+    h, w, t = problem(tokens=9, dtype=torch.float32)
+    alone = token_logps(h, w, t, impl=impl)
+    h[4] *= 500
+    found = token_logps(h, w, t, impl=impl)
+    assert torch.allclose(found.double(), truth(h, w, t), rtol=1e-5, atol=5e-5)
+    assert torch.equal(found[[0, 1, 2, 3, 5, 6, 7, 8]], alone[[0, 1, 2, 3, 5, 6, 7, 8]])
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_extreme_logits(impl):
     h, w, t = problem(scale=300.0, dtype=torch.float32)

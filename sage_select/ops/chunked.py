@@ -1,11 +1,15 @@
 """Token log-probs by blocks of the vocabulary, on any device: no [N, V] is ever stored.
 
-N tokens, H hidden, V vocabulary, B columns of a block. Forward keeps a running maximum and sum per
-token (Milakov and Gimelshein, 2018); backward computes each block's logits again.
+N tokens, H hidden, V vocabulary, B columns of a block. The target's logit z_t is known beforehand
+from one dot product a token, and log p = -log(sum_j exp(z_j - z_t)) needs no running maximum: one
+subtraction, one exponential and one addition a logit. The sum holds exp(0) = 1 for the target
+itself, so it cannot vanish; where it overflows (log p below -88) the row is done again around its
+maximum. Backward computes each block's logits again.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,22 +34,90 @@ def token_logps_chunked(
     return result
 
 
-def _blocks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
-    width = max(256, BLOCK_LOGITS // max(num_tokens, 1))
-    for start in range(0, vocabulary, width):
-        yield slice(start, min(start + width, vocabulary))
+class _Logits(NamedTuple):
+    """The logits of N tokens, block by block, in fp32 or wider."""
+
+    wide_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    precision: str
+
+    @classmethod
+    def of(
+        cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None
+    ) -> "_Logits":
+        wide_NH = hidden_NH.to(torch.promote_types(hidden_NH.dtype, torch.float32))
+        # products of bf16 numbers are exact in fp32 also where factors are rounded to bf16 on the
+        # way, which is faster; a ranking hangs on all others, whatever the process allows elsewhere
+        both_bf16 = hidden_NH.dtype == weight_VH.dtype == torch.bfloat16
+        return cls(wide_NH, weight_VH, bias_V, softcap, "medium" if both_bf16 else "highest")
+
+    def rows(self, chosen_N: Tensor) -> "_Logits":
+        """Those of some tokens."""
+        return self._replace(wide_NH=self.wide_NH[chosen_N])
+
+    def blocks(self) -> Iterator[slice]:
+        """The vocabulary in blocks whose logits stay in the cache."""
+        vocabulary = len(self.weight_VH)
+        width = max(256, BLOCK_LOGITS // max(len(self.wide_NH), 1))
+        for start in range(0, vocabulary, width):
+            yield slice(start, min(start + width, vocabulary))
+
+    def block(self, block: slice, out_NB: Tensor | None = None) -> Tensor:
+        """[N, B], the logits of a block."""
+        weight_BH = self.weight_VH[block].to(self.wide_NH.dtype)
+        with _precision(self.precision):
+            logits_NB = torch.mm(self.wide_NH, weight_BH.T, out=out_NB)
+        return self._finished(logits_NB, block)
+
+    def of_targets(self, target_N: Tensor) -> Tensor:
+        """[N], each token's logit of its target; some rows at once, since weights are copied."""
+        at_once = max(1, BLOCK_LOGITS // max(self.wide_NH.shape[1], 1))
+        parts = [
+            torch.linalg.vecdot(some_NH, self.weight_VH[some_N].to(some_NH.dtype))
+            for some_NH, some_N in zip(
+                torch.split(self.wide_NH, at_once), torch.split(target_N, at_once), strict=True
+            )
+        ]
+        return self._finished(torch.cat(parts), target_N)
+
+    def maximum(self) -> Tensor:
+        """[N], the largest logit; finite also where a bias rules everything out."""
+        maximum_N = self.wide_NH.new_full((len(self.wide_NH),), torch.finfo(self.wide_NH.dtype).min)
+        for block in self.blocks():
+            maximum_N = torch.maximum(maximum_N, self.block(block).amax(dim=-1))
+        return maximum_N
+
+    def sum_exp(self, anchor_N: Tensor) -> Tensor:
+        """[N], sum_j exp(z_j - anchor): in each block, then over blocks, that no mass be lost."""
+        total_N = torch.zeros_like(anchor_N)
+        buffer = self.wide_NH.new_empty(0)
+        for block in self.blocks():
+            shape = (len(self.wide_NH), block.stop - block.start)
+            if buffer.shape != shape:
+                buffer = self.wide_NH.new_empty(shape)
+            total_N += self.block(block, buffer).sub_(anchor_N[:, None]).exp_().sum(dim=-1)
+        return total_N
+
+    def _finished(self, logits: Tensor, columns: slice | Tensor) -> Tensor:
+        """Bias and softcap, in place."""
+        if self.bias_V is not None:
+            logits += self.bias_V[columns]
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
-def _block_logits(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None, block: slice
-) -> Tensor:
-    """Logits of one block in the dtype of `hidden_NH`, fp32 or wider."""
-    logits_NB = hidden_NH @ weight_VH[block].to(hidden_NH.dtype).T
-    if bias_V is not None:
-        logits_NB += bias_V[block]
-    if softcap is not None:
-        logits_NB = softcap * torch.tanh(logits_NB / softcap)
-    return logits_NB
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """fp32 products at this precision inside, and as the process has it afterwards."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -58,44 +130,34 @@ class _ChunkedLogps(torch.autograd.Function):
         bias_V: Tensor | None,
         softcap: float | None,
     ) -> Tensor:
-        wide_NH = hidden_NH.to(torch.promote_types(hidden_NH.dtype, torch.float32))
-        num_tokens, vocabulary = len(target_N), len(weight_VH)
-        maximum_N = wide_NH.new_full((num_tokens,), -torch.inf)
-        sum_N = wide_NH.new_zeros(num_tokens)
-        target_logit_N = wide_NH.new_zeros(num_tokens)
-        for block in _blocks(num_tokens, vocabulary):
-            logits_NB = _block_logits(wide_NH, weight_VH, bias_V, softcap, block)
-            local_N = target_N - block.start
-            inside_N = (local_N >= 0) & (local_N < logits_NB.shape[1])
-            picked_N = logits_NB.gather(
-                -1, local_N.clamp(0, logits_NB.shape[1] - 1)[:, None]
-            ).squeeze(-1)
-            target_logit_N = torch.where(inside_N, picked_N, target_logit_N)
-            new_maximum_N = torch.maximum(maximum_N, logits_NB.amax(dim=-1))
-            # a bias may rule out all tokens so far; -inf - -inf would be NaN
-            anchor_N = new_maximum_N.clamp(min=torch.finfo(wide_NH.dtype).min)
-            sum_N = sum_N * (maximum_N - anchor_N).exp() + (
-                (logits_NB - anchor_N[:, None]).exp_().sum(dim=-1)
-            )
-            maximum_N = new_maximum_N
-        logsumexp_N = maximum_N + sum_N.log()
-        ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, logsumexp_N)
+        logits = _Logits.of(hidden_NH, weight_VH, bias_V, softcap)
+        target_logit_N = logits.of_targets(target_N)
+        anchor_N, sum_N = target_logit_N, logits.sum_exp(target_logit_N)
+        far_N = ~sum_N.isfinite()
+        if bool(far_N.any()):
+            some = logits.rows(far_N)
+            maximum_N = some.maximum()
+            anchor_N = anchor_N.clone()
+            anchor_N[far_N], sum_N[far_N] = maximum_N, some.sum_exp(maximum_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, anchor_N + sum_N.log())
         ctx.softcap = softcap
-        return target_logit_N - logsumexp_N
+        # the dot product and the matrix product round the target's logit apart by a unit or two
+        return (target_logit_N - anchor_N - sum_N.log()).clamp(max=0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, target_N, bias_V, logsumexp_N = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias, _ = ctx.needs_input_grad
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            wide_NH = hidden_NH.to(logsumexp_N.dtype)
+        with torch.autocast(hidden_NH.device.type, enabled=False), _precision("highest"):
+            logits = _Logits.of(hidden_NH, weight_VH, bias_V, ctx.softcap)
+            wide_NH = logits.wide_NH
             hidden_grad_NH = torch.zeros_like(wide_NH) if need_hidden else None
             weight_grad_VH = torch.empty_like(weight_VH) if need_weight else None
             bias_grad_V = torch.empty_like(bias_V) if need_bias else None
-            for block in _blocks(len(target_N), len(weight_VH)):
+            for block in logits.blocks():
                 # d logp / d logit_j = 1[j = target] - softmax_j
-                logits_NB = _block_logits(wide_NH, weight_VH, bias_V, ctx.softcap, block)
+                logits_NB = logits.block(block)
                 slope_NB = (logits_NB - logsumexp_N[:, None]).exp_().neg_()
                 local_N = target_N - block.start
                 row = torch.nonzero((local_N >= 0) & (local_N < logits_NB.shape[1])).squeeze(-1)

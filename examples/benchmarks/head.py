@@ -1,0 +1,147 @@
+"""The output head: log-probs of target tokens, in multiples of the bare matrix product.
+
+    python examples/benchmarks/head.py
+    python examples/benchmarks/head.py --tokens 8192 --hidden 1536 --device cuda
+
+Every variant runs in a process of its own, so that its peak of memory is its own; there it takes
+turns with a bare `torch.mm` of the same shapes, and the ratio is that of the two medians. The error
+is the largest against float64 over 64 rows. Peers that are not installed are left out.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from plan_and_rank import Memory
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sage_select import token_logps
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All logits, then log_softmax in fp32: what Hugging Face models and most trainers do."""
+    logits = (hidden @ weight.T).float()
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def torch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's cross entropy of all logits."""
+    return -cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+
+
+def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's own fused head, new in 2.13."""
+    return -torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """TRL's chunked head, the default of its DPO trainer."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    temperature, chunk_size = 1.0, 32_768  # its defaults
+    result: tuple[Tensor, ...] = ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, temperature, chunk_size, None, 1.0, ()
+    )
+    return result[0]
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """This library's, by blocks of the vocabulary."""
+    return token_logps(hidden, weight, targets, impl="chunked")
+
+
+VARIANTS: dict[str, Head] = {
+    "log_softmax of all logits": naive,
+    "cross_entropy of all logits": torch_cross_entropy,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "TRL chunked": trl_chunked,
+    "sage-select chunked": ours,
+}
+
+
+def timed(call: Callable[[], Tensor], device: str) -> float:
+    """Seconds of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def with_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float]:
+    """A call's result, and the peak of memory over what was taken before, in MB."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return call(), (torch.cuda.max_memory_allocated() - before) / 1e6
+    with Memory() as memory:
+        result = call()
+    return result, memory.peak / 1e6
+
+
+def measure_one(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Ratio, memory and error of one variant, in this process."""
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    # logits like a language model's: mostly small, with a target that stands out
+    weight = torch.randn(args.vocabulary, args.hidden, device=args.device)
+    targets = torch.randint(args.vocabulary, (args.tokens,), device=args.device)
+    hidden = torch.randn(args.tokens, args.hidden, device=args.device) / args.hidden**0.5
+    hidden += weight[targets] * (12 / args.hidden)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    call = VARIANTS[name]
+    with torch.no_grad():
+        found, memory = with_memory(lambda: call(hidden, weight, targets), args.device)
+        some = slice(0, 64)
+        exact = (hidden[some].double() @ weight.double().T).log_softmax(-1)
+        expected = exact.gather(-1, targets[some, None]).squeeze(-1)
+        error = float((found[some].double() - expected).abs().max())
+        del exact
+        product = torch.empty(args.tokens, args.vocabulary, dtype=dtype, device=args.device)
+        bare, ratio = [], []
+        for _ in range(args.repeats):
+            bare.append(timed(lambda: torch.mm(hidden, weight.T, out=product), args.device))
+            ratio.append(timed(lambda: call(hidden, weight, targets), args.device))
+    return {"ratio": median(ratio) / median(bare), "memory": memory, "error": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # one variant, in a process
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure_one(args.one, args)))
+        return
+    shape = f"{args.tokens} x {args.hidden} x {args.vocabulary}, {args.dtype}, {args.device}"
+    print(f"{shape}\n{'':30}{'x torch.mm':>12}{'memory, MB':>12}{'error, nats':>14}")
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--one", name]
+        for option in ("tokens", "hidden", "vocabulary", "dtype", "device", "repeats"):
+            command += [f"--{option}", str(getattr(args, option))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            print(f"{name:30}not measured: {reason[:80]}")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:30}{found['ratio']:12.2f}{found['memory']:12,.0f}{found['error']:14.1e}")
+
+
+if __name__ == "__main__":
+    main()
