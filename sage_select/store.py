@@ -51,6 +51,7 @@ from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
 
 WRITE_EVERY = 5.0  # seconds between parts: what a kill can lose
+ROUNDING = 2  # a change of the code that rounds log-probs otherwise needs a new number
 MERGE_ABOVE = 32  # parts of one reference, before they are merged into one
 ABANDONED = 24 * 3600.0  # seconds after which an unfinished part is some killed process's
 
@@ -203,7 +204,7 @@ class ReferenceStore:
             "mixed_precision": str(self._measures["mixed_precision"]),
             "device": weight.device.type,
             "attention": str(getattr(config, "_attn_implementation", "")),
-            "head": resolved(self._measures["impl"]),
+            "head": f"{resolved(self._measures['impl'])} {ROUNDING}",
         }
 
     def _measure(self, distinct: DistinctSequences, known: Collection[int]) -> int:
@@ -245,12 +246,15 @@ class ReferenceStore:
 
     def _positions(self, rows: Int64Array) -> Int64Array:
         order, ascending = self._order
-        for row in rows[~np.isin(rows, ascending)][:1]:
+        places = np.searchsorted(ascending, rows)  # no pass over the whole set: asked every batch
+        inside = places < len(ascending)
+        inside[inside] = ascending[places[inside]] == rows[inside]
+        for row in rows[~inside][:1]:
             raise KeyError(
                 f"ReferenceStore.take: row {row} is not among the {len(order)} pairs of the "
                 "store's dataset; open the store with the whole dataset"
             )
-        positions: Int64Array = order[np.searchsorted(ascending, rows)]
+        positions: Int64Array = order[places]
         return positions
 
     @cached_property
