@@ -71,6 +71,24 @@ def test_permitted_imprecision_does_not_reach_the_logits(impl, precision):
     assert torch.allclose(found.double(), truth(h, w, t), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, "highest"), (torch.bfloat16, "medium")]
+)
+def test_the_precision_of_products(dtype, expected, monkeypatch):
+    """On many a CPU nothing is rounded when it may be: so look at what is permitted."""
+    product, permitted = torch.mm, set()
+
+    def looked_at(*args, **options):
+        permitted.add(torch.get_float32_matmul_precision())
+        return product(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", looked_at)
+    h, w, t = problem(dtype=dtype)
+    token_logps(h.requires_grad_(), w, t, impl="chunked").sum().backward()
+    assert permitted == {expected}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @given(st.floats(0.0, 40.0))
 def test_confident_tokens(impl, lead):

@@ -245,9 +245,10 @@ def test_what_is_not_finite_is_not_stored(still, tmp_path):
 
 
 def test_a_row_of_another_dataset_is_named(still, tmp_path):
-    some = still.dataset.take([0, 1])
-    with pytest.raises(KeyError, match="row 5 is not among the 2 pairs of the store's dataset"):
-        ReferenceStore(still.model, some, folder=tmp_path).take([5])
+    some = ReferenceStore(still.model, still.dataset.take([2, 0]), folder=tmp_path)
+    for row in (1, 5):  # between its rows, and behind them
+        with pytest.raises(KeyError, match=f"row {row} is not among the 2 pairs of the store's"):
+            some.take([row])
 
 
 # On disk
