@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from sage_select import sequence_logps, token_logps
 from sage_select.ops import chunked
@@ -55,6 +56,14 @@ def test_autocast_does_not_round_the_logits(impl):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = token_logps(h, w, t, impl=impl)
     assert torch.equal(found, token_logps(h, w, t, impl=impl))
+
+
+def test_autocast_does_not_round_the_gradients():
+    h, w, t = problem(dtype=torch.float32)
+    h.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(token_logps(h, w, t, impl="chunked").sum(), h)
+    assert torch.equal(found[0], torch.autograd.grad(token_logps(h, w, t).sum(), h)[0])
 
 
 @pytest.mark.parametrize("impl", ["chunked"])
@@ -132,17 +141,16 @@ def test_gradients(impl):
     assert torch.autograd.gradcheck(total, leaves, fast_mode=False)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_gradients_of_a_part(frozen):
     h, w, t = problem()
-    leaves = [h.requires_grad_(frozen != 0), w.requires_grad_(frozen != 1)]
-    token_logps(*leaves, t, impl="chunked").sum().backward()
-    free = leaves[1 - frozen]
-    expected = free.grad.clone()
-    free.grad = None
-    token_logps(*leaves, t, impl="reference").sum().backward()
-    assert torch.allclose(free.grad, expected)
-    assert leaves[frozen].grad is None
+    leaves = [h, w, torch.linspace(-1, 1, 700).double()]
+    free = [leaf.requires_grad_() for i, leaf in enumerate(leaves) if i != frozen]
+    found, expected = (
+        torch.autograd.grad(token_logps(h, w, t, bias=leaves[2], impl=impl).sum(), free)
+        for impl in ("chunked", "reference")
+    )
+    assert all(torch.allclose(*both) for both in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -155,6 +163,29 @@ def test_ignored_tokens_count_nothing_and_learn_nothing(impl):
     assert found[[0, 3]].tolist() == [0, 0]
     assert h.grad[[0, 3]].abs().sum() == 0
     assert (h.grad[[1, 2]].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_reaches_the_head_from_an_ignored_token(impl):
+    h, w, t = problem()
+    h[3], t[3] = torch.nan, -100
+    assert token_logps(h, w.requires_grad_(), t, impl=impl).isfinite().all()
+    token_logps(h, w, t, impl=impl).sum().backward()
+    found, w.grad = w.grad, None
+    others = [0, 1, 2, 4, 5, 6]
+    token_logps(h[others], w, t[others], impl=impl).sum().backward()
+    assert torch.allclose(found, w.grad)
+
+
+def test_tokens_without_weight_in_the_loss_are_left_out_of_backward():
+    h, w, t = problem()
+    h[3] = torch.nan  # times 0 it would be NaN
+    leaves = [h.requires_grad_(), w.requires_grad_()]
+    weights = torch.tensor([1.0, 2.0, 0.0, 0.0, -1.0, 0.5, 1.0]).double()
+    found = torch.autograd.grad(token_logps(*leaves, t), leaves, weights)
+    some = weights != 0
+    expected = torch.autograd.grad(token_logps(h[some], w, t[some]), leaves, weights[some])
+    assert all(torch.allclose(*both) for both in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -192,7 +223,10 @@ def test_a_bias_that_rules_out_a_whole_block():
 def test_no_tokens_and_no_sequences():
     h, w, t = problem()
     assert sequence_logps(h[:0], w, t[:0], torch.tensor([0])).shape == (0,)
-    assert sequence_logps(h[:0], w, t[:0], torch.tensor([0, 0])).tolist() == [0.0]
+    found = sequence_logps(h[:0], w.requires_grad_(), t[:0], torch.tensor([0, 0]))
+    assert found.tolist() == [0.0]
+    found.sum().backward()
+    assert w.grad.abs().sum() == 0
 
 
 def test_no_matrix_of_logits_is_kept():
@@ -204,3 +238,113 @@ def test_no_matrix_of_logits_is_kept():
     ):
         token_logps(h, w, t, impl="chunked").sum()
     assert max(sizes) <= max(w.numel(), h.numel())
+
+
+OPERANDS = [
+    # tokens, dtype, bias, softcap, ignored
+    (7, torch.float32, False, None, []),
+    (7, torch.float64, True, 3.0, [0, 3]),
+    (7, torch.bfloat16, True, None, [1]),
+    (7, torch.float16, False, 5.0, range(7)),
+    (0, torch.float32, True, 3.0, []),
+]
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "with_bias", "softcap", "ignored"), OPERANDS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_operators_keep_their_word(tokens, dtype, with_bias, softcap, ignored, transposed):
+    """To PyTorch: no input is written to, and shapes, dtypes and strides are those foretold."""
+    h, w, t = problem(tokens, dtype=dtype)
+    if transposed:
+        h, w = h.T.contiguous().T, w.T.contiguous().T
+    bias = torch.linspace(-1, 1, len(w)).to(dtype) if with_bias else None
+    t[list(ignored)] = -100
+    logps, logsumexp = chunked._forward(h, w, t, bias, softcap)
+    grad, needed = (
+        torch.linspace(-1, 1, tokens, dtype=logps.dtype),
+        [not with_bias, True, with_bias],
+    )
+    torch.library.opcheck(
+        chunked._backward, (needed, grad, h, w, t, bias, logsumexp, softcap), rtol=0, atol=0
+    )
+    leaves = [x if x is None else x.requires_grad_() for x in (h, w, bias)]
+    inputs = (*leaves[:2], t, leaves[2], softcap)
+    torch.library.opcheck(chunked._forward, inputs, rtol=0, atol=0)
+    assert [x.requires_grad for x in chunked._forward(*inputs)] == [True, False]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_one_graph_for_any_number_of_tokens(impl):
+    """And the same bits as without a graph, in logps and gradients."""
+
+    def logps(h, w, bias, t, bounds):
+        return sequence_logps(h.tanh(), w, t, bounds, bias=bias, softcap=3.0, impl=impl)
+
+    def with_gradients(function, tokens):
+        h, w, t = problem(tokens, dtype=torch.float32)
+        t[1] = -100
+        leaves = [x.requires_grad_() for x in (h, w, torch.linspace(-1, 1, len(w)))]
+        found = function(*leaves, t, torch.tensor([0, 2, 2, tokens]))
+        return found, *torch.autograd.grad(found.sum(), leaves)
+
+    compiled = torch.compile(logps, backend="aot_eager", fullgraph=True, dynamic=True)
+    with_gradients(compiled, 7)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens in (5, 9, 31):
+            both = with_gradients(compiled, tokens), with_gradients(logps, tokens)
+            assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"t": torch.tensor([1, 700])}, "target 700 at position 1 is outside the vocabulary of 70"),
+        ({"t": torch.tensor([-1, 3])}, "target -1 at position 0 is outside"),
+        ({"bounds": torch.tensor([1, 2])}, "start at 0"),
+        ({"bounds": torch.tensor([0, 1])}, "rise from 0 to 2, got"),
+        ({"bounds": torch.tensor([0, 3, 2])}, "rise from 0 to 2, got"),
+    ],
+)
+def test_wrong_values_are_refused_in_a_graph_too(change, words):
+    h, w, t = problem(tokens=2)
+    compiled = torch.compile(sequence_logps, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=words):
+        compiled(h, w, change.get("t", t), change.get("bounds", torch.tensor([0, 2])))
+
+
+def test_exported_for_any_number_of_tokens():
+    class Head(torch.nn.Module):
+        def forward(self, hidden, weight, targets, bounds):
+            return sequence_logps(hidden, weight, targets, bounds)
+
+    def arguments(tokens):
+        return *problem(tokens), torch.tensor([0, 2, 2, tokens])
+
+    tokens = {0: torch.export.Dim("tokens")}
+    shapes = (tokens, None, tokens, None)
+    exported = torch.export.export(Head(), arguments(7), dynamic_shapes=shapes).module()
+    assert torch.equal(exported(*arguments(31)), sequence_logps(*arguments(31)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
+)
+def test_tensors_without_values(dtype, expected):
+    with FakeTensorMode():
+        h, w = (torch.empty(n, 5, dtype=dtype, requires_grad=True) for n in (7, 700))
+        t = torch.empty(7, dtype=torch.int64)
+        logps = token_logps(h, w, t)
+        total = sequence_logps(h, w, t, torch.empty(4, dtype=torch.int64))
+        total.sum().backward()
+    assert (logps.shape, logps.dtype) == ((7,), expected)
+    assert (total.shape, total.dtype) == ((3,), torch.float64)
+    assert all((x.grad.shape, x.grad.dtype) == (x.shape, dtype) for x in (h, w))
+
+
+def test_gradients_of_gradients_are_refused():
+    h, w, t = problem()
+    logps = token_logps(h.requires_grad_(), w, t, impl="chunked")
+    (grad,) = torch.autograd.grad(logps.sum(), h, create_graph=True)
+    with pytest.raises(NotImplementedError, match='use impl="reference"'):
+        grad.sum().backward()

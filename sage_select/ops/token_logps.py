@@ -5,13 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sage_select.ops.chunked import token_logps_chunked
+from sage_select.ops.chunked import IGNORED, check_targets, token_logps_chunked
 from sage_select.ops.reference import token_logps_reference
 
 Implementation = Literal["auto", "reference", "chunked", "fused"]
-
-IGNORED = -100
-"""Target of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
 
 
 def token_logps(
@@ -26,7 +23,8 @@ def token_logps(
     """Log-probability of each target token, from hidden states and the output head's weight.
 
     The same as `log_softmax(hidden @ weight.T + bias)` at the targets, with fp32 logits whatever
-    the inputs' dtype. Differentiable in hidden, weight and bias.
+    the inputs' dtype. Differentiable in hidden, weight and bias: once, unless by the reference.
+    `torch.compile` and `torch.export` trace it without a break.
 
     Args:
         hidden: [N, H], states that predict the targets.
@@ -54,24 +52,30 @@ def token_logps(
             'token_logps: impl="fused" is not part of this version; use impl="chunked"'
         )
     impl = resolved(impl)
-    implementations = {"chunked": token_logps_chunked, "reference": token_logps_reference}
+    implementations = {"chunked": token_logps_chunked, "reference": _reference}
     if impl not in implementations:
         raise ValueError(
             f"token_logps: impl must be auto, reference, chunked or fused, got {impl!r}"
         )
+    return implementations[impl](hidden, weight, targets, bias, softcap)
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
+) -> Tensor:
+    """The specification, and 0 where ignored; no shape hangs on the targets, as in the others."""
+    if not torch.compiler.is_compiling():  # compiled, gather refuses them, in its own words
+        check_targets(targets, len(weight))
     scored = targets != IGNORED
-    everything = bool(scored.all())
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to bf16
-        logps = implementations[impl](
-            hidden if everything else hidden[scored],
+        logps = token_logps_reference(
+            hidden.where(scored[:, None], 0),  # else a NaN would reach the weight's gradient
             weight,
-            targets if everything else targets[scored],
+            targets.where(scored, 0),
             bias,
             softcap,
         )
-    if everything:
-        return logps
-    return logps.new_zeros(len(targets)).index_put((scored,), logps)
+    return logps.where(scored, 0)
 
 
 def resolved(impl: Implementation) -> Implementation:
@@ -108,19 +112,33 @@ def sequence_logps(
         >>> sequence_logps(hidden, weight, targets, torch.tensor([0, 1, 3])).exp()
         tensor([0.2500, 0.0625], dtype=torch.float64)
     """
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens[0] != 0:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError("sequence_logps: cu_seqlens must be [S + 1] and start at 0")
-    lengths = cu_seqlens.diff().to(device=hidden.device, dtype=torch.int64)
-    if bool((lengths < 0).any()) or int(cu_seqlens[-1]) != len(targets):
-        raise ValueError(
-            f"sequence_logps: cu_seqlens must rise from 0 to {len(targets)}, got {cu_seqlens}"
-        )
+    lengths = _lengths(cu_seqlens, targets.shape[0]).to(hidden.device)
     logps = token_logps(hidden, weight, targets, bias=bias, softcap=softcap, impl=impl)
-    if len(lengths) == 0:
+    if lengths.shape[0] == 0:
         return logps.double()  # no sequence, no token
     # a segment's own tokens in their own order: the same bits whatever stands beside it
     total: Tensor = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0.0)
     return total
+
+
+@torch.library.custom_op("sage_select::lengths", mutates_args=())
+def _lengths(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """int64 [S]; an operator, so that values are checked when compiled code runs, too."""
+    lengths = cu_seqlens.diff().to(torch.int64)
+    if cu_seqlens[0] != 0:
+        raise ValueError("sequence_logps: cu_seqlens must be [S + 1] and start at 0")
+    if bool((lengths < 0).any()) or int(cu_seqlens[-1]) != tokens:
+        raise ValueError(
+            f"sequence_logps: cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens}"
+        )
+    return lengths
+
+
+@_lengths.register_fake
+def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.int64)
 
 
 def _check(
@@ -146,10 +164,3 @@ def _check(
         raise ValueError(f"token_logps: bias must be [V] = [{len(weight)}], got {list(bias.shape)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"token_logps: softcap must be positive, got {softcap}")
-    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= len(weight)))
-    if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"token_logps: target {int(targets[position])} at position {position} is outside the "
-            f"vocabulary of {len(weight)}; use {IGNORED} for tokens that are not scored"
-        )
