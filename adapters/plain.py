@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from sage_select.cache import replace_durably
+from sage_select.costs import Ledger, append_costs, phase, read_costs
 from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array
 from sage_select.loader import SelectiveLoader, describe
 from sage_select.losses import nca
-from sage_select.measuring import autocast, measure, pair_logps
+from sage_select.measuring import Layout, autocast, measure, pair_logps, updating
 from sage_select.metrics import preference_metrics
 from sage_select.pairs import PairLogps, Reference
 from sage_select.progress import progress_bar
@@ -57,6 +58,10 @@ class Training:
         max_grad_norm: Gradients are clipped to this norm.
         mixed_precision: Autocast dtype of the body, such as torch.bfloat16; the head, the loss and
             the sums stay in fp32 or wider. By default the model's own dtype.
+        layout: How batches are laid out, in updates and evaluations, see `measure`.
+        activation_checkpointing: Whether to keep each layer's input alone and compute the layer
+            again in the backward pass: a third more work, for memory that grows with sequence
+            length a good deal slower.
         compile_model: Whether to compile the model's body with torch.compile.
         evaluate_every: Steps between evaluations on held-out pairs; also at the start and the end.
         best_by: Metric of an evaluation by which the best weights are kept: "loss" (lowest),
@@ -74,6 +79,8 @@ class Training:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mixed_precision: torch.dtype | None = None
+    layout: Layout = "auto"
+    activation_checkpointing: bool = False
     compile_model: bool = False
     evaluate_every: int = 50
     best_by: Literal["loss", "accuracy", "margin"] = "loss"
@@ -104,6 +111,8 @@ class Training:
         """The settings that a resumed run must share with the one it goes on with."""
         free = (
             "micro_batch_size",
+            "layout",
+            "activation_checkpointing",
             "compile_model",
             "evaluate_every",
             "best_by",
@@ -119,10 +128,11 @@ class Training:
 
 @dataclass
 class History:
-    """What happened: one record per step, and one per evaluation."""
+    """What happened: one record per step, one per evaluation, and what all of it took."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    costs: Ledger = field(default_factory=Ledger)
 
 
 def train(
@@ -146,7 +156,8 @@ def train(
         reference: Log-probs under the reference of every pair trained on or held out.
         training: How to train.
         held_out: Pairs to evaluate on, `dataset.take(rows)`.
-        folder: Where to put `metrics.jsonl`, `evaluations.jsonl`, checkpoints and `best.pt`.
+        folder: Where to put `metrics.jsonl`, `evaluations.jsonl`, `costs.jsonl`, checkpoints and
+            `best.pt`.
         resume: Go on from the folder's newest checkpoint, if there is one. The run then ends with
             the same bits as one that was never interrupted, where the device is deterministic.
         show_progress: False for no progress bar.
@@ -165,16 +176,20 @@ def train(
     run.start(resume)
     if training.compile_model:
         model.base_model.compile()  # type: ignore[union-attr]
+    if training.activation_checkpointing:
+        checkpoint_activations(model)
     model.train()
     if loader.step == 0:
         run.evaluate(held_out, reference)
+    batches = iter(loader)
     with progress_bar(
         len(loader), "training", "steps", initial=loader.step, show=show_progress
     ) as bar:
-        for rows in loader:
-            batch = dataset.take(rows)
-            metrics = run.update(batch, reference)
+        while loader.step < len(loader):
+            with Ledger() as spent:  # the loader scores where an interval begins
+                metrics = run.update(dataset.take(next(batches)), reference)
             run.record(metrics)
+            run.spend(spent, int(metrics.get("interval", 0)))
             bar.set_postfix(
                 {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy")}, refresh=False
             )
@@ -197,6 +212,23 @@ def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
     model.load_state_dict(best["model"])
     evaluation: dict[str, float] = best["evaluation"]
     return evaluation
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Compute each layer of a Hugging Face model again in the backward pass, from now on.
+
+    Raises:
+        TypeError: If the model does not offer it.
+    """
+    for kind in ("activation", "gradient"):  # the name of newer transformers, and of older
+        enable = getattr(model, f"{kind}_checkpointing_enable", None)
+        if enable is not None:
+            enable({"use_reentrant": False})
+            return
+    raise TypeError(
+        f"train: {type(model).__name__} has no gradient_checkpointing_enable(); checkpoint its "
+        "layers yourself and leave activation_checkpointing off"
+    )
 
 
 def _check_belongs(
@@ -239,6 +271,8 @@ class _Run:
         self.training = training
         self.folder = folder
         self.history = History()
+        self.interval = 0
+        self.unwritten = Ledger()  # costs of the interval that are not on disk
         self.tokens_trained = 0
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
@@ -259,12 +293,20 @@ class _Run:
         parts: list[tuple[PairLogps, Tensor]] = []
         for start in range(0, len(batch), micro):
             pairs = batch.take(batch.index[start : start + micro])
-            with autocast(self.model, training.mixed_precision):
-                policy = pair_logps(self.model, pairs)
-            losses = training.loss(
-                policy, reference.take(pairs.index).to(policy.chosen.device), beta=training.beta
-            )
-            torch.autograd.backward(losses.sum() / len(batch))
+            with (
+                phase("training"),
+                updating(
+                    self.model,
+                    pairs,
+                    layout=training.layout,
+                    mixed_precision=training.mixed_precision,
+                ),
+            ):
+                with autocast(self.model, training.mixed_precision):
+                    policy = pair_logps(self.model, pairs, layout=training.layout)
+                known = reference.take(pairs.index).to(policy.chosen.device)
+                losses = training.loss(policy, known, beta=training.beta)
+                torch.autograd.backward(losses.sum() / len(batch))
             parts.append((PairLogps(*(x.detach().cpu() for x in policy)), losses.detach().cpu()))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm).item()
         if not math.isfinite(norm):
@@ -273,7 +315,8 @@ class _Run:
                 f"{batch.index.tolist()}"
             )
         learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        with phase("training"):
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tokens_trained += int(batch.num_tokens.sum())
@@ -292,13 +335,21 @@ class _Run:
         """Measure the held-out pairs, and keep the weights if they are the best so far."""
         if held_out is None:
             return
-        policy = measure(self.model, held_out, mixed_precision=self.training.mixed_precision)
+        training = self.training
+        with Ledger() as spent, phase("evaluation"):
+            policy = measure(
+                self.model,
+                held_out,
+                layout=training.layout,
+                mixed_precision=training.mixed_precision,
+            )
+        self.spend(spent, int(self.loader.metrics().get("interval", 0)))
         known = reference.take(held_out.index)
-        losses = self.training.loss(policy, known, beta=self.training.beta)
+        losses = training.loss(policy, known, beta=training.beta)
         evaluation = {
             "step": self.loader.step,
             "loss": losses.mean().item(),
-            **preference_metrics(policy, known, beta=self.training.beta),
+            **preference_metrics(policy, known, beta=training.beta),
         }
         earlier = [self._merit(e) for e in self.history.evaluations]
         self.history.evaluations.append(evaluation)
@@ -312,8 +363,23 @@ class _Run:
         self.history.steps.append(record)
         self._append("metrics.jsonl", record)
 
+    def spend(self, spent: Ledger, interval: int) -> None:
+        """Add what some passes took to the run's costs, and to those of the interval."""
+        if interval != self.interval:
+            self._write_costs()
+            self.interval = interval
+        for name, work in spent.items():
+            self.history.costs.add(name, work)
+            self.unwritten.add(name, work)
+
+    def _write_costs(self) -> None:
+        if self.folder is not None:
+            append_costs(self.folder / "costs.jsonl", self.unwritten, self.interval)
+        self.unwritten = Ledger()
+
     def checkpoint(self) -> None:
         """Put on disk all that a resumed run needs, and drop the oldest checkpoints."""
+        self._write_costs()
         if self.folder is None:
             return
         self._save(
@@ -344,6 +410,7 @@ class _Run:
                 f"train: {self.folder} holds a run already; pass resume=True to go on with it, or "
                 "another folder"
             )
+        self.history.costs.update(read_costs(self.folder / "costs.jsonl"))
         checkpoints = self._checkpoints()
         for path in checkpoints:
             try:
@@ -384,7 +451,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.tokens_trained = state["tokens_trained"]
-        self.history = History(state["steps"], state["evaluations"])
+        self.history = History(state["steps"], state["evaluations"], self.history.costs)
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])

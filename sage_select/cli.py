@@ -196,22 +196,24 @@ def plan(
         console, cost = _console(), told["cost"]
         strata = [(name, n, n / told["pairs"]) for name, n in told["strata"].items()]
         intervals = [tuple(interval.values()) for interval in told["intervals"]]
-        millions = [(words, cost[name] / 1e6) for name, words in COST_WORDS.items()]
+        costs = [
+            (words, cost["tokens"][name] / 1e6, _tera(cost["flops"][name]))
+            for name, words in COST_WORDS.items()
+        ]
         typer.echo(run.dataset.waterfall())
         for title, columns, rows in (
             ("\nstrata", ("stratum", "pairs", "share"), strata),
             ("\nintervals", tuple(told["intervals"][0]), intervals),
-            ("\ncost, in millions of tokens", ("what", "tokens"), millions),
+            ("\ncost", ("what", "million tokens", "TFLOP needed"), costs),
         ):
             console.print(_table(title, *columns, rows=rows))
-        petaflops = told["petaflops"]
         typer.echo(
             f"\n{told['pairs']:,} pairs to train on, {told['held_out']:,} held out\n"
             f"{run.timeline.plan}\n{told['kept']:,} kept pairs in {told['steps']:,} steps; "
             f"{told['steps_without_selection']:,} steps without selection\n"
-            f"{cost['relative']:.2f} of the cost of training on everything"
-            + (f", {petaflops:.3g} PFLOP" if petaflops is not None else "")
-            + f"\nconfiguration {config.hash}, run folder {config.run_folder}"
+            f"{cost['relative']:.2f} of the cost of training on everything; it keeps "
+            f"{cost['keep']:.2f} of its candidates, and pays below {cost['break_even']:.2f}\n"
+            f"configuration {config.hash}, run folder {config.run_folder}"
         )
 
 
@@ -219,8 +221,13 @@ COST_WORDS = {
     "reference": "reference, once, if the store knows none of it",
     "scoring": "scoring the pools",
     "training": "training on the kept pairs, if they are as long as the others",
+    "evaluation": "evaluating on the held-out pairs",
     "full": "training on everything instead",
 }
+
+
+def _tera(flops: float | None) -> Any:
+    return "" if flops is None else flops / 1e12
 
 
 # score and select
@@ -269,18 +276,15 @@ def _scores(
     import numpy as np
     import polars as pl
 
-    from sage_select.measuring import measure
     from sage_select.metrics import preference_metrics
     from sage_select.pairs import rewards
-    from sage_select.runs import load_model, mixed_precision, open_reference, score_of
+    from sage_select.runs import load_model, measure_of, open_reference, score_of
 
     model = load_model(run.config, policy)
     known = open_reference(
         run, policy=model if policy is None else None, show_progress=show_progress
     ).take(pool.index)
-    logps = measure(
-        model, pool, mixed_precision=mixed_precision(run.config), show_progress=show_progress
-    )
+    logps = measure_of(run.config, show_progress=show_progress)(model, pool)
     found = rewards(logps, known, beta=run.config.beta)
     table = pl.DataFrame(
         {
@@ -474,6 +478,8 @@ def train(
         from sage_select.adapters.plain import load_best
         from sage_select.adapters.plain import train as train_plain
         from sage_select.audit import SelectionLog
+        from sage_select.costs import Ledger, append_costs
+        from sage_select.forecast import compared, cost_of
         from sage_select.loader import SelectiveLoader
         from sage_select.runs import (
             load_model,
@@ -494,7 +500,9 @@ def train(
         typer.echo(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}", err=True)
         torch.manual_seed(config.seed)
         model = load_model(config)
-        reference = open_reference(run, policy=model, show_progress=_bars(quiet))
+        with Ledger() as spent:
+            reference = open_reference(run, policy=model, show_progress=_bars(quiet))
+        append_costs(folder / "costs.jsonl", spent)
         selector = selector_of(run, reference, show_progress=_bars(quiet))
         loader = SelectiveLoader(
             selector,
@@ -523,6 +531,7 @@ def train(
             "steps": len(history.steps),
             "first": records[0],
             "last": records[-1],
+            "cost": compared(cost_of(run), history.costs),
         }
         if history.evaluations:
             told["best"] = load_best(model, folder)
@@ -539,6 +548,21 @@ def train(
         ]
         title = "held-out pairs" if history.evaluations else "batches"
         _console().print(_table(title, "metric", *columns, rows=rows))
+        rows = [
+            (
+                name,
+                *(work[flops] / 1e12 for flops in ("forecast", "needed", "executed")),
+                work["executed_tokens"] / 1e6,
+                work["seconds"],
+            )
+            for name, work in told["cost"]["phases"].items()
+        ]
+        heads = ("phase", "TFLOP forecast", "needed", "executed", "million tokens", "seconds")
+        _console().print(_table("\ncost", *heads, rows=rows))
+        typer.echo(
+            "at these speeds selection takes less time than training on everything where it keeps "
+            f"less than {told['cost']['break_even']:.2f} of its candidates"
+        )
         typer.echo(f"the model after the last step stands in {folder / 'model'}")
         if history.evaluations:
             by = config.training.best_by
@@ -682,6 +706,8 @@ def fill(
             run.used,
             folder=config.reference.store,
             mixed_precision=mixed_precision(config),
+            max_batch_tokens=config.scoring.max_batch_tokens,
+            layout=config.scoring.layout,
             show_progress=_bars(quiet),
         )
         measured = reference.fill()

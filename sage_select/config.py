@@ -197,6 +197,16 @@ class SelectionSection(_Section):
         return self
 
 
+class ScoringSection(_Section):
+    """How log-probs are measured, under the policy and the reference alike."""
+
+    max_batch_tokens: Count = 16_384
+    """Tokens of one forward pass; what does not fit in memory is halved."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """Sequences end to end without padding,
+    or padded to the longest; auto packs where that is exact. Training follows."""
+
+
 class TrainingSection(_Section):
     """How to train."""
 
@@ -221,6 +231,8 @@ class TrainingSection(_Section):
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["none", "bfloat16"] = "none"
     """Autocast dtype of the body; the head, the loss and the sums stay in fp32 or wider."""
+    activation_checkpointing: bool = False
+    """Whether to compute each layer again in the backward pass, for less memory."""
     compile_model: bool = False
     """Whether to compile the model's body."""
     evaluate_every: Count = 50
@@ -268,6 +280,7 @@ class SageConfig(_Section):
     data: DataSection = DataSection()
     strata: StrataSection = StrataSection()
     selection: SelectionSection = SelectionSection()
+    scoring: ScoringSection = ScoringSection()
     training: TrainingSection = TrainingSection()
     beta: Positive = 0.1
     """Temperature of the implicit reward (Eq. 1), for score and loss alike."""
@@ -405,7 +418,9 @@ _NO_MATTER = {
     "data": ["num_workers"],
     "reference": ["store", "device"],
     "model": ["device"],
+    "scoring": ["max_batch_tokens", "layout"],
     "training": [
+        "activation_checkpointing",
         "compile_model",
         "micro_batch_size",
         "evaluate_every",

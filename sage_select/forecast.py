@@ -1,12 +1,17 @@
 """Forecasts: what a run will do and cost, before it starts."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from sage_select.config import SageConfig
+from sage_select.costs import Ledger, Shape, Work, break_even, shape_of
+from sage_select.dataset import PreferenceDataset
+from sage_select.measuring import distinct_sequences, sequence_keys
 from sage_select.plan import STRATA
 from sage_select.runs import Run, model_settings
 
@@ -16,6 +21,8 @@ def forecast(run: Run) -> dict[str, Any]:
     timeline, plan, training = run.timeline, run.timeline.plan, run.config.training
     names = strata_names(plan.counts.shape[1])
     cost, parameters = cost_of(run), num_parameters(run.config)
+    flops = parameters is not None
+    phases = {**cost.phases, "full": cost.full}
     return {
         "config": run.config.hash,
         "rows_read": len(run.dataset) + run.dataset.set_aside.height,
@@ -36,6 +43,8 @@ def forecast(run: Run) -> dict[str, Any]:
                 "keep": float(timeline.keep(plan.progress[k])),
                 "kept": timeline.kept_count[k],
                 "first step": timeline.first_step[k],
+                "scored Mtok": cost.scoring[k].tokens / 1e6,
+                "trained Mtok": cost.training[k].tokens / 1e6,
             }
             for k, pool in enumerate(plan.pools)
         ],
@@ -43,12 +52,14 @@ def forecast(run: Run) -> dict[str, Any]:
         "kept": timeline.total_kept,
         "steps": timeline.total_steps,
         "steps_without_selection": -(-len(run.pairs) * training.epochs // training.batch_size),
-        "cost": asdict(cost) | {"relative": cost.relative},
+        "cost": {
+            "tokens": {name: work.tokens for name, work in phases.items()},
+            "flops": {name: work.needed if flops else None for name, work in phases.items()},
+            "relative": cost.relative,
+            "break_even": cost.break_even,
+            "keep": timeline.total_kept / sum(map(len, plan.pools)),
+        },
         "parameters": parameters,
-        # a multiplication and an addition per parameter and token; twice that backward
-        "petaflops": None
-        if parameters is None
-        else 2e-15 * parameters * (cost.reference + cost.scoring + 3 * cost.training),
     }
 
 
@@ -59,52 +70,113 @@ def strata_names(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Tokens that a run reads, known before it starts; prompts and responses, of both sides.
+    """What a run needs, known before it starts; FLOPs where the model's shape is known.
 
     Attributes:
-        reference: Of all pairs, forward; less where the store knows them already.
-        scoring: Of all pools of which something is dropped, forward.
-        training: Of the kept pairs, forward and backward, if they are as long as the others; a
-            score that prefers short pairs needs less.
-        full: Of the same epochs without selection, forward and backward.
+        reference: All pairs forward; less where the store knows them already.
+        scoring: Of each interval, its pool forward; nothing where the pool is kept whole.
+        training: Of each interval, its kept pairs forward and backward, if they are as long as the
+            others; a score that prefers short pairs needs less, and so do batches in which pairs
+            share a prompt.
+        evaluation: The held-out pairs forward, as often as they are evaluated.
+        full: The same epochs without selection, forward and backward.
     """
 
-    reference: int
-    scoring: int
-    training: int
-    full: int
+    reference: Work
+    scoring: tuple[Work, ...]
+    training: tuple[Work, ...]
+    evaluation: Work
+    full: Work
+
+    @property
+    def phases(self) -> Ledger:
+        """As the run will book it."""
+        return Ledger(
+            reference=self.reference,
+            scoring=sum(self.scoring, Work()),
+            training=sum(self.training, Work()),
+            evaluation=self.evaluation,
+        )
 
     @property
     def relative(self) -> float:
-        """The run's cost over that of training on everything, a backward pass costing two forward
-        ones, and the reference being measured once in both."""
-        return (self.reference + self.scoring + 3 * self.training) / (
-            self.reference + 3 * self.full
-        )
+        """The cost over that of training on everything, the reference being measured in both."""
+        selected = self.reference + self.phases["scoring"] + self.phases["training"]
+        return selected.needed / (self.reference + self.full).needed
+
+    @property
+    def break_even(self) -> float:
+        """The share of pairs to keep, all intervals together, below which the run is cheaper."""
+        return break_even(self.phases["scoring"].needed, self.full.needed)
+
+
+def compared(cost: Cost, spent: Ledger) -> dict[str, Any]:
+    """What was forecast beside what it took, phase by phase, in plain values.
+
+    `break_even` is the share to keep below which the run took less time than training on all of
+    its pairs would have taken, at the speed at which it trained.
+    """
+    ahead = cost.phases
+    phases = {
+        name: {"forecast": ahead.get(name, Work()).needed, **asdict(spent[name])}
+        for name in sorted(spent, key=list(ahead).index)
+    }
+    training, scoring = spent.get("training", Work()), spent.get("scoring", Work())
+    full = training.seconds * cost.full.needed / training.needed if training.needed else math.nan
+    return {"phases": phases, "break_even": break_even(scoring.seconds, full)}
 
 
 def cost_of(run: Run) -> Cost:
-    """What a run will read."""
-    tokens = dict(zip(run.pairs.index.tolist(), run.pairs.num_tokens.tolist(), strict=True))
-    pools = [
-        (sum(tokens[row] for row in pool.tolist()), count, len(pool))
-        for pool, count in zip(run.timeline.plan.pools, run.timeline.kept_count, strict=True)
-    ]
+    """What a run will take."""
+    shape = _shape(run.config) or Shape(body=1, head=0, attention=0)  # tokens are all that is known
+    training, timeline, used = run.config.training, run.timeline, run.used
+    keys = sequence_keys(used)
+    place = np.zeros(len(run.dataset), dtype=np.int64)
+    place[used.index] = np.arange(len(used))
+
+    def measured(pairs: PreferenceDataset) -> Work:
+        distinct = distinct_sequences(pairs, keys.at(place[pairs.index]))
+        return shape.needed(*distinct.needed(np.arange(len(distinct))))
+
+    def trained(pairs: PreferenceDataset) -> Work:
+        lengths = pairs.sequence_lengths
+        starts = lengths - np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
+        first = np.arange(len(lengths)) < len(pairs)  # a pair's responses share their prompt
+        return shape.needed(starts, lengths, first).with_backward
+
+    evaluations = 1 + -(-timeline.total_steps // training.evaluate_every)
+    pools = [run.dataset.take(pool) for pool in timeline.plan.pools]
+    kept = timeline.kept_count
     return Cost(
-        reference=int(run.used.num_tokens.sum()),
-        scoring=sum(total for total, count, size in pools if count < size),
-        training=round(sum(total * count / size for total, count, size in pools)),
-        full=sum(tokens.values()) * run.config.training.epochs,
+        reference=measured(used),
+        scoring=tuple(
+            measured(pool) if count < len(pool) else Work()
+            for pool, count in zip(pools, kept, strict=True)
+        ),
+        training=tuple(
+            trained(pool) * (count / len(pool)) for pool, count in zip(pools, kept, strict=True)
+        ),
+        evaluation=Work() if run.held_out is None else measured(run.held_out) * evaluations,
+        full=trained(run.pairs) * training.epochs,
     )
+
+
+def _shape(config: SageConfig) -> Shape | None:
+    """What decides the policy's FLOPs, without loading a weight; None where it is elsewhere."""
+    model = _without_weights(config)
+    return None if model is None else shape_of(model)
 
 
 def num_parameters(config: SageConfig) -> int | None:
     """Parameters of the policy, counted without loading a weight; None where it is elsewhere."""
+    model = _without_weights(config)
+    return None if model is None else sum(parameter.numel() for parameter in model.parameters())
+
+
+def _without_weights(config: SageConfig) -> Any:
     try:
         settings = model_settings(config)
     except FileNotFoundError:
         return None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
-    total: int = sum(parameter.numel() for parameter in model.parameters())
-    return total
+        return AutoModelForCausalLM.from_config(settings)

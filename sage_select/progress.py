@@ -23,7 +23,13 @@ class _Lines:
 
 
 def progress_bar(
-    total: int | None, desc: str, unit: str, *, initial: int = 0, show: bool | None = None
+    total: int | None,
+    desc: str,
+    unit: str,
+    *,
+    initial: int = 0,
+    scaled: bool = False,
+    show: bool | None = None,
 ) -> Any:
     """A tqdm bar. Into a file or a pipe it writes a line a minute, and none for short work.
 
@@ -32,9 +38,11 @@ def progress_bar(
         desc: What is being done.
         unit: What is counted.
         initial: How much of it was done before.
+        scaled: Whether to write thousands as k and millions as M.
         show: False for no bar at all.
     """
     options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial}
+    options |= {"unit_scale": scaled}
     options["disable"] = show is False
     drawn = sys.stderr.isatty() or "notebook" in tqdm.__module__
     if not drawn:

@@ -20,7 +20,7 @@ from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array
 from sage_select.losses import LOSSES
 from sage_select.measuring import measure
-from sage_select.pairs import Reference, Score
+from sage_select.pairs import PairLogps, Reference, Score
 from sage_select.plan import (
     Timeline,
     kept_count,
@@ -276,6 +276,8 @@ def open_reference(
         run.used,
         folder=config.reference.store,
         mixed_precision=mixed_precision(config),
+        max_batch_tokens=config.scoring.max_batch_tokens,
+        layout=config.scoring.layout,
         show_progress=show_progress,
     )
     store.fill()
@@ -296,12 +298,23 @@ def selector_of(
         run.timeline.keep if keep is None else Constant(keep),
         reference,
         run.timeline.progress if keep is None else lambda step: 0.0,
-        measure=partial(
-            measure, mixed_precision=mixed_precision(run.config), show_progress=show_progress
-        ),
+        measure=measure_of(run.config, show_progress=show_progress),
         multiple=selection.multiple,
         seed=run.config.seed,
         no_signal=selection.no_signal,
+    )
+
+
+def measure_of(
+    config: SageConfig, *, show_progress: bool | None = None
+) -> Callable[..., PairLogps]:
+    """How log-probs are measured."""
+    return partial(
+        measure,
+        max_batch_tokens=config.scoring.max_batch_tokens,
+        layout=config.scoring.layout,
+        mixed_precision=mixed_precision(config),
+        show_progress=show_progress,
     )
 
 
@@ -326,6 +339,7 @@ def training_of(config: SageConfig) -> Training:
     return Training(
         **{name: getattr(settings, name) for name in same - {"loss", "mixed_precision"}},
         loss=_function(settings.loss, LOSSES, "training.loss"),
+        layout=config.scoring.layout,
         mixed_precision=mixed_precision(config),
         beta=config.beta,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sage_select.costs import phase
 from sage_select.hashing import Float64Array
 from sage_select.measuring import measure as measure_pool
 from sage_select.pairs import (
@@ -110,7 +111,8 @@ class Selector:
         rows = index if isinstance(index, np.ndarray) else None  # a list's `index` is a method
         if self.skip_full and rows is not None and self._count(at, len(rows)) == len(rows):
             return self._everything(rows, ids, at, step)
-        policy = self.measure(model, pool)
+        with phase("scoring"):
+            policy = self.measure(model, pool)
         floor = max(self.noise_floor, noise_floor(self.mixed_precision or _precision(model)))
         return replace(self, noise_floor=floor).rank(policy, self.reference, at, step, ids=ids)
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from sage_select.cache import cache_folder, mark_as_used, partial_path, replace_durably
+from sage_select.costs import phase
 from sage_select.dataset import PreferenceDataset
 from sage_select.fingerprints import (
     check_adapters_come_off,
@@ -42,6 +43,7 @@ from sage_select.hashing import Float64Array, Int64Array
 from sage_select.measuring import (
     DistinctSequences,
     Keys,
+    Layout,
     distinct_sequences,
     joined,
     measure_sequences,
@@ -51,7 +53,7 @@ from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
 
 WRITE_EVERY = 5.0  # seconds between parts: what a kill can lose
-ROUNDING = 2  # a change of the code that rounds log-probs otherwise needs a new number
+ROUNDING = 3  # a change of the code that rounds log-probs otherwise needs a new number
 MERGE_ABOVE = 32  # parts of one reference, before they are merged into one
 ABANDONED = 24 * 3600.0  # seconds after which an unfinished part is some killed process's
 
@@ -71,7 +73,8 @@ class ReferenceStore:
         folder: The store; by default `reference` in the user's cache.
         identity: Instead of a model: the name of a reference in the store.
         mixed_precision: Autocast dtype of the body, the same as for the policy.
-        max_batch_tokens: Padded tokens of one forward pass.
+        max_batch_tokens: Tokens of one forward pass.
+        layout: How batches are laid out, see `measure`.
         impl: How the head's log-probs are computed, see `token_logps`.
         show_progress: False for no progress bar.
 
@@ -98,6 +101,7 @@ class ReferenceStore:
         identity: str | None = None,
         mixed_precision: torch.dtype | None = None,
         max_batch_tokens: int = 16_384,
+        layout: Layout = "auto",
         impl: Implementation = "auto",
         show_progress: bool | None = None,
     ) -> None:
@@ -111,6 +115,7 @@ class ReferenceStore:
         self.dataset = dataset
         self._measures: dict[str, Any] = {
             "max_batch_tokens": max_batch_tokens,
+            "layout": layout,
             "impl": impl,
             "mixed_precision": mixed_precision,
             "show_progress": show_progress,
@@ -210,7 +215,7 @@ class ReferenceStore:
     def _measure(self, distinct: DistinctSequences, known: Collection[int]) -> int:
         assert self.model is not None
         off = self.model.disable_adapter() if has_adapters(self.model) else nullcontext()  # type: ignore[operator]
-        with off, _Writer(self.folder) as writer:
+        with off, phase("reference"), _Writer(self.folder) as writer:
             measure_sequences(
                 self.model,
                 distinct,
@@ -230,7 +235,7 @@ class ReferenceStore:
     @cached_property
     def _dataset_keys(self) -> Keys:
         """[N, 2], chosen and rejected."""
-        return sequence_keys(self.dataset)[0].reshape(2, len(self.dataset)).T
+        return sequence_keys(self.dataset).sequences.reshape(2, len(self.dataset)).T
 
     def _finite(self, keys: Keys, logps: Tensor) -> tuple[Keys, Tensor]:
         for key, logp in zip(

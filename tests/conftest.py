@@ -47,6 +47,14 @@ def still():
 
 
 @pytest.fixture(scope="session")
+def pairs():
+    """A few pairs for the small models."""
+    from small_models import few_pairs
+
+    return few_pairs()
+
+
+@pytest.fixture(scope="session")
 def stories(data):
     """A small Llama that was really trained, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -65,15 +65,20 @@ def test_plan(config):
     assert plan["intervals"][0]["keep"] == 1.0
     assert plan["intervals"][-1]["keep"] == 0.4
     cost = plan["cost"]
-    expected = (cost["reference"] + cost["scoring"] + 3 * cost["training"]) / (
-        cost["reference"] + 3 * cost["full"]
-    )
-    assert cost["relative"] == pytest.approx(expected)
-    assert cost["training"] < cost["full"]
-    assert 0 < cost["scoring"] < cost["full"]  # the first pool is kept whole, unscored
+    flops, tokens = cost["flops"], cost["tokens"]
+    selected = flops["reference"] + flops["scoring"] + flops["training"]
+    assert cost["relative"] == pytest.approx(selected / (flops["reference"] + flops["full"]))
+    assert cost["break_even"] == pytest.approx(1 - flops["scoring"] / flops["full"])
+    assert cost["keep"] == pytest.approx(plan["kept"] / plan["pairs"])
+    assert tokens["training"] < tokens["full"]
+    assert 0 < tokens["scoring"] < tokens["full"]  # the first pool is kept whole, unscored
+    assert flops["scoring"] / tokens["scoring"] < flops["full"] / tokens["full"] / 2  # forward
     assert plan["parameters"] > 100_000
+    scored = [interval["scored Mtok"] for interval in plan["intervals"]]
+    assert scored[0] == 0
+    assert sum(scored) == pytest.approx(tokens["scoring"] / 1e6)
     text = sage_select("plan", config).stdout
-    for word in ("60 rows read", "intervals", "cost, in millions of tokens", plan["config"]):
+    for word in ("60 rows read", "intervals", "TFLOP needed", "pays below", plan["config"]):
         assert word in text
     assert not (config.parent / "run").exists()  # nothing but the plan
 
@@ -81,6 +86,8 @@ def test_plan(config):
 def test_plan_needs_no_model(config):
     plan = told("plan", config, "--set", "model.name=org/elsewhere")
     assert plan["parameters"] is None
+    assert set(plan["cost"]["flops"].values()) == {None}
+    assert plan["cost"]["tokens"]["full"] > 0
 
 
 def test_score_then_select_from_its_table(config, tmp_path):
@@ -203,12 +210,35 @@ def test_train_and_resume(config):
     assert SageConfig.read("run/config.yaml", environment={}).folder == "run"
     for name in ("metrics.jsonl", "evaluations.jsonl", "best.pt", "model/model.safetensors"):
         assert (Path("run") / name).exists()
+    check_costs(done["cost"], told("plan", config)["cost"]["flops"])
     sage_select("train", config, code=3)
-    assert told("train", config, "--resume")["last"] == done["last"]
+    resumed = told("train", config, "--resume")
+    assert resumed["last"] == done["last"]
+    assert resumed["cost"]["phases"]["training"] == done["cost"]["phases"]["training"]
     refused = sage_select("train", config, "--resume", "--set", "beta=0.2", code=2)
     assert "beta was 0.1, is 0.2" in refused.stderr
     other = sage_select("train", config, "--resume", "--set", "training.epochs=2", code=2)
     assert "training.epochs was 1, is 2" in other.stderr
+
+
+def check_costs(cost, forecast):
+    """What was forecast beside what was booked: for the run, and interval by interval."""
+    assert set(cost["phases"]) == {"reference", "scoring", "training", "evaluation"}
+    for name, work in cost["phases"].items():
+        assert work["forecast"] == forecast[name]
+        if name == "training":  # which pairs are kept was not known
+            assert 0.5 * work["forecast"] < work["needed"] < 1.2 * work["forecast"]
+        else:
+            assert work["needed"] == pytest.approx(work["forecast"])
+        assert work["needed"] <= work["executed"]
+        assert work["seconds"] > 0
+    lines = [json.loads(line) for line in Path("run/costs.jsonl").read_text().splitlines()]
+    for name, work in cost["phases"].items():
+        parts = [line for line in lines if line["phase"] == name]
+        assert sum(line["needed"] for line in parts) == pytest.approx(work["needed"])
+    scored = {line["interval"] for line in lines if line["phase"] == "scoring" and line["tokens"]}
+    trained = {line["interval"] for line in lines if line["phase"] == "training"}
+    assert trained - scored == {0}  # which is kept whole
 
 
 def test_a_score_and_a_loss_of_ones_own(config):

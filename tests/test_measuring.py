@@ -1,76 +1,26 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+from peft import LoraConfig, get_peft_model
+from small_models import CONFIGS, SMALL, UNPACKABLE, small_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 from worlds import naive_response_logps
 
-from sage_select import PreferenceDataset, measure, measuring, nca
+from sage_select import PreferenceDataset, measure, measuring, nca, packing
 from sage_select.measuring import pair_logps
-
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-CONFIGS = {
-    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "llama": LlamaConfig(**SMALL),
-    "mistral, sliding window": MistralConfig(**SMALL, sliding_window=8),
-    "gemma2, softcap": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
-    "cohere, logit scale": CohereConfig(**SMALL, logit_scale=0.25),
-    "granite, logit scaling": GraniteConfig(**SMALL, logits_scaling=4.0),
-    "gpt2": GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=128,
-                       bos_token_id=1, eos_token_id=1),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pairs() -> PreferenceDataset:
-    from arithmetic import build_tokenizer
-
-    rows = [
-        {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "7+3=4,4+4=8"},
-        {"prompt": "1+2*3-4+5?", "chosen": "1+2=3,3*3=9", "rejected": "1"},
-        {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "9"},
-        {"prompt": "12*12-5?", "chosen": "1", "rejected": "12*12=1,1-5=9," * 3},
-    ]
-    return PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=100)
-
-
-def small_model(name: str):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    with torch.no_grad():  # livelier than at birth: log-probs that differ
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
-    return model.eval()
 
 
 def naive(model, pairs) -> list[float]:
     return [naive_response_logps(model, s.tokens, s.response_start) for s in pairs.sequences()]
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_against_the_model_s_own_logits(name, impl, pairs):
+def test_against_the_model_s_own_logits(name, layout, pairs):
     model = small_model(name)
-    found = measure(model, pairs, impl=impl, max_batch_tokens=100)
+    found = measure(model, pairs, layout=layout, max_batch_tokens=100)
     expected = naive(model, pairs)
     assert torch.cat([found.chosen, found.rejected]).tolist() == pytest.approx(expected, abs=2e-4)
     assert found.chosen.dtype == torch.float64
@@ -182,8 +132,124 @@ def test_a_model_that_rescales_its_logits_in_its_own_way_is_refused(pairs):
         measure(model, pairs)
 
 
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_what_cannot_be_packed_is_padded_and_said(name, pairs):
+    model = small_model(name)
+    with pytest.warns(UserWarning, match="are padded, not packed, which costs time: "):
+        found = measure(model, pairs)
+    assert torch.cat([found.chosen, found.rejected]).tolist() == pytest.approx(
+        naive(model, pairs), abs=2e-4
+    )
+    with pytest.raises(ValueError, match=r"cannot be packed: .*; use layout='auto' or 'padded'"):
+        measure(model, pairs, layout="packed")
+    assert model.config._attn_implementation != packing.NAME
+
+
+def test_packing_that_would_be_wrong_is_found_out(pairs, monkeypatch):
+    """The classic mistake: attention that reaches back into the sequence before."""
+    together = packing.Packing.of
+    monkeypatch.setattr(
+        packing.Packing, "of", lambda wholes, used: together([np.arange(used)], used)
+    )
+    model = small_model("qwen2")
+    with pytest.warns(UserWarning, match=r"differ from those of each alone by \d"):
+        found = measure(model, pairs)
+    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+
+
+class Plain(torch.nn.Module):
+    """No model of transformers: token ids in, logits out, an `lm_head` on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_model("llama")
+        self.lm_head = self.inner.lm_head
+
+    def forward(self, tokens):
+        return self.inner(input_ids=tokens, use_cache=False).logits
+
+
+def test_a_plain_module(pairs):
+    model = Plain()
+    with pytest.warns(UserWarning, match="it is no model of transformers"):
+        found = measure(model, pairs)
+    assert torch.equal(found.chosen, measure(model.inner, pairs, layout="padded").chosen)
+    loss = nca(pair_logps(model, pairs), found).mean()
+    loss.backward()
+    assert model.inner.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights in a byte each and a scale per row, multiplied out when they are used."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        rounded = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(rounded, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale)
+
+
+def quantise(module):
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            quantise(child)
+
+
+def test_a_quantised_body(pairs):
+    whole, model = small_model("llama"), small_model("llama")
+    quantise(model.model)
+    found = measure(model, pairs, layout="packed")
+    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+    assert not torch.allclose(found.chosen, measure(whole, pairs).chosen, atol=1e-3)
+    quantise(model)
+    with pytest.raises(TypeError, match=r"torch\.int8; leave the head out of the quantisation"):
+        measure(model, pairs)
+
+
+def test_a_head_of_a_quantiser_s_own_tensors_is_refused(pairs):
+    class Quantised(torch.Tensor):
+        """Says that it is float, as those of torchao do."""
+
+    model = small_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.as_subclass(Quantised))
+    with pytest.raises(TypeError, match=r"is a Quantised of torch\.float32; leave the head out"):
+        measure(model, pairs)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_adapters(adapter, pairs):
+    model = get_peft_model(small_model("llama"), LoraConfig(r=4, **adapter))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.eval()
+    found = measure(model, pairs, layout="packed")
+    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+    pair_logps(model, pairs).chosen.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_an_adapter_of_the_head_that_is_no_sum_is_refused(pairs):
+    adapter = LoraConfig(r=4, target_modules=["lm_head"], use_dora=True)
+    with pytest.raises(TypeError, match="leave lm_head out of its target_modules"):
+        measure(get_peft_model(small_model("llama"), adapter), pairs)
+
+
 def test_a_model_without_a_head_is_refused(pairs):
-    with pytest.raises(TypeError, match=r"has no output head \(get_output_embeddings\)"):
+    with pytest.raises(TypeError, match="Linear has no output head; pass a Hugging Face causal"):
         measure(torch.nn.Linear(2, 2), pairs)
 
 
@@ -217,38 +283,49 @@ def test_the_same_tokens_with_another_prompt_are_another_response():
     assert logps.chosen[0] < logps.chosen[1]  # which says one token less
 
 
-@pytest.mark.parametrize("fits", [150, 90, 60])
-def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, pairs, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "fits"),
+    [("padded", 150), ("padded", 60), ("packed", 80), ("packed", 60), ("packed", 48)],
+)
+def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, layout, pairs, monkeypatch):
     model = small_model("llama")
-    expected = measure(model, pairs, max_batch_tokens=30)
-    forward, sizes = measuring.response_logps, []
+    expected = measure(model, pairs, layout=layout, max_batch_tokens=30)
+    forward, sizes = measuring._forward, []
 
-    def small_memory(model, sequences, **options):
-        size = len(sequences) * max(len(s.tokens) for s in sequences)
+    def small_memory(model, batch, impl):
+        size = batch.inputs["input_ids"].numel()
         if size > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         sizes.append(size)
-        return forward(model, sequences, **options)
+        return forward(model, batch, impl)
 
-    monkeypatch.setattr(measuring, "response_logps", small_memory)
+    monkeypatch.setattr(measuring, "_forward", small_memory)
     with pytest.warns(UserWarning, match="going on with batches of"):
-        found = measure(model, pairs, max_batch_tokens=10_000)
+        found = measure(model, pairs, layout=layout, max_batch_tokens=10_000)
     torch.testing.assert_close(found.chosen, expected.chosen)
     torch.testing.assert_close(found.rejected, expected.rejected)
     assert max(sizes) <= fits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what fits is remembered, and composes the same batches
+        again = measure(model, pairs, layout=layout, max_batch_tokens=10_000)
+    assert all(map(torch.equal, again, found))
 
 
 def test_a_sequence_that_does_not_fit_alone_is_named(pairs, monkeypatch):
-    forward = measuring.response_logps
+    forward = measuring._forward
 
-    def no_memory(model, sequences, **options):
-        if len(sequences[0].tokens) > 40:
+    def no_memory(model, batch, impl):
+        if batch.inputs["input_ids"].shape[1] > 40 and not probing:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return forward(model, sequences, **options)
+        return forward(model, batch, impl)
 
-    monkeypatch.setattr(measuring, "response_logps", no_memory)
+    model = small_model("llama")
+    probing = True
+    measure(model, pairs)
+    probing = False
+    monkeypatch.setattr(measuring, "_forward", no_memory)
     with pytest.raises(MemoryError, match=r"a sequence of \d+ tokens does not fit in memory"):
-        measure(small_model("llama"), pairs, max_batch_tokens=10)
+        measure(model, pairs, max_batch_tokens=10)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(pairs, monkeypatch):
@@ -256,6 +333,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(pairs, monkeypatch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(measuring, "_check_head", lambda *args: None)
-    monkeypatch.setattr(measuring, "response_logps", broken)
+    monkeypatch.setattr(measuring, "_packed", lambda *args: True)
+    monkeypatch.setattr(measuring, "_forward", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         measure(small_model("llama"), pairs)

@@ -1,0 +1,91 @@
+"""The output head of a causal language model, and what becomes of its logits."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Head(NamedTuple):
+    """The output head, and what the model does to its logits."""
+
+    module: nn.Module
+    softcap: float | None
+    scale: float
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H], looked up when it is used: a sharded weight is whole only inside the forward."""
+        layer: Any = getattr(self.module, "base_layer", self.module)
+        weight: Tensor = layer.weight
+        for adapter in _unmerged(self.module):
+            weight = weight + self.module.get_delta_weight(adapter)  # type: ignore[operator]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or none."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias
+
+
+def of_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers, or wraps one as PEFT does."""
+    return hasattr(getattr(model, "config", None), "_attn_implementation")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The settings of a model's language part; None for a module without any."""
+    settings: Any = getattr(model, "config", None)
+    return settings.get_text_config() if of_transformers(model) else settings
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a Hugging Face model, or of any module that calls its `lm_head`.
+
+    Raises:
+        TypeError: If there is none, or its weight cannot be multiplied with.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    module = find() if find is not None else getattr(model, "lm_head", None)
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"measure: {type(model).__name__} has no output head; pass a Hugging Face causal "
+            "language model, a module whose forward calls its `lm_head`, or your own measure to "
+            "the Selector"
+        )
+    config = text_config(model)
+    head = Head(
+        module,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+        scale=getattr(config, "logit_scale", 1.0)  # Cohere
+        / getattr(config, "logits_scaling", 1.0),  # Granite
+    )
+    layer = getattr(module, "base_layer", module)
+    if not (isinstance(weight := getattr(layer, "weight", None), Tensor) and weight.dim() == 2):
+        raise TypeError(
+            f"measure: the output head of {type(model).__name__}, {type(layer).__name__}, has no "
+            "weight [V, H]"
+        )
+    foreign = type(weight).__module__.split(".")[0] != "torch"  # a tensor class of a quantiser
+    if foreign or not weight.is_floating_point():
+        raise TypeError(
+            f"measure: the weight of the output head is a {type(weight).__name__} of "
+            f"{weight.dtype}; leave the head out of the "
+            "quantisation (modules_to_not_convert=['lm_head'], llm_int8_skip_modules)"
+        )
+    return head
+
+
+def _unmerged(module: nn.Module) -> list[str]:
+    """Names of the low-rank adapters that add to this layer's weight."""
+    layer: Any = module
+    if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
+        return []
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in active:
+        if layer.use_dora.get(name) or getattr(layer, "lora_variant", {}).get(name) is not None:
+            raise TypeError(
+                f"measure: adapter {name!r} changes the output head in another way than by a "
+                "low-rank sum (DoRA and kin); leave lm_head out of its target_modules"
+            )
+    return active

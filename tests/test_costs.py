@@ -1,0 +1,133 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from small_models import CONFIGS, small_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from sage_select import measure
+from sage_select.adapters.plain import checkpoint_activations
+from sage_select.costs import (
+    Ledger,
+    Shape,
+    Work,
+    append_costs,
+    book,
+    break_even,
+    phase,
+    read_costs,
+    shape_of,
+)
+from sage_select.measuring import distinct_sequences, pair_logps
+
+LINEAR = ["qwen2", "qwen3", "llama", "gemma2, softcaps", "gemma3", "phi", "phi3, sliding window"]
+
+
+@pytest.mark.parametrize("name", [*LINEAR, "gpt2"])
+def test_flops_are_those_that_pytorch_counts(name):
+    model = small_model(name)
+    model.set_attn_implementation("eager")  # of which every product is seen
+    ids = torch.zeros(1, 12, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    shape = shape_of(model)
+    square = shape.forward(tokens=12, scored=12, squares=12 * 12)  # eager attention sees it all
+    assert counter.get_total_flops() == pytest.approx(square, rel=0.05)
+
+
+def test_only_the_experts_that_a_token_goes_through_count():
+    few, all_of_them = (
+        shape_of(AutoModelForCausalLM.from_config(config))
+        for config in (
+            CONFIGS["mixtral"],
+            type(CONFIGS["mixtral"])(**CONFIGS["mixtral"].to_dict() | {"num_experts_per_tok": 4}),
+        )
+    )
+    assert few.head == all_of_them.head
+    experts = 2 * 3 * 32 * 48 * 4  # layers x matrices x hidden x intermediate x experts
+    assert all_of_them.body - few.body == experts // 2
+
+
+def test_needed_counts_a_shared_prompt_once_and_executed_what_ran(pairs):
+    model = small_model("llama")
+    measure(model, pairs)  # which holds packing against padding, and remembers
+    with Ledger() as ledger, phase("packed"):
+        measure(model, pairs, layout="packed")
+    with ledger, phase("padded"):
+        measure(model, pairs, layout="padded")
+    distinct = distinct_sequences(pairs)
+    once = int((distinct.lengths - 1).sum())
+    saved = int(distinct.starts[~distinct.first_of_prompt(np.arange(len(distinct)))].sum())
+    packed, padded = ledger["packed"], ledger["padded"]
+    assert packed.tokens == padded.tokens == once - saved
+    assert packed.needed == padded.needed
+    assert padded.executed_tokens > once > packed.tokens
+    assert packed.executed < padded.executed
+    assert packed.seconds > 0
+
+
+def test_a_backward_pass_costs_two_forward_ones_and_recomputation_a_third(pairs):
+    model = small_model("llama")
+    with Ledger() as ledger:
+        with phase("forward"), torch.no_grad():
+            pair_logps(model, pairs, layout="padded")
+        with phase("both"):
+            pair_logps(model, pairs, layout="padded")
+        checkpoint_activations(model.train())
+        with phase("again"):
+            pair_logps(model, pairs, layout="padded")
+    for kind in ("both", "again"):
+        assert ledger[kind].needed == 3 * ledger["forward"].needed
+        assert ledger[kind].tokens == ledger["forward"].tokens
+    assert ledger["both"].executed == 3 * ledger["forward"].executed
+    assert ledger["again"].executed == 4 * ledger["forward"].executed
+
+
+def test_an_inner_phase_stops_the_outer_one_s_clock():
+    with Ledger() as ledger, phase("outer"):
+        with phase("inner"):
+            time.sleep(0.05)
+            book(Work(tokens=1))
+        book(Work(tokens=2))
+    assert ledger["inner"].seconds >= 0.05 > ledger["outer"].seconds
+    assert (ledger["inner"].tokens, ledger["outer"].tokens) == (1, 2)
+    assert ledger.total.tokens == 3
+
+
+def test_outside_a_ledger_nothing_is_booked():
+    ledger = Ledger()
+    with phase("early"):
+        book(Work(tokens=1))
+    assert ledger == {}
+    with ledger:
+        book(Work(tokens=1))
+    assert ledger == {"other": Work(tokens=1)}
+
+
+def test_a_file_of_costs(tmp_path):
+    path = tmp_path / "costs.jsonl"
+    assert read_costs(path) == {}
+    first, second = Ledger(scoring=Work(1, 2, 3, 4, 5.0, 6)), Ledger(training=Work(tokens=7))
+    append_costs(path, first, interval=0)
+    append_costs(path, first, interval=1)
+    append_costs(path, second, interval=1)
+    with path.open("a") as file:
+        file.write('{"interval": 2, "pha')  # a kill
+    assert read_costs(path) == {"scoring": Work(2, 4, 6, 8, 10.0, 6), "training": Work(tokens=7)}
+
+
+def test_below_the_break_even_selection_is_cheaper():
+    scoring, training = 2.0, 5.0
+    even = break_even(scoring, training)
+    assert scoring + even * training == pytest.approx(training)
+    assert break_even(1, 3) == pytest.approx(2 / 3)
+
+
+def test_needed_by_hand():
+    shape = Shape(body=10, head=100, attention=1)
+    starts, lengths = np.array([3, 3]), np.array([5, 4])
+    work = shape.needed(starts, lengths, np.array([True, False]))
+    assert work.tokens == 4 + 0  # p p p r, and of the second only its last token, which is not read
+    assert work.needed == 2 * 10 * 4 + 2 * 100 * 3 + 4 * 10

@@ -1,0 +1,164 @@
+from contextlib import suppress
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import small_model
+from torch.utils.checkpoint import CheckpointError
+from worlds import naive_response_logps
+
+from sage_select import packing
+from sage_select.adapters.plain import checkpoint_activations
+from sage_select.dataset import TokenSequence
+from sage_select.measuring import response_logps, updating
+from sage_select.packing import NAME, pack, packed_attention, pad
+
+prompts = st.lists(st.integers(0, 39), min_size=1, max_size=6)
+responses = st.lists(st.integers(0, 39), min_size=1, max_size=6)
+
+
+@st.composite
+def batches(draw) -> list[TokenSequence]:
+    """Sequences of which some share a prompt, have one token each, or are the same."""
+    few = draw(st.lists(prompts, min_size=1, max_size=3))
+    picked = draw(st.lists(st.tuples(st.sampled_from(few), responses), min_size=1, max_size=7))
+    return [TokenSequence(np.array(p + r, np.int32), len(p)) for p, r in picked]
+
+
+@given(batches())
+def test_a_row_holds_each_prompt_once_and_each_response(sequences):
+    batch = pack(sequences)
+    distinct = {s.tokens[: s.response_start].tobytes(): s.response_start for s in sequences}
+    used = sum(distinct.values()) + sum(len(s.tokens) - 1 - s.response_start for s in sequences)
+    assert batch.inputs["input_ids"].shape == batch.inputs["position_ids"].shape == (1, used)
+
+
+@pytest.mark.parametrize("lay_out", [pack, pad])
+@given(sequences=batches())
+def test_every_position_that_predicts_stands_before_its_target(lay_out, sequences):
+    batch = lay_out(sequences)
+    row = batch.inputs["input_ids"].flatten()
+    for s, (start, end) in zip(sequences, pairwise(batch.cu_seqlens.tolist()), strict=True):
+        assert batch.targets[start:end].tolist() == s.tokens[s.response_start :].tolist()
+        predicting = row[batch.predicts[start:end]]
+        assert predicting.tolist() == s.tokens[s.response_start - 1 : -1].tolist()
+
+
+@given(batches())
+def test_attention_finds_whole_sequences(sequences):
+    batch = pack(sequences)
+    row, positions = batch.inputs["input_ids"][0], batch.inputs["position_ids"][0]
+    found = batch.inputs["packing"]
+    if found.gather is None:
+        assert found.bounds[-1] == len(row)
+    else:
+        row, positions = row[found.gather], positions[found.gather]
+        there_and_back = batch.inputs["input_ids"][0][found.gather][found.scatter]
+        assert torch.equal(there_and_back, batch.inputs["input_ids"][0])
+    wholes = sorted(row[start:end].tolist() for start, end in pairwise(found.bounds))
+    assert wholes == sorted(s.tokens[:-1].tolist() for s in sequences)
+    for start, end in pairwise(found.bounds):
+        assert positions[start:end].tolist() == list(range(end - start))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral, sliding window", "gemma2, softcaps"])
+def test_the_same_log_probs_as_one_by_one(name):
+    model = small_model(name)
+
+    @given(batches())
+    def law(sequences):
+        found = response_logps(model, sequences, layout="packed")
+        alone = [naive_response_logps(model, s.tokens, s.response_start) for s in sequences]
+        assert found.tolist() == pytest.approx(alone, abs=2e-4)
+
+    law()
+
+
+def some_sequences():
+    random = np.random.default_rng(0)
+    shared = random.integers(0, 40, 9)
+    return [
+        TokenSequence(np.concatenate([shared, random.integers(0, 40, n)]).astype(np.int32), 9)
+        for n in (5, 17, 1)
+    ] + [TokenSequence(random.integers(0, 40, 23).astype(np.int32), 3)]
+
+
+def gradients(model):
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2, softcaps", "mixtral"])
+def test_gradients_are_those_of_padding(name, recompute, pairs):
+    model = small_model(name).train()
+    if recompute:
+        checkpoint_activations(model)
+    response_logps(model, pairs.sequences(), layout="padded").sum().backward()
+    expected = gradients(model)
+    with updating(model, pairs, layout="packed"):
+        response_logps(model, pairs.sequences()).sum().backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for parameter, grad in found.items():
+        assert torch.allclose(grad, expected[parameter], atol=1e-4), parameter
+
+
+def test_recomputation_outside_the_packed_attention_cannot_pass_unnoticed():
+    model = small_model("qwen2").train()
+    checkpoint_activations(model)
+    with pytest.raises(ValueError, match="put forward and backward inside `with packed_attention"):
+        response_logps(model, some_sequences(), layout="packed")
+    assert response_logps(model, some_sequences()).isfinite().all()  # padded
+    with packed_attention(model):
+        total = response_logps(model, some_sequences()).sum()
+    with pytest.raises(CheckpointError, match="recomputation"):
+        total.backward()  # not inside
+
+
+def test_the_attention_comes_back_after_an_error():
+    model = small_model("qwen2")
+    with suppress(KeyError), packed_attention(model):
+        assert model.config._attn_implementation == NAME
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_padded_batch_is_refused_inside():
+    model = small_model("qwen2")
+    with packed_attention(model), pytest.raises(NotImplementedError, match="not packed"):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+
+
+def documented_varlen(
+    q, k, v, starts, _, longest, __, *, scale, window_size, enable_gqa, num_splits
+):
+    """What PyTorch says of `varlen_attn`, word by word and token by token."""
+    assert num_splits == 1
+    assert longest == int(starts.diff().max())
+    assert starts.dtype == torch.int32
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = torch.empty_like(q)
+    for start, end in pairwise(starts.tolist()):
+        for i in range(start, end):
+            left = start if window_size[0] < 0 else max(start, i - window_size[0])
+            weights = torch.einsum("hd,lhd->hl", q[i], k[left : i + 1]).mul(scale).softmax(-1)
+            out[i] = torch.einsum("hl,lhd->hd", weights, v[left : i + 1])
+    return out
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral, sliding window"])
+def test_the_call_for_sequences_of_various_lengths(name, monkeypatch):
+    """The call that CUDA takes, held against what is documented of it; the kernel itself is not."""
+    model = small_model(name)
+    expected = response_logps(model, some_sequences(), layout="packed")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented_varlen)
+    monkeypatch.setattr(packing, "_varlen_fits", lambda query, value: True)
+    packing._varlen_options.cache_clear()
+    found = response_logps(model, some_sequences(), layout="packed")
+    packing._varlen_options.cache_clear()
+    assert torch.allclose(found, expected, atol=1e-4)
