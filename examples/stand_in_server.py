@@ -1,0 +1,105 @@
+"""A stand-in for vLLM and SGLang: the completions endpoint of a local model, for prompt log-probs.
+
+It answers as those servers do, so that scoring elsewhere can be tried and tested on a laptop. It is
+neither fast nor complete: one prompt of token ids at a time, one arbitrary token generated.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Shape = Literal["vllm", "sglang", "echo"]
+
+
+class Reply(NamedTuple):
+    """What goes back: text as it stands, anything else as JSON."""
+
+    body: Any
+    status: int = 200
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+def completion(model: Any, request: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """The answer to `POST /v1/completions` with the prompt's log-probs, in a server's shape."""
+    tokens = request["prompt"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    table = logits.float().log_softmax(-1)
+    logps = [None, *table[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()]
+    names = [f"token_id:{t}" if shape == "vllm" else f"<{t}>" for t in [*tokens, 0]]
+    echoed = {"tokens": names, "token_logprobs": [*logps, float(table[-1, 0])]}
+    choice: dict[str, Any] = {"index": 0, "text": "", "logprobs": echoed}
+    if shape != "echo":
+        choice["prompt_token_ids"] = tokens
+    if shape == "vllm":
+        pairs = zip(tokens[1:], logps[1:], strict=True)
+        choice["prompt_logprobs"] = [None, *({str(t): {"logprob": p}} for t, p in pairs)]
+    usage = {"prompt_tokens": len(tokens), "completion_tokens": 1}
+    return {"object": "text_completion", "choices": [choice], "usage": usage}
+
+
+@contextmanager
+def serving(
+    model: Any,
+    name: str = "policy",
+    *,
+    shape: Shape = "vllm",
+    max_model_len: int = 4096,
+    api_key: str | None = None,
+    alter: Callable[[str, dict[str, Any], Reply], Reply] = lambda path, request, reply: reply,
+) -> Iterator[str]:
+    """Serve a model at 127.0.0.1, on any free port.
+
+    Args:
+        model: A causal language model; its weights are read at every request.
+        name: The name it is served under.
+        shape: As which server to answer; "echo" is plain OpenAI.
+        max_model_len: Tokens of prompt and generated token together.
+        api_key: The key that requests must have.
+        alter: Puts another reply in place of one.
+
+    Yields:
+        The URL at which the API begins.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            card = {"id": name, "object": "model", "max_model_len": max_model_len}
+            self.reply({}, {"object": "list", "data": [card]})
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.reply(request, completion(model, request, shape))
+
+        def reply(self, request: dict[str, Any], body: Any) -> None:
+            right = api_key is None or self.headers["Authorization"] == f"Bearer {api_key}"
+            reply = Reply(body) if right else Reply({"error": "Unauthorized"}, 401)
+            body, status, headers = alter(self.path, request, reply)
+            text = (body if isinstance(body, str) else json.dumps(body)).encode()
+            with suppress(ConnectionError):  # whoever asked may have left
+                self.send_response(status)
+                for header, value in {**headers, "Content-Length": str(len(text))}.items():
+                    self.send_header(header, value)
+                self.end_headers()
+                self.wfile.write(text)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: a stand-in is quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
