@@ -115,14 +115,53 @@ def test_the_reading_benchmark():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_benchmark_of_the_head(dtype):
+@pytest.mark.parametrize(("dtype", "backward"), [("float32", False), ("bfloat16", True)])
+def test_the_benchmark_of_the_head(dtype, backward):
     output = example("benchmarks/head.py", "--tokens", 64, "--hidden", 32, "--vocabulary", 5000,
-                     "--repeats", 1, "--dtype", dtype)  # fmt: skip
-    errors = {
-        line[:30].strip(): float(line.split()[-1])
+                     "--repeats", 1, "--dtype", dtype, *["--backward"] * backward)  # fmt: skip
+    found = {
+        line[:30].strip(): [float(value.replace(",", "")) for value in line[30:].split()]
         for line in output.splitlines()[2:]
         if "not measured" not in line
     }
-    assert errors["sage-select chunked"] < 2e-5
-    assert (errors["log_softmax of all logits"] < 1e-3) is (dtype == "float32")
+    _, _, *errors = found["sage-select chunked"]
+    assert errors[0] < 2e-5
+    assert (found["log_softmax of all logits"][2] < 1e-3) is (dtype == "float32")
+    assert len(errors) == 1 + backward
+    if backward:
+        assert errors[1] < 5e-3
+
+
+TINY = ["--shape", "tiny", "--part", 1, "--lengths", "demo", "--pairs", 5, "--rounds", 1]
+
+
+def rates(output: str) -> dict[str, list[str]]:
+    lines = [line for line in output.splitlines() if line.endswith("%") and "threads" not in line]
+    return {line[:30].strip(): line[30:].split() for line in lines}
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_engine():
+    output = example("benchmarks/engine.py", *TINY, "--no-trl")
+    assert "TRL not measured: --no-trl" in output
+    found = rates(output)
+    stored, both = found["sage-select, reference stored"], found["sage-select, both measured"]
+    assert float(stored[0]) > float(both[0]) > 0
+    assert float(both[3]) == pytest.approx(2 * float(stored[3]), abs=0.02)  # tokens
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_engine_against_trl():
+    pytest.importorskip(
+        "trl", reason="trl is not installed, so there is no trainer to compare with"
+    )
+    output = example("benchmarks/engine.py", *TINY)
+    assert [name for name in rates(output) if name.startswith("TRL")]
+    assert float(output.split("largest difference:")[1].split()[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_the_benchmark_of_the_engine_on_real_lengths(data, kind):
+    output = example("benchmarks/engine.py", *TINY, "--lengths", kind, "--pairs", 2, "--no-trl")
+    assert f"2 pairs, {kind}" in output

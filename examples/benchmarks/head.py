@@ -1,11 +1,18 @@
 """The output head: log-probs of target tokens, in multiples of the bare matrix product.
 
     python examples/benchmarks/head.py
+    python examples/benchmarks/head.py --backward
     python examples/benchmarks/head.py --tokens 8192 --hidden 1536 --device cuda
 
 Every variant runs in a process of its own, so that its peak of memory is its own; there it takes
-turns with a bare `torch.mm` of the same shapes, and the ratio is that of the two medians. The error
-is the largest against float64 over 64 rows. Peers that are not installed are left out.
+turns with a bare `torch.mm` of the same shapes, and the ratio is that of the two medians. With
+`--backward` each call also makes the gradients of hidden states and weight, from a gradient of
+either sign per token, and is held against three products: the logits and the two gradients.
+
+The error is the largest against float64 over 64 rows, after `--backward` also that of the hidden
+states' gradient, relative to its norm. Memory is what a call takes at its peak beyond its inputs,
+gradients included; compiling comes before. Peers that are not installed, or do not run on the
+device, are left out.
 """
 
 import argparse
@@ -15,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TypeVar
 
 import torch
 from plan_and_rank import Memory
@@ -24,6 +32,7 @@ from torch.nn.functional import cross_entropy
 from sage_select import token_logps
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -53,6 +62,37 @@ def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return result[0]
 
 
+def liger_selective(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Liger's head of its PPO and GRPO losses, by tiles of tokens and vocabulary."""
+    from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
+
+    temperature, chunk_size = 1.0, 4096  # its defaults
+    result: Tensor = _ChunkedSelectiveLogProbFunction.apply(
+        hidden, weight, targets, None, temperature, chunk_size
+    )
+    return result
+
+
+def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Liger's fused linear cross entropy, in Triton."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss: Tensor = liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
+    return -loss
+
+
+def cce(impl: str) -> Head:
+    """Cut cross entropy; its backward skips what it holds to be negligible, as by default."""
+
+    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        loss: Tensor = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+        return -loss
+
+    return call
+
+
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """This library's, by blocks of the vocabulary."""
     return token_logps(hidden, weight, targets, impl="chunked")
@@ -63,11 +103,15 @@ VARIANTS: dict[str, Head] = {
     "cross_entropy of all logits": torch_cross_entropy,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "TRL chunked": trl_chunked,
+    "Liger selective log-probs": liger_selective,
+    "Liger fused cross entropy": liger_cross_entropy,
+    "CCE": cce("cce"),
+    "CCE torch_compile": cce("torch_compile"),
     "sage-select chunked": ours,
 }
 
 
-def timed(call: Callable[[], Tensor], device: str) -> float:
+def timed(call: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -78,7 +122,7 @@ def timed(call: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - start
 
 
-def with_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float]:
+def with_memory(call: Callable[[], Result], device: str) -> tuple[Result, float]:
     """A call's result, and the peak of memory over what was taken before, in MB."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -90,7 +134,7 @@ def with_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float]
 
 
 def measure_one(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Ratio, memory and error of one variant, in this process."""
+    """Ratio, memory and errors of one variant, in this process."""
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     # logits like a language model's: mostly small, with a target that stands out
@@ -98,21 +142,46 @@ def measure_one(name: str, args: argparse.Namespace) -> dict[str, float]:
     targets = torch.randint(args.vocabulary, (args.tokens,), device=args.device)
     hidden = torch.randn(args.tokens, args.hidden, device=args.device) / args.hidden**0.5
     hidden += weight[targets] * (12 / args.hidden)
+    slope = torch.randn(args.tokens, device=args.device)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    call = VARIANTS[name]
-    with torch.no_grad():
-        found, memory = with_memory(lambda: call(hidden, weight, targets), args.device)
-        some = slice(0, 64)
-        exact = (hidden[some].double() @ weight.double().T).log_softmax(-1)
-        expected = exact.gather(-1, targets[some, None]).squeeze(-1)
-        error = float((found[some].double() - expected).abs().max())
-        del exact
-        product = torch.empty(args.tokens, args.vocabulary, dtype=dtype, device=args.device)
-        bare, ratio = [], []
-        for _ in range(args.repeats):
-            bare.append(timed(lambda: torch.mm(hidden, weight.T, out=product), args.device))
-            ratio.append(timed(lambda: call(hidden, weight, targets), args.device))
-    return {"ratio": median(ratio) / median(bare), "memory": memory, "error": error}
+    head = VARIANTS[name]
+
+    def call(rows: slice = slice(None)) -> list[Tensor]:
+        if not args.backward:
+            with torch.no_grad():
+                return [head(hidden[rows], weight, targets[rows])]
+        inputs = hidden[rows].detach().requires_grad_(), weight.detach().requires_grad_()
+        logps = head(*inputs, targets[rows])
+        return [logps.detach(), *torch.autograd.grad(logps, inputs, slope[rows].to(logps.dtype))]
+
+    some = slice(0, 64)
+    call(some)  # imports and compiles
+    result, memory = with_memory(call, args.device)
+    exact = (hidden[some].double() @ weight.double().T).log_softmax(-1)
+    expected = exact.gather(-1, targets[some, None]).squeeze(-1)
+    found = {"memory": memory, "error": float((result[0][some].double() - expected).abs().max())}
+    if args.backward:
+        gradient = weight[targets[some]].double() - exact.exp() @ weight.double()
+        gradient *= slope[some, None].double()
+        error = (result[1][some].double() - gradient).norm() / gradient.norm()
+        found["gradient"] = float(error)
+        del gradient
+    del result, exact
+
+    logits = torch.empty(args.tokens, args.vocabulary, dtype=dtype, device=args.device)
+    hidden_out, weight_out = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def products() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        if args.backward:
+            torch.mm(logits, weight, out=hidden_out)
+            torch.mm(logits.T, hidden, out=weight_out)
+
+    bare, whole = [], []
+    for _ in range(args.repeats):
+        bare.append(timed(products, args.device))
+        whole.append(timed(call, args.device))
+    return found | {"ratio": median(whole) / median(bare)}
 
 
 def main() -> None:
@@ -123,24 +192,30 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one variant, in a process
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure_one(args.one, args)))
         return
     shape = f"{args.tokens} x {args.hidden} x {args.vocabulary}, {args.dtype}, {args.device}"
-    print(f"{shape}\n{'':30}{'x torch.mm':>12}{'memory, MB':>12}{'error, nats':>14}")
+    times = "3 torch.mm" if args.backward else "torch.mm"
+    gradient = f"{'of gradient':>14}" if args.backward else ""
+    print(f"{shape}\n{'':30}{'x ' + times:>12}{'memory, MB':>12}{'error, nats':>14}{gradient}")
     for name in VARIANTS:
-        command = [sys.executable, __file__, "--one", name]
-        for option in ("tokens", "hidden", "vocabulary", "dtype", "device", "repeats"):
-            command += [f"--{option}", str(getattr(args, option))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--one", name],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             print(f"{name:30}not measured: {reason[:80]}")
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name:30}{found['ratio']:12.2f}{found['memory']:12,.0f}{found['error']:14.1e}")
+        line = f"{name:30}{found['ratio']:12.2f}{found['memory']:12,.0f}{found['error']:14.1e}"
+        print(line + (f"{found['gradient']:14.1e}" if args.backward else ""), flush=True)
 
 
 if __name__ == "__main__":
