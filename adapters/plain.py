@@ -202,6 +202,35 @@ def train(
     return run.history
 
 
+def add_gradients(
+    model: nn.Module,
+    pairs: PreferenceDataset,
+    reference: PairLogps,
+    training: Training,
+    *,
+    share: float,
+) -> tuple[PairLogps, Tensor]:
+    """Forward and backward of one micro-batch, in the model's mode.
+
+    Args:
+        model: The policy; gradients add to what it has.
+        pairs: The micro-batch.
+        reference: Its log-probs under the reference.
+        training: How to train.
+        share: What the losses, one per pair, are multiplied with before they are added up.
+
+    Returns:
+        Log-probs under the policy, and the losses [P].
+    """
+    with updating(model, pairs, layout=training.layout, mixed_precision=training.mixed_precision):
+        with autocast(model, training.mixed_precision):
+            policy = pair_logps(model, pairs, layout=training.layout)
+        known = reference.to(policy.chosen.device)
+        losses = training.loss(policy, known, beta=training.beta)
+        torch.autograd.backward(losses.sum() * share)
+    return policy, losses
+
+
 def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
     """Put the best weights of a run into the model, and return the evaluation they won.
 
@@ -293,20 +322,10 @@ class _Run:
         parts: list[tuple[PairLogps, Tensor]] = []
         for start in range(0, len(batch), micro):
             pairs = batch.take(batch.index[start : start + micro])
-            with (
-                phase("training"),
-                updating(
-                    self.model,
-                    pairs,
-                    layout=training.layout,
-                    mixed_precision=training.mixed_precision,
-                ),
-            ):
-                with autocast(self.model, training.mixed_precision):
-                    policy = pair_logps(self.model, pairs, layout=training.layout)
-                known = reference.take(pairs.index).to(policy.chosen.device)
-                losses = training.loss(policy, known, beta=training.beta)
-                torch.autograd.backward(losses.sum() / len(batch))
+            with phase("training"):
+                policy, losses = add_gradients(
+                    self.model, pairs, reference.take(pairs.index), training, share=1 / len(batch)
+                )
             parts.append((PairLogps(*(x.detach().cpu() for x in policy)), losses.detach().cpu()))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm).item()
         if not math.isfinite(norm):

@@ -17,10 +17,10 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import torch
 
+from sage_select.adapters.plain import add_gradients, checkpoint_activations
 from sage_select.cache import cache_folder
 from sage_select.config import ConfigError, SageConfig
 from sage_select.forecast import num_parameters
-from sage_select.measuring import autocast, measure, pair_logps
 from sage_select.pairs import PairLogps
 from sage_select.runs import (
     DTYPES,
@@ -28,7 +28,7 @@ from sage_select.runs import (
     device_of,
     load_model,
     load_tokenizer,
-    mixed_precision,
+    measure_of,
     model_settings,
     prepare,
     score_of,
@@ -263,16 +263,14 @@ def _largest_batch(run: Run) -> Iterator[Finding]:
     model = load_model(config)
     if config.reference.file is None:
         theirs = load_model(config, reference=True)
-        known = measure(theirs, longest, mixed_precision=mixed_precision(config))
+        known = measure_of(config)(theirs, longest)
         del theirs
     else:
         known = read_reference(config.reference.file, longest, key=config.reference.key)
-    measure(model, longest, mixed_precision=mixed_precision(config))
-    model.train()
-    with autocast(model, training.mixed_precision):
-        policy = pair_logps(model, longest)
-    losses = training.loss(policy, known.to(policy.chosen.device), beta=config.beta)
-    torch.autograd.backward(losses.mean())
+    measure_of(config)(model, longest)
+    if training.activation_checkpointing:
+        checkpoint_activations(model)
+    _, losses = add_gradients(model.train(), longest, known, training, share=1 / size)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     verdict: Literal["ok", "fail"] = "ok" if math.isfinite(norm) else "fail"

@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ from small_models import CONFIGS, SMALL, UNPACKABLE, small_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from worlds import naive_response_logps
 
-from sage_select import PreferenceDataset, measure, measuring, nca, packing
+from sage_select import PreferenceDataset, measure, measuring, nca, packing, progress
 from sage_select.measuring import pair_logps
 
 
@@ -68,6 +69,13 @@ def test_the_host_is_left_as_it_was(pairs):
     assert not model.model.layers[1].mlp.up_proj.weight.requires_grad
     assert model.model.layers[0].mlp.up_proj.weight.requires_grad
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_log_shows_tokens_and_pairs_per_second(pairs, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    measure(small_model("llama"), pairs, max_batch_tokens=40)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"scoring: 100%.*tokens/s, [\d.e+]+ pairs/s", last)
 
 
 def test_dropout_is_off(pairs):
