@@ -21,13 +21,15 @@ from transformers import get_scheduler
 from sage_select.cache import replace_durably
 from sage_select.costs import Ledger, append_costs, phase, read_costs
 from sage_select.dataset import PreferenceDataset
+from sage_select.forward import autocast
 from sage_select.hashing import Int64Array
 from sage_select.loader import SelectiveLoader, describe
 from sage_select.losses import nca
-from sage_select.measuring import Layout, autocast, measure, pair_logps, updating
+from sage_select.measuring import measure, pair_logps, updating
 from sage_select.metrics import preference_metrics
 from sage_select.pairs import PairLogps, Reference
 from sage_select.progress import progress_bar
+from sage_select.trials import Layout
 
 
 class Loader(Protocol):
@@ -327,7 +329,8 @@ class _Run:
                     self.model, pairs, reference.take(pairs.index), training, share=1 / len(batch)
                 )
             parts.append((PairLogps(*(x.detach().cpu() for x in policy)), losses.detach().cpu()))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm).item()
+        with phase("training"):
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm).item()
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"train: the gradient of step {self.loader.step} has norm {norm}; its rows are "

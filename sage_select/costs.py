@@ -28,7 +28,6 @@ from sage_select.hashing import Int64Array
 from sage_select.heads import text_config
 
 BoolArray = npt.NDArray[np.bool_]
-BACKWARD = 2  # times the forward's products: one for the gradient of each of the two factors
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,13 @@ class Work:
     seconds: float = 0.0
     peak_bytes: int = 0
 
-    def __mul__(self, times: float) -> "Work":
-        """The same so many times."""
-        return Work(
-            times * self.needed,
-            times * self.executed,
-            round(times * self.tokens),
-            round(times * self.executed_tokens),
-            times * self.seconds,
-            self.peak_bytes,
-        )
-
-    @property
-    def with_backward(self) -> "Work":
-        """The same tokens, forward and backward."""
-        return self.with_passes(1 + BACKWARD)
-
-    def with_passes(self, passes: int) -> "Work":
+    def __mul__(self, passes: float) -> "Work":
         """The same tokens, with the FLOPs of so many forward passes."""
         return replace(self, needed=passes * self.needed, executed=passes * self.executed)
+
+    def repeated(self, times: float) -> "Work":
+        """The same so many times."""
+        return replace(self * times, tokens=round(times * self.tokens))
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -91,11 +78,11 @@ class Ledger(dict[str, Work]):
     """Work by phase: "reference", "scoring", "training", "evaluation"; outside any, "other"."""
 
     def __enter__(self) -> "Ledger":
-        self._token = _ledgers.set((*_ledgers.get(), self))
+        _ledgers.set((*_ledgers.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        _ledgers.reset(self._token)
+        _ledgers.set(_ledgers.get()[:-1])
 
     def add(self, name: str, work: Work) -> None:
         """Add work to a phase."""
@@ -109,7 +96,9 @@ class Ledger(dict[str, Work]):
 
 def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> None:
     """Add a line for each phase to a file of costs; an interval may have several."""
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:
+        file.write("" if whole else "\n")  # a kill cut the last line short
         for name, work in ledger.items():
             line = {"interval": interval, "phase": name, **asdict(work)}
             file.write(json.dumps(line) + "\n")
@@ -194,11 +183,19 @@ class Shape:
             experts, those of the experts that a token is sent to.
         head: Weights of the output head.
         attention: Layers x heads x head size; 0 where the model does not say.
+        trained: Share of the weights that have a gradient: few with low-rank adapters.
     """
 
     body: int
     head: int
     attention: int
+    trained: float = 1.0
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward, in forward passes: a product forward is one for the gradient of
+        its input and, where the weight is trained, one for that of the weight."""
+        return 2 + self.trained
 
     def forward(self, tokens: float, scored: float, squares: float) -> float:
         """FLOPs of a forward pass.
@@ -246,13 +243,17 @@ def shape_of(model: nn.Module) -> Shape:
     looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     apart = {id(p) for m in (*looked_up, output) if m is not None for p in m.parameters()}
     routed = _share_of_experts(config)
-    body = sum(
-        _weights(parameter) * (routed if ".experts." in name else 1)
+    multiplied = {
+        name: (parameter, routed if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and id(parameter) not in apart
-    )
-    head = sum(_weights(p) for p in output.parameters() if p.dim() > 1) if output else 0
-    return Shape(round(body), head, _attention(config))
+    }
+    body = sum(share * _weights(parameter) for parameter, share in multiplied.values())
+    weight = getattr(output, "weight", None)
+    head = 0 if weight is None else _weights(weight)
+    trained = sum(s * _weights(p) for p, s in multiplied.values() if p.requires_grad)
+    trained += head if weight is not None and weight.requires_grad else 0
+    return Shape(round(body), head, _attention(config), trained / max(body + head, 1))
 
 
 def _weights(parameter: torch.Tensor) -> int:
@@ -289,10 +290,10 @@ def break_even(scoring: float, training: float) -> float:
         training: Cost of training on all, in the same.
 
     Returns:
-        At most 1; where it is not positive, nothing pays.
+        At most 1; where it is not positive, nothing pays. NaN where nothing is trained.
 
     Example:
         >>> round(break_even(scoring=1, training=3), 3)  # a forward pass, and a backward one
         0.667
     """
-    return 1 - scoring / training
+    return 1 - scoring / training if training else math.nan

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from sage_select.config import SageConfig
 from sage_select.costs import Ledger, Shape, Work, break_even, shape_of
 from sage_select.dataset import PreferenceDataset
-from sage_select.measuring import distinct_sequences, sequence_keys
 from sage_select.plan import STRATA
 from sage_select.runs import Run, model_settings
+from sage_select.sequences import distinct_sequences, sequence_keys
 
 
 def forecast(run: Run) -> dict[str, Any]:
@@ -117,9 +117,12 @@ def compared(cost: Cost, spent: Ledger) -> dict[str, Any]:
     its pairs would have taken, at the speed at which it trained.
     """
     ahead = cost.phases
+    names = [
+        *(name for name in ahead if name in spent),
+        *(name for name in spent if name not in ahead),
+    ]
     phases = {
-        name: {"forecast": ahead.get(name, Work()).needed, **asdict(spent[name])}
-        for name in sorted(spent, key=list(ahead).index)
+        name: {"forecast": ahead.get(name, Work()).needed, **asdict(spent[name])} for name in names
     }
     training, scoring = spent.get("training", Work()), spent.get("scoring", Work())
     full = training.seconds * cost.full.needed / training.needed if training.needed else math.nan
@@ -142,7 +145,7 @@ def cost_of(run: Run) -> Cost:
         lengths = pairs.sequence_lengths
         starts = lengths - np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
         first = np.arange(len(lengths)) < len(pairs)  # a pair's responses share their prompt
-        return shape.needed(starts, lengths, first).with_backward
+        return shape.needed(starts, lengths, first) * shape.passes
 
     evaluations = 1 + -(-timeline.total_steps // training.evaluate_every)
     pools = [run.dataset.take(pool) for pool in timeline.plan.pools]
@@ -154,10 +157,11 @@ def cost_of(run: Run) -> Cost:
             for pool, count in zip(pools, kept, strict=True)
         ),
         training=tuple(
-            trained(pool) * (count / len(pool)) for pool, count in zip(pools, kept, strict=True)
+            trained(pool).repeated(count / len(pool))
+            for pool, count in zip(pools, kept, strict=True)
         ),
-        evaluation=Work() if run.held_out is None else measured(run.held_out) * evaluations,
-        full=trained(run.pairs) * training.epochs,
+        evaluation=Work() if run.held_out is None else measured(run.held_out).repeated(evaluations),
+        full=trained(run.pairs).repeated(training.epochs),
     )
 
 

@@ -57,8 +57,8 @@ def head_of(model: nn.Module) -> Head:
     head = Head(
         module,
         softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
-        scale=getattr(config, "logit_scale", 1.0)  # Cohere
-        / getattr(config, "logits_scaling", 1.0),  # Granite
+        scale=(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
     )
     layer = getattr(module, "base_layer", module)
     if not (isinstance(weight := getattr(layer, "weight", None), Tensor) and weight.dim() == 2):
@@ -87,5 +87,10 @@ def _unmerged(module: nn.Module) -> list[str]:
             raise TypeError(
                 f"measure: adapter {name!r} changes the output head in another way than by a "
                 "low-rank sum (DoRA and kin); leave lm_head out of its target_modules"
+            )
+        if layer.training and getattr(dict(layer.lora_dropout.items()).get(name), "p", 0):
+            raise TypeError(
+                f"measure: adapter {name!r} drops inputs of the output head at random, which its "
+                "weight cannot say; set lora_dropout=0, or leave lm_head out of its target_modules"
             )
     return active

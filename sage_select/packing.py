@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
 from itertools import pairwise
+from threading import RLock
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ from sage_select.dataset import TokenSequence
 
 NAME = "sage_select_packed"
 """Of the attention, among those that transformers knows."""
+CHANGE_THE_RESULT = ("s_aux", "position_bias", "indices", "block_indices")
+"""Arguments of an attention that ours does not know: sinks, biases, a choice of keys."""
 
 
 class Batch(NamedTuple):
@@ -148,28 +152,57 @@ class Packing:
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's attention takes packed batches, and no others.
+    """Around forward and backward of packed batches: inside, the model's attention takes them.
 
-    Activation checkpointing computes a layer again in the backward pass, which then belongs inside.
+    The forward passes of this library turn it on by themselves. It is the backward pass that needs
+    it, where activation checkpointing computes layers again. Another thread that wants the model
+    meanwhile waits.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, attend)
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs: dict[int, Any] = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = NAME
+    with attention_for(model, packed=True):
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """The name of the model's own attention, also while it is packed."""
+    config: Any = getattr(model, "config", None)
+    return _own.get(id(config), getattr(config, "_attn_implementation", None))
 
 
 def packs(model: nn.Module) -> bool:
     """Whether `packed_attention` is on."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
+_own: dict[int, str] = {}  # by a configuration's identity: its own attention, while it is packed
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def exclusive(model: nn.Module) -> Any:
+    """A lock for what changes a model for a while; the same thread may take it again."""
+    return _locks.setdefault(model, RLock())
+
+
+@contextmanager
+def attention_for(model: nn.Module, *, packed: bool) -> Iterator[None]:
+    """The attention that packed batches need, or the model's own; nested in whatever way."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    with exclusive(model):
+        found = (getattr(module, "config", None) for module in model.modules())
+        configs: dict[int, Any] = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
+        before = [(config, config._attn_implementation) for config in configs.values()]
+        try:
+            for config, name in before:
+                if name != NAME:
+                    _own[id(config)] = name
+                config._attn_implementation = NAME if packed else _own[id(config)]
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation = name
+                if name != NAME:
+                    _own.pop(id(config), None)
 
 
 def attend(
@@ -204,12 +237,13 @@ def attend(
     Returns:
         [1, T, heads, value size], and no weights.
     """
-    unknown = [n for n in ("s_aux", "position_bias") if others.get(n) is not None]
-    if packing is None or unknown:
+    unknown = [name for name in CHANGE_THE_RESULT if others.get(name) is not None]
+    if packing is None:
         raise NotImplementedError(
-            "packed attention: the model was called with "
-            + (", ".join(unknown) if unknown else "a batch that is not packed")
+            "packed attention: its layers do not hand on where sequences stand"
         )
+    if unknown:
+        raise NotImplementedError(f"packed attention: it was called with {', '.join(unknown)}")
     if packing.gather is not None:
         query, key, value = (x.index_select(2, packing.gather) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sage_select.dataset import PreferenceDataset, TokenSequence
-from sage_select.measuring import (
-    DistinctSequences,
-    distinct_sequences,
-    joined,
-    measure_sequences,
-)
+from sage_select.measuring import joined, measure_sequences
 from sage_select.pairs import PairLogps
 from sage_select.progress import progress_bar
+from sage_select.sequences import DistinctSequences, distinct_sequences
 
 try:
     import httpx

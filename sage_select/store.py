@@ -40,17 +40,16 @@ from sage_select.fingerprints import (
     model_digest,
 )
 from sage_select.hashing import Float64Array, Int64Array
-from sage_select.measuring import (
-    DistinctSequences,
-    Keys,
-    Layout,
-    distinct_sequences,
-    joined,
-    measure_sequences,
-    sequence_keys,
-)
+from sage_select.measuring import joined, measure_sequences
 from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
+from sage_select.sequences import (
+    DistinctSequences,
+    Keys,
+    distinct_sequences,
+    sequence_keys,
+)
+from sage_select.trials import Layout
 
 WRITE_EVERY = 5.0  # seconds between parts: what a kill can lose
 ROUNDING = 3  # a change of the code that rounds log-probs otherwise needs a new number

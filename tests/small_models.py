@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
+    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
@@ -22,6 +23,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from arithmetic import build_tokenizer
@@ -66,6 +68,19 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=128,
                        bos_token_id=1, eos_token_id=1),
 }  # fmt: skip
+NEIGHBOURS = {
+    "phi3, positions that scale": Phi3Config(
+        **SMALL,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+}
 UNPACKABLE = {
     "bloom, positions by mask": BloomConfig(
         vocab_size=40, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
@@ -73,6 +88,20 @@ UNPACKABLE = {
     "gpt-oss, sinks": GptOssConfig(**SMALL, **EXPERTS, head_dim=8, rope_parameters=None),
     "llama4, chunks by mask": Llama4TextConfig(
         **SMALL, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8
+    ),
+    "lfm2, convolutions": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "qwen3 next, a state": Qwen3NextConfig(
+        **SMALL,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=8,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
     ),
     "mamba, a state": MambaConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=1
@@ -82,10 +111,13 @@ UNPACKABLE = {
 
 def small_model(name: str):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy((CONFIGS | UNPACKABLE)[name]))
-    with torch.no_grad():  # livelier than at birth: log-probs that differ
+    model = AutoModelForCausalLM.from_config(deepcopy((CONFIGS | NEIGHBOURS | UNPACKABLE)[name]))
+    with torch.no_grad():  # livelier than at birth: log-probs that differ, and biases
         for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+            if parameter.dim() > 1:
+                parameter *= 3.0
+            else:
+                parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
 

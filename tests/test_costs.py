@@ -1,8 +1,10 @@
+import math
 import time
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from small_models import CONFIGS, small_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -20,7 +22,9 @@ from sage_select.costs import (
     read_costs,
     shape_of,
 )
-from sage_select.measuring import distinct_sequences, pair_logps
+from sage_select.forecast import Cost, compared
+from sage_select.measuring import pair_logps
+from sage_select.sequences import distinct_sequences
 
 LINEAR = ["qwen2", "qwen3", "llama", "gemma2, softcaps", "gemma3", "phi", "phi3, sliding window"]
 
@@ -70,6 +74,7 @@ def test_needed_counts_a_shared_prompt_once_and_executed_what_ran(pairs):
 
 def test_a_backward_pass_costs_two_forward_ones_and_recomputation_a_third(pairs):
     model = small_model("llama")
+    pair_logps(model, pairs)  # which holds the head against the model's own logits, once
     with Ledger() as ledger:
         with phase("forward"), torch.no_grad():
             pair_logps(model, pairs, layout="padded")
@@ -81,8 +86,18 @@ def test_a_backward_pass_costs_two_forward_ones_and_recomputation_a_third(pairs)
     for kind in ("both", "again"):
         assert ledger[kind].needed == 3 * ledger["forward"].needed
         assert ledger[kind].tokens == ledger["forward"].tokens
-    assert ledger["both"].executed == 3 * ledger["forward"].executed
-    assert ledger["again"].executed == 4 * ledger["forward"].executed
+    head_again = (
+        2 * shape_of(model).head * int(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum())
+    )
+    assert ledger["both"].executed == 3 * ledger["forward"].executed + head_again
+    assert ledger["again"].executed == 4 * ledger["forward"].executed + head_again
+
+
+def test_frozen_weights_need_no_gradient():
+    model = small_model("llama")
+    assert shape_of(model).passes == 3
+    adapted = shape_of(get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"])))
+    assert 2 < adapted.passes < 2.1
 
 
 def test_an_inner_phase_stops_the_outer_one_s_clock():
@@ -106,6 +121,24 @@ def test_outside_a_ledger_nothing_is_booked():
     assert ledger == {"other": Work(tokens=1)}
 
 
+def test_a_ledger_that_is_opened_twice_books_twice():
+    ledger = Ledger()
+    with ledger, ledger:
+        book(Work(tokens=1))
+    assert ledger["other"].tokens == 2
+    book(Work(tokens=1))
+    assert ledger["other"].tokens == 2
+
+
+def test_what_was_not_forecast_is_told_too():
+    one = Work(needed=6.0, seconds=3.0)
+    cost = Cost(one, (one,), (one,), Work(), full=one)
+    told = compared(cost, Ledger(other=one, training=one, scoring=one))
+    assert list(told["phases"]) == ["scoring", "training", "other"]
+    assert told["break_even"] == 0
+    assert math.isnan(compared(cost, Ledger())["break_even"])
+
+
 def test_a_file_of_costs(tmp_path):
     path = tmp_path / "costs.jsonl"
     assert read_costs(path) == {}
@@ -115,7 +148,8 @@ def test_a_file_of_costs(tmp_path):
     append_costs(path, second, interval=1)
     with path.open("a") as file:
         file.write('{"interval": 2, "pha')  # a kill
-    assert read_costs(path) == {"scoring": Work(2, 4, 6, 8, 10.0, 6), "training": Work(tokens=7)}
+    append_costs(path, Ledger(training=Work(tokens=4)), interval=2)
+    assert read_costs(path) == {"scoring": Work(2, 4, 6, 8, 10.0, 6), "training": Work(tokens=11)}
 
 
 def test_below_the_break_even_selection_is_cheaper():

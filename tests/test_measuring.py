@@ -1,15 +1,15 @@
 import re
-import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from small_models import CONFIGS, SMALL, UNPACKABLE, small_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from worlds import naive_response_logps
 
-from sage_select import PreferenceDataset, measure, measuring, nca, packing, progress
+from sage_select import PreferenceDataset, measure, measuring, nca, packing, progress, trials
 from sage_select.measuring import pair_logps
 
 
@@ -160,9 +160,84 @@ def test_packing_that_would_be_wrong_is_found_out(pairs, monkeypatch):
         packing.Packing, "of", lambda wholes, used: together([np.arange(used)], used)
     )
     model = small_model("qwen2")
-    with pytest.warns(UserWarning, match=r"differ from those of each alone by \d"):
+    with pytest.warns(UserWarning, match="says changes the log-probs of others by"):
         found = measure(model, pairs)
     assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+
+
+def test_a_trial_holds_for_sequences_no_longer_than_its_own(pairs):
+    """Windows and chunks show in long sequences alone."""
+    model = small_model("llama4, chunks by mask")
+    short = pairs.take(pairs.index[pairs.sequence_lengths.reshape(2, -1).max(axis=0) < 16])
+    assert 0 < len(short) < len(pairs)
+    model.config.attention_chunk_size = model.model.config.attention_chunk_size = 44
+    measure(model, short, layout="packed")
+    model.config.attention_chunk_size = model.model.config.attention_chunk_size = 8
+    with pytest.warns(UserWarning, match="differ from those of each alone by"):
+        found = measure(model, pairs)
+    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lfm2, convolutions", "qwen3 next, a state"])
+def test_a_leak_is_found_in_any_precision(name, dtype, pairs):
+    """What rounding would hide from a comparison of log-probs."""
+    with pytest.warns(UserWarning, match="says changes the log-probs of others|forward refuses"):
+        measure(small_model(name).to(dtype), pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "mixtral", "gemma2, softcaps"])
+def test_a_right_packing_is_not_refused_for_its_rounding(name, dtype, pairs):
+    measure(small_model(name).to(dtype), pairs, layout="packed")
+
+
+def test_log_probs_that_depend_on_their_neighbours_are_reported(pairs):
+    model = small_model("phi3, positions that scale")
+    with pytest.warns(UserWarning, match="depend on what stands beside a sequence"):
+        measure(model, pairs)
+
+
+def test_a_model_that_is_compiled_later_is_padded_from_then_on(pairs):
+    model = small_model("qwen2")
+    measure(model, pairs, layout="packed")
+    model.base_model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="it is compiled"):
+        measure(model, pairs)
+    wrapped = torch.compile(small_model("qwen2"), backend="eager")
+    assert torch.equal(measure(wrapped, pairs).chosen, measure(wrapped._orig_mod, pairs).chosen)
+
+
+def test_nothing_is_learnt_from_weights_that_are_not_finite(pairs):
+    model = small_model("mamba, a state")
+    weight = model.backbone.norm_f.weight
+    whole = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="log-probs nan"):
+        measure(model, pairs, layout="padded")
+    with suppress(Exception):
+        measure(model, pairs)
+    weight.data.copy_(whole)
+    with pytest.warns(UserWarning, match="are padded, not packed"):
+        measure(model, pairs)
+
+
+def test_whatever_a_model_raises_is_a_reason_to_pad(pairs, monkeypatch):
+    def attend(*args, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(packing, "attend", attend)
+    with pytest.warns(UserWarning, match=r"its forward refuses them: AssertionError\(\)"):
+        measure(small_model("qwen2"), pairs)
+
+
+def test_tokens_of_a_prompt_s_own_are_refused(pairs):
+    tuned = get_peft_model(
+        small_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    for layout in ("auto", "padded"):
+        with pytest.raises(TypeError, match="prompt tuning and others"):
+            measure(tuned, pairs, layout=layout)
 
 
 class Plain(torch.nn.Module):
@@ -250,10 +325,26 @@ def test_adapters(adapter, pairs):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
-def test_an_adapter_of_the_head_that_is_no_sum_is_refused(pairs):
-    adapter = LoraConfig(r=4, target_modules=["lm_head"], use_dora=True)
+def test_an_adapter_of_the_head_that_is_off_or_merged(pairs):
+    model = get_peft_model(small_model("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    on = measure(model, pairs)
+    with model.disable_adapter():
+        off = measure(model, pairs)
+    assert torch.allclose(off.chosen, measure(small_model("llama"), pairs).chosen, atol=1e-5)
+    assert not torch.allclose(on.chosen, off.chosen, atol=1e-2)
+    model.merge_adapter()
+    assert torch.allclose(measure(model, pairs).chosen, on.chosen, atol=1e-4)
+
+
+@pytest.mark.parametrize("refused", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_an_adapter_of_the_head_that_is_no_sum_is_refused(refused, pairs):
+    adapter = LoraConfig(r=4, target_modules=["lm_head"], **refused)
+    model = get_peft_model(small_model("llama"), adapter).train()
     with pytest.raises(TypeError, match="leave lm_head out of its target_modules"):
-        measure(get_peft_model(small_model("llama"), adapter), pairs)
+        pair_logps(model, pairs, layout="padded")
 
 
 def test_a_model_without_a_head_is_refused(pairs):
@@ -298,7 +389,7 @@ def test_the_same_tokens_with_another_prompt_are_another_response():
 def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, layout, pairs, monkeypatch):
     model = small_model("llama")
     expected = measure(model, pairs, layout=layout, max_batch_tokens=30)
-    forward, sizes = measuring._forward, []
+    forward, sizes = measuring.forward_logps, []
 
     def small_memory(model, batch, impl):
         size = batch.inputs["input_ids"].numel()
@@ -307,41 +398,35 @@ def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, layout, pairs,
         sizes.append(size)
         return forward(model, batch, impl)
 
-    monkeypatch.setattr(measuring, "_forward", small_memory)
+    monkeypatch.setattr(measuring, "forward_logps", small_memory)
     with pytest.warns(UserWarning, match="going on with batches of"):
         found = measure(model, pairs, layout=layout, max_batch_tokens=10_000)
     torch.testing.assert_close(found.chosen, expected.chosen)
     torch.testing.assert_close(found.rejected, expected.rejected)
     assert max(sizes) <= fits
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what fits is remembered, and composes the same batches
-        again = measure(model, pairs, layout=layout, max_batch_tokens=10_000)
-    assert all(map(torch.equal, again, found))
+
+
+def no_memory(*args, **options):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
 
 def test_a_sequence_that_does_not_fit_alone_is_named(pairs, monkeypatch):
-    forward = measuring._forward
-
-    def no_memory(model, batch, impl):
-        if batch.inputs["input_ids"].shape[1] > 40 and not probing:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return forward(model, batch, impl)
-
-    model = small_model("llama")
-    probing = True
-    measure(model, pairs)
-    probing = False
-    monkeypatch.setattr(measuring, "_forward", no_memory)
+    monkeypatch.setattr(measuring, "forward_logps", no_memory)
     with pytest.raises(MemoryError, match=r"a sequence of \d+ tokens does not fit in memory"):
-        measure(model, pairs, max_batch_tokens=10)
+        measure(small_model("llama"), pairs, max_batch_tokens=10)
+
+
+def test_a_trial_for_which_memory_does_not_suffice_is_no_reason_to_stop(pairs, monkeypatch):
+    model = small_model("llama")
+    expected = measure(model, pairs, layout="padded")
+    monkeypatch.setattr(trials, "_why_not_packed", no_memory)
+    assert torch.equal(measure(small_model("llama"), pairs).chosen, expected.chosen)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(pairs, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(measuring, "_check_head", lambda *args: None)
-    monkeypatch.setattr(measuring, "_packed", lambda *args: True)
-    monkeypatch.setattr(measuring, "_forward", broken)
+    monkeypatch.setattr(measuring, "forward_logps", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         measure(small_model("llama"), pairs)

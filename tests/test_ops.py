@@ -80,6 +80,21 @@ def test_permitted_imprecision_does_not_reach_the_logits(impl, precision):
     assert torch.allclose(found.double(), truth(h, w, t), atol=1e-4, rtol=0)
 
 
+def test_precision_that_was_permitted_by_the_newer_flags():
+    flags = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if not all(hasattr(flag, "fp32_precision") for flag in flags):
+        pytest.skip("this PyTorch has the older setting alone")
+    h, w, t = problem(dtype=torch.float32)
+    expected = token_logps(h, w, t)
+    try:
+        for flag, precision in zip(flags, ("tf32", "bf16"), strict=True):
+            flag.fp32_precision = precision
+        assert torch.equal(token_logps(h, w, t), expected)
+        assert [flag.fp32_precision for flag in flags] == ["tf32", "bf16"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"), [(torch.float32, "highest"), (torch.bfloat16, "medium")]
 )

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 
@@ -10,11 +11,12 @@ from small_models import small_model
 from torch.utils.checkpoint import CheckpointError
 from worlds import naive_response_logps
 
-from sage_select import packing
+from sage_select import measure, packing
 from sage_select.adapters.plain import checkpoint_activations
 from sage_select.dataset import TokenSequence
-from sage_select.measuring import response_logps, updating
-from sage_select.packing import NAME, pack, packed_attention, pad
+from sage_select.measuring import pair_logps, response_logps, updating
+from sage_select.packing import NAME, attention_of, pack, packed_attention, pad
+from sage_select.sequences import DistinctSequences, distinct_sequences
 
 prompts = st.lists(st.integers(0, 39), min_size=1, max_size=6)
 responses = st.lists(st.integers(0, 39), min_size=1, max_size=6)
@@ -111,7 +113,7 @@ def test_gradients_are_those_of_padding(name, recompute, pairs):
 def test_recomputation_outside_the_packed_attention_cannot_pass_unnoticed():
     model = small_model("qwen2").train()
     checkpoint_activations(model)
-    with pytest.raises(ValueError, match="put forward and backward inside `with packed_attention"):
+    with pytest.raises(ValueError, match="put forward and backward inside `with updating"):
         response_logps(model, some_sequences(), layout="packed")
     assert response_logps(model, some_sequences()).isfinite().all()  # padded
     with packed_attention(model):
@@ -128,10 +130,74 @@ def test_the_attention_comes_back_after_an_error():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_padded_batch_is_refused_inside():
+def test_inside_everything_else_still_works(pairs):
+    model = small_model("gemma2, softcaps")
+    expected, tokens = measure(model, pairs, layout="padded"), pairs.sequences()
+    with packed_attention(model), packed_attention(model):
+        assert torch.equal(measure(model, pairs, layout="padded").chosen, expected.chosen)
+        assert torch.allclose(measure(model, pairs).chosen, expected.chosen, atol=1e-4)
+        with updating(model, pairs):
+            padded = response_logps(model, tokens, layout="padded")
+        assert torch.equal(padded, response_logps(model, tokens, layout="padded"))
+        assert model.config._attn_implementation == NAME
+        assert attention_of(model) == "eager"
+    assert model.config._attn_implementation == attention_of(model) == "eager"
+
+
+def test_threads_that_share_a_model(pairs):
     model = small_model("qwen2")
-    with packed_attention(model), pytest.raises(NotImplementedError, match="not packed"):
-        model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+    expected = measure(model, pairs)
+    with ThreadPoolExecutor(3) as threads:
+        layouts = ["packed", "padded", "auto"] * 5
+        found = list(threads.map(lambda layout: measure(model, pairs, layout=layout), layouts))
+    assert all(torch.allclose(logps.chosen, expected.chosen, atol=1e-4) for logps in found)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral, sliding window", "gemma2, softcaps"])
+def test_dropout_of_attention(name, pairs):
+    model = small_model(name).train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    with torch.no_grad():
+        one, other = (pair_logps(model, pairs, layout="packed").chosen for _ in range(2))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@given(batches(), st.integers(1, 40), st.booleans(), st.randoms())
+def test_batches_are_full_within_the_budget_whatever_the_order(sequences, budget, packed, random):
+    found = []
+    for _ in range(2):
+        distinct = in_pairs(sequences)
+        composed = list(distinct.batches(budget, packed=packed))
+        assert sorted(place for batch in composed for place in batch) == list(range(len(distinct)))
+        lay_out = pack if packed else pad
+        for batch in composed:
+            used = distinct.tokens(batch, packed=packed)
+            assert used <= budget or len(batch) == 1
+            laid = lay_out(distinct.sequences(batch)).inputs["input_ids"].numel()
+            assert laid == used - len(batch)  # a sequence's last token is not laid out
+        for batch, after in pairwise(composed):
+            assert distinct.tokens([*batch, after[0]], packed=packed) > budget
+        found.append([distinct.keys[batch].tolist() for batch in composed])
+        random.shuffle(sequences)
+    assert found[0] == found[1]
+
+
+def in_pairs(sequences: list[TokenSequence]) -> DistinctSequences:
+    """The sequences as those of a dataset, each chosen and rejected."""
+
+    class Few:
+        sequence_lengths = np.array([len(s.tokens) for s in sequences] * 2)
+
+        def __len__(self):
+            return len(sequences)
+
+        def sequences_at(self, places):
+            return [sequences[place % len(sequences)] for place in places]
+
+    return distinct_sequences(Few())
 
 
 def documented_varlen(

@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from sage_select import dpo, measure
+from sage_select import ReferenceStore, dpo, measure
 from sage_select.adapters.plain import Training, load_best, train
 from sage_select.audit import SelectionLog
 from sage_select.loader import SelectiveLoader, ShuffledLoader
@@ -74,6 +75,38 @@ def test_accumulation_changes_rounding_only(micro_batch_size, worlds):
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
     assert torch.allclose(weights(whole.model), weights(parts.model), atol=1e-3)
+
+
+def test_layout_and_activation_checkpointing_change_rounding_only(worlds):
+    first, *others = (
+        run(worlds(), rows=24, training=replace(TRAINING, **settings)).steps
+        for settings in (
+            {"layout": "padded"},
+            {"layout": "packed"},
+            {"layout": "packed", "activation_checkpointing": True},
+        )
+    )
+    for steps in others:
+        for one, other in zip(first, steps, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+            assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
+
+
+def test_a_reference_that_is_measured_on_the_way(worlds, tmp_path):
+    """With adapters the policy is its own reference: off, they are the same at any step."""
+    runs = []
+    for filled in (True, False):
+        torch.manual_seed(0)
+        world = worlds()
+        policy = get_peft_model(world.model, LoraConfig(r=4, target_modules="all-linear"))
+        store = ReferenceStore(policy, world.dataset, folder=tmp_path / str(filled))
+        if filled:
+            store.fill()
+        loader = ShuffledLoader(world.dataset.take(np.arange(16)), batch_size=4)
+        history = train(policy, loader, world.dataset, store, TRAINING)
+        assert ("reference" in history.costs) is not filled
+        runs.append([step["loss"] for step in history.steps])
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
 
 
 def test_learning_rates_follow_the_exact_total(world):

@@ -32,7 +32,7 @@ def forwards(monkeypatch):
         return pack(sequences)
 
     monkeypatch.setattr(measuring, "pack", counting)
-    monkeypatch.setattr(measuring, "_packed", lambda *args: True)
+    monkeypatch.setattr(measuring, "packs_exactly", lambda *args: True)
     return seen
 
 

@@ -126,12 +126,22 @@ class _Logits(NamedTuple):
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
     """fp32 products at this precision inside, and as the process has it afterwards."""
-    allowed = torch.get_float32_matmul_precision()
+    flags: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    try:
+        allowed, before = torch.get_float32_matmul_precision(), []
+    except RuntimeError:  # it was set by the newer flags, which may differ from each other
+        allowed, before = None, [flag.fp32_precision for flag in flags]
+    if allowed == name:
+        yield
+        return
     torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        if allowed is not None:
+            torch.set_float32_matmul_precision(allowed)
+        for flag, precision in zip(flags, before, strict=False):
+            flag.fp32_precision = precision
 
 
 def _spread(some_n: Tensor, chosen_N: Tensor) -> Tensor:
