@@ -75,9 +75,9 @@ class Selector:
 
     @property
     def mixed_precision(self) -> torch.dtype | None:
-        """The autocast dtype bound to `measure` with functools.partial, or None."""
+        """The autocast dtype bound to `measure` with functools.partial, or that it has, or None."""
         bound = self.measure.keywords if isinstance(self.measure, partial) else {}
-        return bound.get("mixed_precision")
+        return bound.get("mixed_precision", getattr(self.measure, "mixed_precision", None))
 
     def __post_init__(self) -> None:
         if self.no_signal not in ("hash", "score"):

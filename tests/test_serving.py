@@ -434,3 +434,8 @@ def test_httpx_is_needed_here_and_nowhere_else():
     code += "; sys.modules['httpx'] = None; import sage_select.serving"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError: sage_select.serving needs httpx: pip install" in done.stderr
+
+
+def test_the_selector_knows_how_coarse_training_is(still):
+    server = ServerMeasure("http://localhost:8000/v1", "policy", mixed_precision=torch.bfloat16)
+    assert replace(still.selector, measure=server).mixed_precision == torch.bfloat16
