@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import cast
 from warnings import warn
 
 import numpy as np
@@ -301,9 +302,7 @@ def _book_needed(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` wraps: its compiled code does not see our hooks."""
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
+    return cast(nn.Module, getattr(model, "_orig_mod", model))
 
 
 def joined(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
