@@ -68,11 +68,6 @@ class Work:
             max(self.peak_bytes, other.peak_bytes),
         )
 
-    @property
-    def flops_per_second(self) -> float:
-        """Of needed FLOPs: what waste and idling leave over."""
-        return self.needed / self.seconds if self.seconds else math.nan
-
 
 class Ledger(dict[str, Work]):
     """Work by phase: "reference", "scoring", "training", "evaluation"; outside any, "other"."""
@@ -87,11 +82,6 @@ class Ledger(dict[str, Work]):
     def add(self, name: str, work: Work) -> None:
         """Add work to a phase."""
         self[name] = self.get(name, Work()) + work
-
-    @property
-    def total(self) -> Work:
-        """All phases."""
-        return sum(self.values(), Work())
 
 
 def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> None:

@@ -15,7 +15,7 @@ from sage_select.dataset import PreferenceDataset, TokenSequence
 from sage_select.forward import autocast, forward_logps, known_shape, recomputes, undisturbed
 from sage_select.heads import head_of, text_config
 from sage_select.ops.token_logps import Implementation
-from sage_select.packing import pack, packed_attention, packs, pad
+from sage_select.packing import Batch, pack, packed_attention, packs, pad
 from sage_select.pairs import PairLogps
 from sage_select.progress import progress_bar
 from sage_select.sequences import DistinctSequences, distinct_sequences
@@ -134,12 +134,7 @@ def measure_sequences(
                     if not places:
                         continue
                     sequences = distinct.sequences(places)
-                    found = _unless_out_of_memory(
-                        lambda some: forward_logps(
-                            model, pack(some) if packed else pad(some), impl
-                        ).cpu(),
-                        sequences,
-                    )
+                    found = _if_it_fits(model, pack(sequences) if packed else pad(sequences), impl)
                     if found is None:
                         limit = _smaller(distinct, part, packed)
                         waiting = [part, *waiting]
@@ -171,12 +166,10 @@ def _smaller(distinct: DistinctSequences, places: list[int], packed: bool) -> in
     return half
 
 
-def _unless_out_of_memory(
-    measured: Callable[[list[TokenSequence]], Tensor], sequences: list[TokenSequence]
-) -> Tensor | None:
-    """Log-probs, or None where the device's memory does not suffice."""
+def _if_it_fits(model: nn.Module, batch: Batch, impl: Implementation) -> Tensor | None:
+    """A batch's log-probs on the CPU, or None where the device's memory does not suffice."""
     try:
-        return measured(sequences)
+        return forward_logps(model, batch, impl).cpu()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -251,6 +244,7 @@ def updating(
         layout: As in `measure`.
         mixed_precision: Autocast dtype of the forward pass.
     """
+    model = uncompiled(model)
     with autocast(model, mixed_precision):
         packed = packs_exactly(model, pairs.sequences(), layout, "auto")
     with packed_attention(model) if packed else nullcontext():

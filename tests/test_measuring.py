@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from worlds import naive_response_logps
 
 from sage_select import PreferenceDataset, measure, measuring, nca, packing, progress, trials
-from sage_select.measuring import pair_logps
+from sage_select.measuring import pair_logps, updating
 
 
 def naive(model, pairs) -> list[float]:
@@ -206,6 +206,8 @@ def test_a_model_that_is_compiled_later_is_padded_from_then_on(pairs):
         measure(model, pairs)
     wrapped = torch.compile(small_model("qwen2"), backend="eager")
     assert torch.equal(measure(wrapped, pairs).chosen, measure(wrapped._orig_mod, pairs).chosen)
+    with updating(torch.compile(small_model("qwen2"), backend="eager"), pairs):
+        pass  # tried, too, without the compiled code
 
 
 def test_nothing_is_learnt_from_weights_that_are_not_finite(pairs):
