@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from sage_select import sequence_logps, token_logps
-from sage_select.ops import chunked
+from sage_select.ops import chunked, operators
 
 IMPLEMENTATIONS = ["reference", "chunked"]
 
@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ["reference", "chunked"]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 256 columns, so that small vocabularies have several."""
-    monkeypatch.setattr(chunked, "BLOCK_LOGITS", 1)
+    monkeypatch.setitem(chunked.BLOCK_LOGITS, "cpu", 1)
 
 
 def problem(tokens=7, hidden=5, vocabulary=700, dtype=torch.float64, scale=1.0, seed=0):
@@ -274,18 +274,23 @@ def test_the_operators_keep_their_word(tokens, dtype, with_bias, softcap, ignore
         h, w = h.T.contiguous().T, w.T.contiguous().T
     bias = torch.linspace(-1, 1, len(w)).to(dtype) if with_bias else None
     t[list(ignored)] = -100
-    logps, logsumexp = chunked._forward(h, w, t, bias, softcap)
+    options = softcap, 0.7, "chunked", 0, None, False
+    logps, logsumexp = operators.token_logps_operator(h, w, t, bias, *options)
     grad, needed = (
         torch.linspace(-1, 1, tokens, dtype=logps.dtype),
         [not with_bias, True, with_bias],
     )
     torch.library.opcheck(
-        chunked._backward, (needed, grad, h, w, t, bias, logsumexp, softcap), rtol=0, atol=0
+        operators.token_logps_backward_operator,
+        (needed, grad, h, w, t, bias, logsumexp, *options),
+        rtol=0,
+        atol=0,
     )
     leaves = [x if x is None else x.requires_grad_() for x in (h, w, bias)]
-    inputs = (*leaves[:2], t, leaves[2], softcap)
-    torch.library.opcheck(chunked._forward, inputs, rtol=0, atol=0)
-    assert [x.requires_grad for x in chunked._forward(*inputs)] == [True, False]
+    inputs = (*leaves[:2], t, leaves[2], *options)
+    torch.library.opcheck(operators.token_logps_operator, inputs, rtol=0, atol=0)
+    found = operators.token_logps_operator(*inputs)
+    assert [x.requires_grad for x in found] == [True, False]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

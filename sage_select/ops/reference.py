@@ -10,12 +10,13 @@ def token_logps_reference(
     target_N: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
+    temperature: float,
 ) -> Tensor:
-    """log_softmax(hidden @ weight.T + bias) at the targets, all in fp32 or wider."""
+    """log_softmax(softcap(hidden @ weight.T + bias) / temperature) at the targets, in fp32 up."""
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
     logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T
     if bias_V is not None:
         logits_NV = logits_NV + bias_V.to(dtype)
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    return logits_NV.log_softmax(dim=-1).gather(-1, target_N[:, None]).squeeze(-1)
+    return (logits_NV / temperature).log_softmax(dim=-1).gather(-1, target_N[:, None]).squeeze(-1)

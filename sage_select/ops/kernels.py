@@ -1,0 +1,292 @@
+"""Triton kernels of the output head. N tokens, H hidden, V vocabulary, S parts of the vocabulary.
+
+A program owns a block of rows and walks over columns in a fixed order. Programs add nothing to each
+other's results, so the bits of a row depend neither on the rows beside it nor on the schedule.
+Exponentials are powers of two, which is what the hardware has.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+
+
+@triton.jit
+def _place(blocks_of_rows, across, GROUP: tl.constexpr):
+    """This program's block of rows, and its place across the vocabulary.
+
+    Programs that run at the same time share GROUP blocks of rows and a few places: operands that
+    the L2 cache holds.
+    """
+    program = tl.program_id(0)
+    first = program // (GROUP * across) * GROUP
+    inside = program % (GROUP * across)
+    height = min(blocks_of_rows - first, GROUP)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _capped(logits, softcap):
+    """softcap tanh(z / softcap), by an exponential that ends at 0 or infinity as tanh at -+1."""
+    return softcap * (1 - 2 / (1 + tl.exp2(logits * (2 * LOG2_E / softcap))))
+
+
+@triton.jit
+def _logits(
+    hidden,
+    weight,
+    bias_V,
+    first_row,
+    first_column,
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """[ROWS, COLUMNS] in fp32, before the temperature; -inf behind the end of the vocabulary.
+
+    `hidden` and `weight` are pointers, or descriptors for the tensor memory accelerator. EVEN says
+    that H is a multiple of DEPTH, UPCAST is for the interpreter, which would multiply the bit
+    patterns of bf16.
+    """
+    columns = first_column + tl.arange(0, COLUMNS)
+    within = tl.minimum(columns, V - 1)  # what lies behind the end reads the last row again
+    if not DESCRIPTORS:
+        depth = tl.arange(0, DEPTH)
+        rows = tl.minimum(first_row + tl.arange(0, ROWS), N - 1)
+        left_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
+        right_at = weight + within.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    logits = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, H, DEPTH):
+        if DESCRIPTORS:
+            left = hidden.load([first_row, start])
+            right = weight.load([first_column, start]).T
+        elif EVEN:
+            left = tl.load(left_at + start)
+            right = tl.load(right_at + start)
+        else:
+            left = tl.load(left_at + start, mask=depth[None, :] < H - start, other=0.0)
+            right = tl.load(right_at + start, mask=depth[:, None] < H - start, other=0.0)
+        if UPCAST:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        logits = tl.dot(left, right, logits, input_precision="ieee")
+    if HAS_BIAS:
+        logits += tl.load(bias_V + within).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        logits = _capped(logits, softcap)
+    if first_column + COLUMNS > V:
+        logits = tl.where((columns < V)[None, :], logits, float("-inf"))
+    return logits
+
+
+@triton.jit(do_not_specialize=["N"])
+def sum_exp_kernel(
+    hidden,
+    weight,
+    bias_V,
+    anchor_N,
+    maximum_SN,
+    sum_SN,
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    softcap,
+    inverse_temperature,
+    ANCHORED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """sum_j exp(z_j - anchor) over each part of the vocabulary; or around the part's own maximum,
+    which is then kept, too.
+    """
+    block, part = _place(tl.cdiv(N, ROWS), tl.cdiv(V, PART), GROUP)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    known = rows < N
+    scale = inverse_temperature * LOG2_E
+    if ANCHORED:
+        anchor = tl.load(anchor_N + rows, mask=known, other=0.0) * LOG2_E
+    else:
+        anchor = tl.full((ROWS,), LOWEST, dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    for first in range(part * PART, min((part + 1) * PART, V), COLUMNS):
+        logits = _logits(
+            hidden, weight, bias_V, block * ROWS, first, N, V, H, hidden_stride, weight_stride,
+            softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        if not ANCHORED:
+            before = anchor
+            anchor = tl.maximum(anchor, tl.max(logits, axis=1) * scale)
+            total *= tl.exp2(before - anchor)
+        total += tl.sum(tl.exp2(tl.fma(logits, scale, -anchor[:, None])), axis=1)
+    place = part.to(tl.int64) * N + rows
+    tl.store(sum_SN + place, total, mask=known)
+    if not ANCHORED:
+        tl.store(maximum_SN + place, anchor / LOG2_E, mask=known)
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def fold_kernel(
+    maximum_SN, sum_SN, maximum_N, sum_N, N, S, ANCHORED: tl.constexpr, ROWS: tl.constexpr
+):
+    """The sums of all parts as one, added in their order."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    known = rows < N
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    maximum = tl.full((ROWS,), LOWEST, dtype=tl.float32)
+    for part in range(0, S):
+        place = tl.cast(part, tl.int64) * N + rows
+        some = tl.load(sum_SN + place, mask=known, other=0.0)
+        if not ANCHORED:
+            before = maximum
+            top = tl.load(maximum_SN + place, mask=known, other=0.0)
+            maximum = tl.maximum(maximum, top)
+            total *= tl.exp2((before - maximum) * LOG2_E)
+            some *= tl.exp2((top - maximum) * LOG2_E)
+        total += some
+    tl.store(sum_N + rows, total, mask=known)
+    if not ANCHORED:
+        tl.store(maximum_N + rows, maximum, mask=known)
+
+
+@triton.jit(do_not_specialize=["N"])
+def target_logits_kernel(
+    hidden,
+    weight,
+    bias_V,
+    target_N,
+    logit_N,
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """z_t of each row, and 0 where the target is no row of the weight."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    known = rows < N
+    target = tl.load(target_N + rows, mask=known, other=-1)
+    here = (target >= 0) & (target < V)
+    depth = tl.arange(0, DEPTH)
+    left_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
+    right_at = weight + target[:, None] * weight_stride + depth[None, :]
+    logit = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, H, DEPTH):
+        inside = here[:, None] & (depth[None, :] < H - start)
+        left = tl.load(left_at + start, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(right_at + start, mask=inside, other=0.0).to(tl.float32)
+        logit += tl.sum(left * right, axis=1)
+    if HAS_BIAS:
+        logit += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        logit = _capped(logit, softcap)
+    tl.store(logit_N + rows, tl.where(here, logit * inverse_temperature, 0.0), mask=known)
+
+
+@triton.jit(do_not_specialize=["N"])
+def slope_kernel(
+    hidden,
+    weight,
+    bias_V,
+    target_N,
+    grad_N,
+    logsumexp_N,
+    slope_NB,
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    slope_stride,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """grad_i (1[j = target_i] - p_ij) times the slope of softcap and temperature, of a block of the
+    vocabulary whose logits are computed again.
+    """
+    block, tile = _place(tl.cdiv(N, ROWS), tl.cdiv(V, COLUMNS), GROUP)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    known = rows < N
+    logits = _logits(
+        hidden, weight, bias_V, block * ROWS, tile * COLUMNS, N, V, H, hidden_stride, weight_stride,
+        softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    target = tl.load(target_N + rows, mask=known, other=-1)
+    grad = tl.load(grad_N + rows, mask=known, other=0.0) * inverse_temperature
+    logsumexp = tl.load(logsumexp_N + rows, mask=known, other=0.0) * LOG2_E
+    scale = inverse_temperature * LOG2_E
+    slope = tl.where(target[:, None] == columns[None, :], 1.0, 0.0)
+    slope -= tl.exp2(tl.fma(logits, scale, -logsumexp[:, None]))
+    slope *= grad[:, None]
+    if HAS_SOFTCAP:
+        share = logits / softcap
+        slope *= 1 - share * share
+    at = slope_NB + rows.to(tl.int64)[:, None] * slope_stride + columns[None, :]
+    tl.store(at, slope.to(slope_NB.dtype.element_ty), mask=known[:, None] & (columns < V)[None, :])
+
+
+@triton.jit
+def tile_kernel(
+    logits_NB,
+    bias_V,
+    anchor_N,
+    sum_N,
+    V,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds sum_j exp(z_j - anchor) over logits that exist already, [rows, V]; a row a program."""
+    row = tl.program_id(0)
+    scale = inverse_temperature * LOG2_E
+    anchor = tl.load(anchor_N + row) * LOG2_E
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(0, V, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = columns < V
+        logits = tl.load(logits_NB + row * V + columns, mask=inside, other=0.0)
+        if HAS_BIAS:
+            logits += tl.load(bias_V + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SOFTCAP:
+            logits = _capped(logits, softcap)
+        total += tl.where(inside, tl.exp2(tl.fma(logits, scale, -anchor)), 0.0)
+    tl.store(sum_N + row, tl.load(sum_N + row) + tl.sum(total, axis=0))
