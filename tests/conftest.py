@@ -2,10 +2,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # before any library asks: a name that is on no disk is an error at once, not after retries
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if not torch.cuda.is_available():
+    # asked when the kernels are made: without a GPU they run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")

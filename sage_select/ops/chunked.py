@@ -50,10 +50,12 @@ class ChunkedLogits(Logits):
 
     def of_targets(self, target_N: Tensor) -> Tensor:
         """[N], each token's logit of its target; some rows at once, since weights are copied."""
+        dtype = wide(self.hidden_NH.dtype)
+        if len(self.weight_VH) == 0:  # of a shard
+            return self.hidden_NH.new_zeros(target_N.shape, dtype=dtype)
         here_N = (target_N >= 0) & (target_N < len(self.weight_VH))
         target_N = target_N.where(here_N, 0)
         at_once = max(1, BLOCK_LOGITS["cpu"] // max(self.hidden_NH.shape[1], 1))
-        dtype = wide(self.hidden_NH.dtype)
         parts = [
             torch.linalg.vecdot(some_NH.to(dtype), self.weight_VH[some_N].to(dtype))
             for some_NH, some_N in zip(

@@ -69,7 +69,7 @@ class FusedLogits(Logits):
     def of_targets(self, target_N: Tensor) -> Tensor:
         """[N], each token's logit of its target; 0 where that is none of the columns."""
         logit_N = self._new(len(self.hidden_NH))
-        rows = 16
+        rows = 32
         self._run(
             target_logits_kernel,
             cdiv(len(logit_N), rows),
@@ -99,7 +99,7 @@ class FusedLogits(Logits):
         """[N, B], grad_i d log p_i / d (hidden_i . weight_j), in the dtype of the weight."""
         rows, columns = self.tiling.rows, self.tiling.columns
         tokens, width = len(self.hidden_NH), block.stop - block.start
-        slope_NB = self.weight_VH.new_empty(tokens, width)
+        slope_NB = self._new(tokens, width, dtype=self.weight_VH.dtype)
         self._run(
             slope_kernel,
             cdiv(tokens, rows) * cdiv(width, columns),
@@ -207,8 +207,8 @@ class FusedLogits(Logits):
             )
         return options
 
-    def _new(self, *shape: int) -> Tensor:
-        return self.hidden_NH.new_empty(shape, dtype=torch.float32)
+    def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.hidden_NH.new_empty(shape, dtype=dtype)
 
     def _run(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         if programs:  # no tokens, no programs
@@ -217,9 +217,10 @@ class FusedLogits(Logits):
                 kernel[(programs,)](**arguments)
 
 
-_OF_TILES = ("softcap", "inverse_temperature", "HAS_BIAS", "HAS_SOFTCAP")
+_OF_TILES = ("bias_V", "V", "softcap", "inverse_temperature", "HAS_BIAS", "HAS_SOFTCAP")
 
 
 def _describable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can load it: it wants multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    whole = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return whole and x.numel() > 0

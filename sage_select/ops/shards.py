@@ -68,9 +68,10 @@ class Processes(NamedTuple):
         if self.group is None:
             return [facts]
         own = torch.tensor(facts, device=device)
-        every = own.new_empty(self.group.size(), len(facts))
+        every = own.new_empty(self.group.size() * len(facts))
         dist.all_gather_into_tensor(every, own, group=self.group)
-        return every.tolist()
+        said: list[list[int]] = every.view(-1, len(facts)).tolist()
+        return said
 
     def gathered(self, x: Tensor, counts: list[int]) -> Tensor:
         """The rows of all processes, by rank."""
