@@ -27,6 +27,7 @@ from sage_select.loader import SelectiveLoader, describe
 from sage_select.losses import nca
 from sage_select.measuring import measure, pair_logps, updating
 from sage_select.metrics import preference_metrics
+from sage_select.ops.token_logps import Implementation
 from sage_select.pairs import PairLogps, Reference
 from sage_select.progress import progress_bar
 from sage_select.trials import Layout
@@ -60,6 +61,7 @@ class Training:
         max_grad_norm: Gradients are clipped to this norm.
         mixed_precision: Autocast dtype of the body, such as torch.bfloat16; the head, the loss and
             the sums stay in fp32 or wider. By default the model's own dtype.
+        impl: How the head's log-probs are computed, in updates and evaluations, see `token_logps`.
         layout: How batches are laid out, in updates and evaluations, see `measure`.
         activation_checkpointing: Whether to keep each layer's input alone and compute the layer
             again in the backward pass: a third more work, for memory that grows with sequence
@@ -81,6 +83,7 @@ class Training:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mixed_precision: torch.dtype | None = None
+    impl: Implementation = "auto"
     layout: Layout = "auto"
     activation_checkpointing: bool = False
     compile_model: bool = False
@@ -113,6 +116,7 @@ class Training:
         """The settings that a resumed run must share with the one it goes on with."""
         free = (
             "micro_batch_size",
+            "impl",
             "layout",
             "activation_checkpointing",
             "compile_model",
@@ -226,7 +230,7 @@ def add_gradients(
     """
     with updating(model, pairs, layout=training.layout, mixed_precision=training.mixed_precision):
         with autocast(model, training.mixed_precision):
-            policy = pair_logps(model, pairs, layout=training.layout)
+            policy = pair_logps(model, pairs, layout=training.layout, impl=training.impl)
         known = reference.to(policy.chosen.device)
         losses = training.loss(policy, known, beta=training.beta)
         torch.autograd.backward(losses.sum() * share)
@@ -362,6 +366,7 @@ class _Run:
             policy = measure(
                 self.model,
                 held_out,
+                impl=training.impl,
                 layout=training.layout,
                 mixed_precision=training.mixed_precision,
             )

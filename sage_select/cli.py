@@ -694,22 +694,14 @@ def fill(
     """Measure the reference of a run beforehand; killed, it goes on where it was."""
     with _reported(as_json):
         from sage_select.config import ConfigError
-        from sage_select.runs import load_model, mixed_precision, prepare
-        from sage_select.store import ReferenceStore
+        from sage_select.runs import load_model, prepare, store_of
 
         config = _read_config(config_file, overrides)
         if config.reference.file is not None:
             raise ConfigError("reference.file is set: there is nothing to measure")
         run = prepare(config, show_progress=_bars(quiet))
-        reference = ReferenceStore(
-            load_model(config, reference=True),
-            run.used,
-            folder=config.reference.store,
-            mixed_precision=mixed_precision(config),
-            max_batch_tokens=config.scoring.max_batch_tokens,
-            layout=config.scoring.layout,
-            show_progress=_bars(quiet),
-        )
+        model = load_model(config, reference=True)
+        reference = store_of(run, model, show_progress=_bars(quiet))
         measured = reference.fill()
         told = {
             "identity": reference.identity,

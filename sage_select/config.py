@@ -202,6 +202,9 @@ class ScoringSection(_Section):
 
     max_batch_tokens: Count = 16_384
     """Tokens of one forward pass; what does not fit in memory is halved."""
+    impl: Literal["auto", "chunked", "fused"] = "auto"
+    """What computes the head's log-probs: by blocks of the vocabulary in PyTorch,
+    or fused in Triton on a GPU; auto is chunked. Training follows."""
     layout: Literal["auto", "packed", "padded"] = "auto"
     """Sequences end to end without padding,
     or padded to the longest; auto packs where that is exact. Training follows."""
@@ -418,7 +421,7 @@ _NO_MATTER = {
     "data": ["num_workers"],
     "reference": ["store", "device"],
     "model": ["device"],
-    "scoring": ["max_batch_tokens", "layout"],
+    "scoring": ["max_batch_tokens", "impl", "layout"],
     "training": [
         "activation_checkpointing",
         "compile_model",

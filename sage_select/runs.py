@@ -271,17 +271,26 @@ def open_reference(
         return read_reference(config.reference.file, run.used, key=config.reference.key)
     elsewhere = config.reference.model is not None or config.reference.device is not None
     model = load_model(config, reference=True) if elsewhere or policy is None else policy
-    store = ReferenceStore(
-        model,
+    store = store_of(run, model, show_progress=show_progress)
+    store.fill()
+    return store
+
+
+def store_of(
+    run: Run, reference: nn.Module, *, show_progress: bool | None = None
+) -> ReferenceStore:
+    """Where the reference's log-probs of a run's pairs are, or will be once they are measured."""
+    config = run.config
+    return ReferenceStore(
+        reference,
         run.used,
         folder=config.reference.store,
         mixed_precision=mixed_precision(config),
         max_batch_tokens=config.scoring.max_batch_tokens,
+        impl=config.scoring.impl,
         layout=config.scoring.layout,
         show_progress=show_progress,
     )
-    store.fill()
-    return store
 
 
 def selector_of(
@@ -312,6 +321,7 @@ def measure_of(
     return partial(
         measure,
         max_batch_tokens=config.scoring.max_batch_tokens,
+        impl=config.scoring.impl,
         layout=config.scoring.layout,
         mixed_precision=mixed_precision(config),
         show_progress=show_progress,
@@ -339,6 +349,7 @@ def training_of(config: SageConfig) -> Training:
     return Training(
         **{name: getattr(settings, name) for name in same - {"loss", "mixed_precision"}},
         loss=_function(settings.loss, LOSSES, "training.loss"),
+        impl=config.scoring.impl,
         layout=config.scoring.layout,
         mixed_precision=mixed_precision(config),
         beta=config.beta,

@@ -1,5 +1,6 @@
 """The Triton kernels, run for real: on a GPU if there is one, else in Triton's interpreter."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import small_model
+from torch._subclasses import FakeTensorMode
 
 from sage_select import measure, sequence_logps, token_logps
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to test")
 from sage_select.ops import fused, operators, tilings
 from sage_select.ops.fused import FusedLogits
-from sage_select.ops.tilings import AMPERE, HOPPER, INTERPRETER
+from sage_select.ops.tilings import AMPERE, FLOAT32, HOPPER, INTERPRETER
+from sage_select.ops.tuning import tune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILINGS = {
@@ -25,7 +28,10 @@ TILINGS = {
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of NumPy
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy, of NaN
+
+
+TABLE = tilings.default_tiling
 
 
 @pytest.fixture(autouse=True)
@@ -406,6 +412,12 @@ def test_a_cpu_is_refused_outside_the_interpreter(monkeypatch):
         logps(h, w, t)
 
 
+def test_without_triton_the_fix_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sage_select.ops.fused", None)
+    with pytest.raises(ModuleNotFoundError, match="needs Triton; pip install triton, or use"):
+        logps(*problem())
+
+
 def test_wrong_targets_are_refused_by_name():
     h, w, t = problem()
     t[3] = 300
@@ -434,3 +446,40 @@ def test_a_model_is_measured_with_it(pairs):
     expected, found = (measure(model, pairs, impl=impl) for impl in ("chunked", "fused"))
     assert torch.allclose(found.chosen, expected.chosen, atol=1e-4)
     assert torch.allclose(found.rejected, expected.rejected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ((9, 0), torch.bfloat16, HOPPER),
+        ((8, 0), torch.float16, AMPERE),
+        ((8, 9), torch.bfloat16, AMPERE),
+        ((12, 0), torch.bfloat16, AMPERE),
+        ((9, 0), torch.float32, FLOAT32),
+    ],
+)
+def test_the_table_of_tilings(capability, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert TABLE(torch.device("cuda"), dtype) == expected
+
+
+def test_a_tiling_that_was_tuned_goes_before_the_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tilings.tuned_tilings.cache_clear()
+    with FakeTensorMode():
+        head, other = (torch.empty(n, 8, dtype=torch.float16, device="cuda") for n in (3, 4))
+    kept = [HOPPER._replace(group=3), AMPERE._replace(group=4)]
+    for weight, tiling in zip((head, other), kept, strict=True):
+        tilings.keep_tiling(tilings.key_of(weight), tiling)
+    assert [tilings.tiling_of(weight) for weight in (head, other)] == kept
+    assert tilings.tiling_of(problem()[1].cpu()) == INTERPRETER
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU can be tuned")
+def test_nothing_is_tuned_on_a_cpu():
+    h, w, _ = problem()
+    with pytest.raises(
+        ValueError, match="tune: times kernels on a GPU, and these tensors are on cp"
+    ):
+        tune(h, w)

@@ -21,6 +21,11 @@ from sage_select.ops.logits import Logits
 from sage_select.ops.products import precision, product
 from sage_select.ops.tilings import Tiling, tiling_of
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
+
 # as it was when the kernels were made, whatever the environment says by now
 INTERPRETED = not isinstance(sum_exp_kernel, triton.JITFunction)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -184,7 +189,8 @@ class FusedLogits(Logits):
     def _tiles(self, block: slice = slice(None)) -> dict[str, Any]:
         """What kernels take that multiply: the tiling, and descriptors of the operands."""
         tiling, weight_BH = self.tiling, self.weight_VH[block]
-        described = tiling.descriptors and _describable(self.hidden_NH) and _describable(weight_BH)
+        operands = {"hidden": self.hidden_NH, "weight": weight_BH}
+        described = tiling.descriptors and all(map(_describable, operands.values()))
         options: dict[str, Any] = {
             "DESCRIPTORS": described,
             "EVEN": weight_BH.shape[1] % tiling.depth == 0,
@@ -197,14 +203,9 @@ class FusedLogits(Logits):
             "num_stages": tiling.stages,
         }
         if described:
-            from triton.tools.tensor_descriptor import TensorDescriptor  # not in Triton 3.2
-
-            options["hidden"] = TensorDescriptor.from_tensor(
-                self.hidden_NH, [tiling.rows, tiling.depth]
-            )
-            options["weight"] = TensorDescriptor.from_tensor(
-                weight_BH, [tiling.columns, tiling.depth]
-            )
+            heights = {"hidden": tiling.rows, "weight": tiling.columns}
+            for name, x in operands.items():
+                options[name] = TensorDescriptor.from_tensor(x, [heights[name], tiling.depth])
         return options
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -223,4 +224,4 @@ _OF_TILES = ("bias_V", "V", "softcap", "inverse_temperature", "HAS_BIAS", "HAS_S
 def _describable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can load it: it wants multiples of 16 bytes."""
     whole = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return whole and x.numel() > 0
+    return TensorDescriptor is not None and whole and x.numel() > 0

@@ -79,8 +79,12 @@ def _logits(
 ) -> Logits:
     if impl == "chunked":
         return ChunkedLogits.of(hidden_NH, weight_VH, bias_V, softcap, temperature)
-    from sage_select.ops.fused import FusedLogits  # Triton is an extra
-
+    try:
+        from sage_select.ops.fused import FusedLogits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'token_logps: impl="fused" needs Triton; pip install triton, or use impl="chunked"'
+        ) from error
     return FusedLogits.of(hidden_NH, weight_VH, bias_V, softcap, temperature)
 
 

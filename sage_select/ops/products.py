@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# a product of half-precision factors may have an fp32 result: on CUDA, and since PyTorch 2.8
+WIDENS = hasattr(torch.ops.aten.mm, "dtype_out")
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64."""
@@ -15,13 +18,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def takes_half(*factors: Tensor) -> bool:
     """Whether half-precision factors are multiplied as they are; elsewhere they are widened."""
-    return all(x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) for x in factors)
+    half = (torch.float16, torch.bfloat16)
+    return WIDENS and all(x.is_cuda and x.dtype in half for x in factors)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b."""
     if takes_half(a, b):
-        # out_dtype is new in 2.8, and for CUDA alone
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     a = a.to(wide(a.dtype))
     return torch.mm(a, b.to(a.dtype), out=out)
