@@ -26,6 +26,7 @@ def problem():
     hidden, weight = (torch.randn(n, HIDDEN, generator=random) / 2 for n in (TOKENS, VOCABULARY))
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=random)
     targets[:3] = torch.tensor([0, VOCABULARY - 1, -100])
+    targets[3:5] = torch.tensor(bounds(VOCABULARY, 4)[1:3])  # the first tokens of a shard
     hidden[5] *= 100
     targets[5] = (hidden[5] @ weight.T).argmin()
     upstream = torch.linspace(-1, 1, TOKENS)

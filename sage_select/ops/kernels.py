@@ -207,7 +207,7 @@ def target_logits_kernel(
         logit += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         logit = _capped(logit, softcap)
-    tl.store(logit_N + rows, tl.where(here, logit * inverse_temperature, 0.0), mask=known)
+    tl.store(logit_N + rows, logit * inverse_temperature, mask=known)
 
 
 @triton.jit(do_not_specialize=["N"])
