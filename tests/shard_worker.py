@@ -107,7 +107,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     wrong = targets.clone()
     wrong[4 + rank] = VOCABULARY if rank == world - 1 else wrong[4 + rank]
     return {
-        "other targets": told(hidden, weight[rows], targets + (rank == 0), Shard(rows.start)),
+        "other targets": told(hidden, weight[rows], targets.roll(rank), Shard(rows.start)),
         "fewer tokens": told(hidden[rank:], weight[rows], targets[rank:], Shard(rows.start)),
         "a gap": told(hidden, weight[rows], targets, Shard(rows.start + rank)),
         "no such token": told(hidden, weight[rows], wrong, Shard(rows.start, own_tokens=True)),

@@ -64,16 +64,19 @@ class ChunkedLogits(Logits):
         ]
         return self._finished(torch.cat(parts), target_N).where(here_N, 0)
 
-    def sum_exp(self, anchor_N: Tensor) -> Tensor:
-        """[N], sum_j exp(z_j - anchor): in each block, then over blocks, that no mass be lost."""
-        total_N = torch.zeros_like(anchor_N)
+    def sum_exp(self, anchor_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """[N], sum_j exp(z_j - anchor), by blocks; [N] the targets' logits, out of the blocks."""
+        total_N, logit_N = torch.zeros_like(anchor_N), torch.zeros_like(anchor_N)
         buffer = anchor_N.new_empty(0)
         for block in self.blocks():
             shape = (len(anchor_N), block.stop - block.start)
             if buffer.shape != shape:
                 buffer = anchor_N.new_empty(shape)
-            total_N += self._block(block, buffer).sub_(anchor_N[:, None]).exp_().sum(dim=-1)
-        return total_N
+            logits_NB = self._block(block, buffer)
+            row, column = _places(target_N, block)
+            logit_N[row] = logits_NB[row, column]
+            total_N += logits_NB.sub_(anchor_N[:, None]).exp_().sum(dim=-1)
+        return total_N, logit_N
 
     def around_maximum(self) -> tuple[Tensor, Tensor]:
         """[N] the largest logit, finite also where a bias rules all out; [N] the sum around it."""
@@ -83,16 +86,15 @@ class ChunkedLogits(Logits):
         )
         for block in self.blocks():
             maximum_N = torch.maximum(maximum_N, self._block(block).amax(dim=-1))
-        return maximum_N, self.sum_exp(maximum_N)
+        nowhere_N = torch.full_like(maximum_N, -1, dtype=torch.int64)
+        return maximum_N, self.sum_exp(maximum_N, nowhere_N)[0]
 
     def slopes(self, block: slice, target_N: Tensor, grad_N: Tensor, logsumexp_N: Tensor) -> Tensor:
         """[N, B], grad_i d log p_i / d (hidden_i . weight_j)."""
         # d logp / d logit_j = 1[j = target] - softmax_j
         logits_NB = self._block(block)
         slope_NB = (logits_NB - logsumexp_N[:, None]).exp_().neg_()
-        local_N = target_N - block.start
-        row = torch.nonzero((local_N >= 0) & (local_N < logits_NB.shape[1])).squeeze(-1)
-        slope_NB[row, local_N[row]] += 1
+        slope_NB[_places(target_N, block)] += 1
         slope_NB *= grad_N[:, None] / self.temperature
         if self.softcap is not None:
             slope_NB *= 1 - (logits_NB * (self.temperature / self.softcap)) ** 2
@@ -112,3 +114,9 @@ class ChunkedLogits(Logits):
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+
+def _places(target_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose target stands in a block, and in which of its columns."""
+    row = torch.nonzero((target_N >= block.start) & (target_N < block.stop)).squeeze(-1)
+    return row, target_N[row] - block.start

@@ -30,6 +30,7 @@ except ImportError:  # before Triton 3.4
 INTERPRETED = not isinstance(sum_exp_kernel, triton.JITFunction)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SLOPES = 1 << 27  # alive at a time in backward
+TARGETS = 64  # rows whose targets' logits are made at once
 PRODUCT = (1024, 4096)  # rows and columns of a library's product: 16 MB of fp32, in the L2 cache
 
 
@@ -74,19 +75,21 @@ class FusedLogits(Logits):
     def of_targets(self, target_N: Tensor) -> Tensor:
         """[N], each token's logit of its target; 0 where that is none of the columns."""
         logit_N = self._new(len(self.hidden_NH))
-        rows = 32
+        if len(self.weight_VH) == 0:  # of a shard
+            return logit_N.zero_()
+        tiles = {name: x for name, x in self._tiles().items() if name in _OF_TARGETS}
         self._run(
             target_logits_kernel,
-            cdiv(len(logit_N), rows),
-            self._head() | {"target_N": target_N, "logit_N": logit_N, "ROWS": rows, "DEPTH": 128},
+            cdiv(len(logit_N), TARGETS),
+            self._head() | tiles | {"target_N": target_N, "logit_N": logit_N, "ROWS": TARGETS},
         )
         return logit_N
 
-    def sum_exp(self, anchor_N: Tensor) -> Tensor:
+    def sum_exp(self, anchor_N: Tensor, target_N: Tensor) -> tuple[Tensor, None]:
         """[N], sum_j exp(z_j - anchor): in tiles, then in parts, then over parts."""
         if self.tiling.library:
-            return self._sum_exp_of_products(anchor_N)
-        return self._folded(anchor_N)[0]
+            return self._sum_exp_of_products(anchor_N), None
+        return self._folded(anchor_N)[0], None
 
     def around_maximum(self) -> tuple[Tensor, Tensor]:
         """[N] the largest logit, finite also where a bias rules all out; [N] the sum around it."""
@@ -144,7 +147,7 @@ class FusedLogits(Logits):
         """The same from products of the matrix library: of one shape, that it take one kernel."""
         tokens, (vocabulary, hidden) = len(self.hidden_NH), self.weight_VH.shape
         rows, columns = PRODUCT
-        sum_N = torch.zeros_like(anchor_N)
+        sum_N, buffer = torch.zeros_like(anchor_N), self._new(rows * columns)
         for first in range(0, tokens, rows):
             some_NH = self.hidden_NH[first : first + rows]
             some = slice(first, first + len(some_NH))
@@ -153,7 +156,9 @@ class FusedLogits(Logits):
             for start in range(0, vocabulary, columns):
                 block = slice(start, min(start + columns, vocabulary))
                 with precision("highest"):
-                    logits_NB = product(some_NH, self.weight_VH[block].T)
+                    width = block.stop - start
+                    logits_NB = buffer[: rows * width].view(rows, width)
+                    product(some_NH, self.weight_VH[block].T, logits_NB)
                 head = self._head(block)
                 self._run(
                     tile_kernel,
@@ -218,6 +223,7 @@ class FusedLogits(Logits):
                 kernel[(programs,)](**arguments)
 
 
+_OF_TARGETS = ("EVEN", "UPCAST", "DEPTH", "num_stages")
 _OF_TILES = ("bias_V", "V", "softcap", "inverse_temperature", "HAS_BIAS", "HAS_SOFTCAP")
 
 

@@ -37,6 +37,60 @@ def _logits(
     hidden,
     weight,
     bias_V,
+    rows,
+    columns,
+    first_row,
+    first_column,
+    H,
+    hidden_stride,
+    weight_stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """[ROWS, COLUMNS] in fp32, of these rows and columns, before the temperature.
+
+    `hidden` and `weight` are pointers, or descriptors for the tensor memory accelerator, which
+    takes all from the first row and the first column on. EVEN says that H is a multiple of DEPTH,
+    UPCAST is for the interpreter, which would multiply the bit patterns of bf16.
+    """
+    if not DESCRIPTORS:
+        depth = tl.arange(0, DEPTH)
+        left_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
+        right_at = weight + columns.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    logits = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, H, DEPTH):
+        if DESCRIPTORS:
+            left = hidden.load([first_row, start])
+            right = weight.load([first_column, start]).T
+        elif EVEN:
+            left = tl.load(left_at + start)
+            right = tl.load(right_at + start)
+        else:
+            left = tl.load(left_at + start, mask=depth[None, :] < H - start, other=0.0)
+            right = tl.load(right_at + start, mask=depth[:, None] < H - start, other=0.0)
+        if UPCAST:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        logits = tl.dot(left, right, logits, input_precision="ieee")
+    if HAS_BIAS:
+        logits += tl.load(bias_V + columns).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        logits = _capped(logits, softcap)
+    return logits
+
+
+@triton.jit
+def _tile(
+    hidden,
+    weight,
+    bias_V,
     first_row,
     first_column,
     N,
@@ -54,38 +108,14 @@ def _logits(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] in fp32, before the temperature; -inf behind the end of the vocabulary.
-
-    `hidden` and `weight` are pointers, or descriptors for the tensor memory accelerator. EVEN says
-    that H is a multiple of DEPTH, UPCAST is for the interpreter, which would multiply the bit
-    patterns of bf16.
-    """
+    """[ROWS, COLUMNS] from the first row and column on; -inf behind the end of the vocabulary."""
+    rows = first_row + tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
-    within = tl.minimum(columns, V - 1)  # what lies behind the end reads the last row again
-    if not DESCRIPTORS:
-        depth = tl.arange(0, DEPTH)
-        rows = tl.minimum(first_row + tl.arange(0, ROWS), N - 1)
-        left_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
-        right_at = weight + within.to(tl.int64)[None, :] * weight_stride + depth[:, None]
-    logits = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, H, DEPTH):
-        if DESCRIPTORS:
-            left = hidden.load([first_row, start])
-            right = weight.load([first_column, start]).T
-        elif EVEN:
-            left = tl.load(left_at + start)
-            right = tl.load(right_at + start)
-        else:
-            left = tl.load(left_at + start, mask=depth[None, :] < H - start, other=0.0)
-            right = tl.load(right_at + start, mask=depth[:, None] < H - start, other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        logits = tl.dot(left, right, logits, input_precision="ieee")
-    if HAS_BIAS:
-        logits += tl.load(bias_V + within).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        logits = _capped(logits, softcap)
+    logits = _logits(
+        hidden, weight, bias_V, tl.minimum(rows, N - 1), tl.minimum(columns, V - 1), first_row,
+        first_column, H, hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS,
+        EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
     if first_column + COLUMNS > V:
         logits = tl.where((columns < V)[None, :], logits, float("-inf"))
     return logits
@@ -131,7 +161,7 @@ def sum_exp_kernel(
         anchor = tl.full((ROWS,), LOWEST, dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for first in range(part * PART, min((part + 1) * PART, V), COLUMNS):
-        logits = _logits(
+        logits = _tile(
             hidden, weight, bias_V, block * ROWS, first, N, V, H, hidden_stride, weight_stride,
             softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
@@ -186,28 +216,30 @@ def target_logits_kernel(
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """z_t of each row, and 0 where the target is no row of the weight."""
+    """z_t of each row, and 0 where the target is no row of the weight.
+
+    The diagonal of the rows' products with all of the rows' targets. One dot product a row would be
+    less work, but tensor cores cut off where a dot product rounds: what z_t is compared with has an
+    error of the same sign in every term, and this has the same.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = rows < N
     target = tl.load(target_N + rows, mask=known, other=-1)
     here = (target >= 0) & (target < V)
-    depth = tl.arange(0, DEPTH)
-    left_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
-    right_at = weight + target[:, None] * weight_stride + depth[None, :]
-    logit = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in range(0, H, DEPTH):
-        inside = here[:, None] & (depth[None, :] < H - start)
-        left = tl.load(left_at + start, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(right_at + start, mask=inside, other=0.0).to(tl.float32)
-        logit += tl.sum(left * right, axis=1)
-    if HAS_BIAS:
-        logit += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        logit = _capped(logit, softcap)
-    tl.store(logit_N + rows, logit * inverse_temperature, mask=known)
+    logits = _logits(
+        hidden, weight, bias_V, tl.minimum(rows, N - 1), tl.where(here, target, 0), 0, 0, H,
+        hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, False, EVEN, UPCAST, ROWS,
+        ROWS, DEPTH,
+    )  # fmt: skip
+    place = tl.arange(0, ROWS)
+    own = place[:, None] == place[None, :]
+    logit = tl.sum(tl.where(own, logits, 0.0), axis=1) * inverse_temperature
+    tl.store(logit_N + rows, tl.where(here, logit, 0.0), mask=known)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -244,7 +276,7 @@ def slope_kernel(
     rows = block * ROWS + tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     known = rows < N
-    logits = _logits(
+    logits = _tile(
         hidden, weight, bias_V, block * ROWS, tile * COLUMNS, N, V, H, hidden_stride, weight_stride,
         softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip

@@ -44,8 +44,13 @@ class Logits(ABC):
         """[N], each token's logit of its target; 0 where that is none of the columns."""
 
     @abstractmethod
-    def sum_exp(self, anchor_N: Tensor) -> Tensor:
-        """[N], sum_j exp(z_j - anchor): in each block, then over blocks, that no mass be lost."""
+    def sum_exp(self, anchor_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[N], sum_j exp(z_j - anchor): in each block, then over blocks, that no mass be lost.
+
+        And [N], the targets' logits as they stand in the sum, or 0 where a target is none of the
+        columns; None if `of_targets` gives just these. An error that all logits of a row share
+        then cancels.
+        """
 
     @abstractmethod
     def around_maximum(self) -> tuple[Tensor, Tensor]:
@@ -62,15 +67,17 @@ class Logits(ABC):
 
 def forward(logits: Logits, target_N: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
     """Each token's log-prob and the logsumexp of its logits."""
-    target_logit_N = processes.total(logits.of_targets(target_N))
-    anchor_N, sum_N = target_logit_N, processes.total(logits.sum_exp(target_logit_N))
+    anchor_N = processes.total(logits.of_targets(target_N))
+    sum_N, own_N = logits.sum_exp(anchor_N, target_N)
+    sum_N = processes.total(sum_N)
+    target_logit_N = anchor_N if own_N is None else processes.total(own_N)
     far_N = ~sum_N.isfinite()
     if bool(far_N.any()):
         maximum_n, sum_n = logits.rows(far_N).around_maximum()
         anchor_n = processes.largest(maximum_n)
         anchor_N = anchor_N.masked_scatter(far_N, anchor_n)
         sum_N = sum_N.masked_scatter(far_N, processes.total(sum_n * (maximum_n - anchor_n).exp()))
-    # the dot product and the matrix product round the target's logit apart by a unit or two
+    # a sum of rounded exponentials, of which one is that of the target
     logps_N = (target_logit_N - anchor_N - sum_N.log()).clamp(max=0)
     return logps_N, anchor_N + sum_N.log()
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-# a product of half-precision factors may have an fp32 result: on CUDA, and since PyTorch 2.8
-WIDENS = hasattr(torch.ops.aten.mm, "dtype_out")
+# products of half-precision factors may have an fp32 result, on CUDA; sums of them, since 2.10
+WIDENS = TorchVersion(torch.__version__) >= "2.10"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

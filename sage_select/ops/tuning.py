@@ -1,6 +1,7 @@
 """Finding the fastest tiling of the fused kernels for a device and a head."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,16 +46,17 @@ def tune(hidden: Tensor, weight: Tensor) -> dict[Tiling, float]:
     if not hidden.is_cuda:
         raise ValueError(f"tune: times kernels on a GPU, and these tensors are on {hidden.device}")
     logits = FusedLogits.of(hidden, weight, None, None, 1.0)
-    anchor_N = logits.of_targets(torch.arange(len(hidden), device=hidden.device) % len(weight))
-    exact_N = logits.sum_exp(anchor_N)
+    target_N = torch.arange(len(hidden), device=hidden.device) % len(weight)
+    anchor_N = logits.of_targets(target_N)
+    exact_N, _ = logits.sum_exp(anchor_N, target_N)
     found: dict[Tiling, float] = {}
     for tiling in CANDIDATES:
         some = replace(logits, tiling=tiling)
         try:
-            right = torch.allclose(some.sum_exp(anchor_N), exact_N, rtol=1e-4)
+            right = torch.allclose(some.sum_exp(anchor_N, target_N)[0], exact_N, rtol=1e-4)
         except OutOfResources:  # of shared memory, on a smaller device
             continue
         if right:
-            found[tiling] = do_bench(lambda some=some: some.sum_exp(anchor_N))
+            found[tiling] = do_bench(partial(some.sum_exp, anchor_N, target_N))
     keep_tiling(key_of(weight), min(found, key=found.__getitem__))
     return found
