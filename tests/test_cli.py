@@ -20,6 +20,7 @@ from sage_select.audit import SelectionLog
 from sage_select.cli import app
 from sage_select.exports import as_llamafactory, as_trl
 from sage_select.records import checked_pair
+from sage_select.runs import measure_of, training_of
 
 BASE = ROOT / "examples" / "arithmetic_base"
 
@@ -545,3 +546,11 @@ def test_the_kept_are_written_in_training_order(config):
         contents.append(Path(name).read_text().splitlines())
     assert contents[0] == contents[1] != contents[2]
     assert sorted(contents[0]) == sorted(contents[2])
+
+
+def test_what_computes_the_head_is_the_same_for_all_that_measure():
+    config = SageConfig(scoring={"impl": "fused", "layout": "padded"})
+    asked = {"impl": "fused", "layout": "padded"}
+    assert asked.items() <= measure_of(config).keywords.items()
+    training = training_of(config)
+    assert {name: getattr(training, name) for name in asked} == asked
