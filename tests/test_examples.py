@@ -132,6 +132,32 @@ def test_the_benchmark_of_the_head(dtype, backward):
         assert errors[1] < 5e-3
 
 
+@pytest.mark.slow
+def test_the_checks_and_times_of_the_fused_head(tmp_path, monkeypatch):
+    """All of them, as on a GPU, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    output = example("benchmarks/head_gpu.py", "--device", "cpu", "--out", tmp_path)
+    assert output == (tmp_path / "head_gpu.md").read_text()
+    rows = json.loads((tmp_path / "head_gpu.json").read_text())
+    checks = [row for row in rows if "check" in row]
+    assert len(checks) > 150
+    assert all(row["passed"] for row in checks)
+    assert f"{len(checks)} checks passed, 0 failed, 0 left out" in output
+    tables = {}
+    for row in rows:
+        tables.setdefault(row.get("table"), {})[row.get("variant")] = row
+    for name in ("forward", "forward and backward"):
+        ours, naive = (tables[name][v] for v in ("sage-select fused", "log_softmax of all logits"))
+        assert ours["max error"] < 5e-5 < 1e-3 < naive["max error"]
+        assert ours["repeats"] == ours["alone"] == "yes"
+        assert tables[name]["torch.mm"]["x mm"] == 1
+    assert tables["forward and backward"]["sage-select fused"]["of gradient"] < 1e-2
+    assert all(row["ms"] > 0 for row in tables["forward, by tiling"].values())
+    (pair,) = [row for row in rows if "pair" in row]
+    assert pair["loss"] == pytest.approx(2 * np.log(2), abs=1e-3)  # policy and reference agree
+
+
 TINY = ["--shape", "tiny", "--part", 1, "--lengths", "demo", "--pairs", 5, "--rounds", 1]
 
 

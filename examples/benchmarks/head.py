@@ -11,8 +11,8 @@ either sign per token, and is held against three products: the logits and the tw
 
 The error is the largest against float64 over 64 rows, after `--backward` also that of the hidden
 states' gradient, relative to its norm. Memory is what a call takes at its peak beyond its inputs,
-gradients included; compiling comes before. Peers that are not installed, or do not run on the
-device, are left out.
+gradients included; compiling comes before. What is not installed, or does not run on the device, is
+left out.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from plan_and_rank import Memory
@@ -31,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from sage_select import token_logps
 
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+Head = Callable[..., Tensor]  # of hidden states, weight and targets
 Result = TypeVar("Result")
 
 
@@ -93,9 +94,14 @@ def cce(impl: str) -> Head:
     return call
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """This library's, by blocks of the vocabulary."""
     return token_logps(hidden, weight, targets, impl="chunked")
+
+
+def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """This library's, in Triton kernels."""
+    return token_logps(hidden, weight, targets, impl="fused")
 
 
 VARIANTS: dict[str, Head] = {
@@ -107,8 +113,63 @@ VARIANTS: dict[str, Head] = {
     "Liger fused cross entropy": liger_cross_entropy,
     "CCE": cce("cce"),
     "CCE torch_compile": cce("torch_compile"),
-    "sage-select chunked": ours,
+    "sage-select chunked": chunked,
+    "sage-select fused": fused,
 }
+
+
+class Problem(NamedTuple):
+    """N tokens, a head, and a gradient for each log-prob."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N]
+    slope: Tensor  # [N], of either sign
+
+    @classmethod
+    def draw(
+        cls, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str
+    ) -> "Problem":
+        """Logits like a language model's: mostly small, with a target that stands out."""
+        torch.manual_seed(0)
+        weight = torch.randn(vocabulary, hidden, device=device)
+        targets = torch.randint(vocabulary, (tokens,), device=device)
+        states = torch.randn(tokens, hidden, device=device) / hidden**0.5
+        states += weight[targets] * (12 / hidden)
+        slope = torch.randn(tokens, device=device)
+        return cls(states.to(dtype), weight.to(dtype), targets, slope)
+
+    def rows(self, some: slice | Tensor) -> "Problem":
+        """Some of the tokens."""
+        return Problem(self.hidden[some], self.weight, self.targets[some], self.slope[some])
+
+    def results(self, head: Head, *bias: Tensor, backward: bool) -> list[Tensor]:
+        """A head's log-probs; and the gradients of hidden states, weight and bias, if asked for."""
+        if not backward:
+            with torch.no_grad():
+                return [head(self.hidden, self.weight, self.targets, *bias)]
+        leaves = [x.detach().requires_grad_() for x in (self.hidden, self.weight, *bias)]
+        logps = head(*leaves[:2], self.targets, *leaves[2:])
+        return [logps.detach(), *torch.autograd.grad(logps, leaves, self.slope.to(logps.dtype))]
+
+    def products(self, *, backward: bool) -> "Callable[[Problem], None]":
+        """What makes the bare products of such a problem: the logits, and the two gradients."""
+        logits = self.hidden.new_empty(len(self.hidden), len(self.weight))
+        hidden_out, weight_out = torch.empty_like(self.hidden), torch.empty_like(self.weight)
+
+        def call(problem: Problem) -> None:
+            torch.mm(problem.hidden, problem.weight.T, out=logits)
+            if backward:
+                torch.mm(logits, problem.weight, out=hidden_out)
+                torch.mm(logits.T, problem.hidden, out=weight_out)
+
+        return call
+
+
+def reason(stderr: str) -> str:
+    """Why a process ended, in a line."""
+    lines = stderr.strip().splitlines() or ["no reason given"]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])[:100]
 
 
 def timed(call: Callable[[], object], device: str) -> float:
@@ -135,51 +196,33 @@ def with_memory(call: Callable[[], Result], device: str) -> tuple[Result, float]
 
 def measure_one(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Ratio, memory and errors of one variant, in this process."""
-    dtype = getattr(torch, args.dtype)
-    torch.manual_seed(0)
-    # logits like a language model's: mostly small, with a target that stands out
-    weight = torch.randn(args.vocabulary, args.hidden, device=args.device)
-    targets = torch.randint(args.vocabulary, (args.tokens,), device=args.device)
-    hidden = torch.randn(args.tokens, args.hidden, device=args.device) / args.hidden**0.5
-    hidden += weight[targets] * (12 / args.hidden)
-    slope = torch.randn(args.tokens, device=args.device)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head = VARIANTS[name]
+    problem = Problem.draw(
+        args.tokens, args.hidden, args.vocabulary, getattr(torch, args.dtype), args.device
+    )
 
-    def call(rows: slice = slice(None)) -> list[Tensor]:
-        if not args.backward:
-            with torch.no_grad():
-                return [head(hidden[rows], weight, targets[rows])]
-        inputs = hidden[rows].detach().requires_grad_(), weight.detach().requires_grad_()
-        logps = head(*inputs, targets[rows])
-        return [logps.detach(), *torch.autograd.grad(logps, inputs, slope[rows].to(logps.dtype))]
+    def call(problem: Problem = problem) -> list[Tensor]:
+        return problem.results(VARIANTS[name], backward=args.backward)
 
-    some = slice(0, 64)
+    some = problem.rows(slice(0, 64))
     call(some)  # imports and compiles
     result, memory = with_memory(call, args.device)
-    exact = (hidden[some].double() @ weight.double().T).log_softmax(-1)
-    expected = exact.gather(-1, targets[some, None]).squeeze(-1)
-    found = {"memory": memory, "error": float((result[0][some].double() - expected).abs().max())}
+    weight = problem.weight.double()
+    exact = (some.hidden.double() @ weight.T).log_softmax(-1)
+    expected = exact.gather(-1, some.targets[:, None]).squeeze(-1)
+    error = (result[0][:64].double() - expected).abs().max()
+    found = {"memory": memory, "error": float(error)}
     if args.backward:
-        gradient = weight[targets[some]].double() - exact.exp() @ weight.double()
-        gradient *= slope[some, None].double()
-        error = (result[1][some].double() - gradient).norm() / gradient.norm()
+        gradient = weight[some.targets] - exact.exp() @ weight
+        gradient *= some.slope[:, None].double()
+        error = (result[1][:64].double() - gradient).norm() / gradient.norm()
         found["gradient"] = float(error)
         del gradient
-    del result, exact
+    del result, exact, weight
 
-    logits = torch.empty(args.tokens, args.vocabulary, dtype=dtype, device=args.device)
-    hidden_out, weight_out = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def products() -> None:
-        torch.mm(hidden, weight.T, out=logits)
-        if args.backward:
-            torch.mm(logits, weight, out=hidden_out)
-            torch.mm(logits.T, hidden, out=weight_out)
-
+    products = problem.products(backward=args.backward)
     bare, whole = [], []
     for _ in range(args.repeats):
-        bare.append(timed(products, args.device))
+        bare.append(timed(partial(products, problem), args.device))
         whole.append(timed(call, args.device))
     return found | {"ratio": median(whole) / median(bare)}
 
@@ -210,8 +253,7 @@ def main() -> None:
             check=False,
         )
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            print(f"{name:30}not measured: {reason[:80]}")
+            print(f"{name:30}not measured: {reason(done.stderr)}")
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         line = f"{name:30}{found['ratio']:12.2f}{found['memory']:12,.0f}{found['error']:14.1e}"

@@ -1,0 +1,466 @@
+"""The fused head on a GPU: is it right, how fast is it, and how much memory does it take?
+
+    python examples/benchmarks/head_gpu.py --out results
+    python examples/benchmarks/head_gpu.py --part times --minutes 5
+    TRITON_INTERPRET=1 python examples/benchmarks/head_gpu.py --device cpu
+
+1. Checks, see `head_checks.py`. If one fails, the exit status is 1.
+2. Times, in multiples of bare matrix products of the same shapes and dtype: medians, by CUDA
+   events, of rounds in which all variants take turns on two sets of hidden states. One variant is
+   listed twice, to show the noise. Errors are nats against float64 over the first 8,192 tokens: the
+   largest, the root of the mean square, and that of the sum. The gradient's is that of the hidden
+   states of 64 tokens, relative to its norm. Memory is the peak beyond the inputs, gradients
+   included. `repeats` and `alone` say whether log-probs, and the gradient of hidden states, have
+   the same bits a second time, and from a part of the rows.
+3. A pair with responses of 32,768 tokens takes a step of NCA, with AdamW and activation
+   checkpointing, on a model of Qwen2.5-1.5B's shape with random weights.
+
+At the end stands what was aimed at, beside what was measured. Peers that are not installed are left
+out; so is what the time does not suffice for. On a CPU all is tiny, and times mean nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from head import VARIANTS, Head, Problem, chunked, fused, reason, timed, with_memory
+from head_checks import Case, apart, differing, groups, in_a_line, used, words
+from torch import Tensor
+
+from sage_select import PreferenceDataset, measure, nca
+from sage_select.adapters.plain import checkpoint_activations
+from sage_select.measuring import pair_logps, updating
+from sage_select.ops.tilings import Tiling, default_tiling
+from sage_select.ops.tuning import CANDIDATES
+
+Row = dict[str, Any]
+
+SHAPES = {  # tokens and hidden, the most important first
+    "cuda": [(8192, 1536), (32_768, 3584), (32_768, 1536), (8192, 3584)],
+    "cpu": [(16, 24)],
+}
+VOCABULARY = {"cuda": 151_936, "cpu": 300}
+ROUNDS = {"cuda": (3, 20), "cpu": (1, 2)}  # to warm up, and timed
+PAIR = {"cuda": ("qwen2.5-1.5b", 32_768, "bfloat16"), "cpu": ("tiny", 24, "float32")}
+EXACT = 8192  # tokens that are held against float64
+START, PAIR_SECONDS = 12, 90  # for imports, and for the last part
+OURS = "sage-select fused"
+FORWARD, BOTH, TILINGS = TABLES = ("forward", "forward and backward", "forward, by tiling")
+COLUMNS = {
+    "ms": ".2f",
+    "x mm": ".3f",
+    "TFLOP/s": ",.0f",
+    "memory, MB": ",.1f",
+    "max error": ".1e",
+    "rms error": ".1e",
+    "of the sum": ".1e",
+    "of gradient": ".1e",
+    "repeats": "",
+    "alone": "",
+    "rounds": "",
+}
+
+
+def tell(**row: Any) -> None:
+    """Hand a row to the process that started this one."""
+    print(json.dumps(row), flush=True)
+
+
+def started(call: Callable[[], object], device: str) -> Callable[[], float]:
+    """Call, and give the milliseconds later, when all is done."""
+    if device == "cpu":
+        milliseconds = 1e3 * timed(call, device)
+        return lambda: milliseconds
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    return lambda: float(start.elapsed_time(end))
+
+
+def finish(device: str) -> None:
+    """Wait until all is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def describe(args: argparse.Namespace) -> None:
+    """What this runs on, and how fast it copies."""
+    name, size = platform.machine(), 1 << 20
+    if args.device == "cuda":
+        gpu, size = torch.cuda.get_device_properties(0), 1 << 30
+        name = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+    source = torch.randn(size, device=args.device)
+    target = torch.empty_like(source)
+    copies = [started(partial(target.copy_, source), args.device) for _ in range(13)]
+    finish(args.device)
+    rate = 2 * source.nbytes / median(copy() for copy in copies[3:]) / 1e6
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+    versions = ", ".join(f"{package} {installed(package)}" for package in packages)
+    tell(device=f"{name}; a copy reads and writes {rate:,.0f} GB/s\n{versions}")
+
+
+def installed(package: str) -> str:
+    """Its version, if there is one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def check(args: argparse.Namespace, *names: str) -> None:
+    """Groups of checks, each as far as one gets."""
+    for name in names:
+        try:
+            groups(args.device)[name]()
+        except Exception as error:
+            tell(check=name, passed=False, reason=in_a_line(error))
+
+
+def time_shape(args: argparse.Namespace, *shape: str) -> None:
+    """The tables of some tokens and hidden dimensions."""
+    end = time.monotonic() + args.seconds
+    tokens, hidden = map(int, shape)
+    vocabulary = VOCABULARY[args.device]
+    problem = Problem.draw(tokens, hidden, vocabulary, torch.bfloat16, args.device)
+    turned = problem.rows(torch.arange(tokens - 1, -1, -1, device=args.device))
+    for i, table in enumerate(TABLES):
+        left = end - time.monotonic()
+        rows: dict[str, Row] = {"all": {"reason": "no time left"}}
+        if left > args.seconds / 20:
+            until = time.monotonic() + left / (len(TABLES) - i)
+            rows = compare(table, [problem, turned], until, args)
+        for name, row in rows.items():
+            tell(table=table, tokens=tokens, hidden=hidden, variant=name, **row)
+
+
+def variants(table: str, weight: Tensor, *, peers: bool) -> dict[str, Head]:
+    """What a table compares."""
+    if table == TILINGS:
+        return {words(tiling): tiled(tiling) for tiling in CANDIDATES}
+    library = default_tiling(weight.device, weight.dtype)._replace(library=True)
+    found = {
+        OURS: fused,
+        f"{OURS}, again": fused,
+        f"{OURS}, library products": tiled(library),
+        "sage-select chunked": chunked,
+    }
+    left_out = {"cross_entropy of all logits", "CCE torch_compile", *found}  # the first two: slow
+    others = {name: head for name, head in VARIANTS.items() if name not in left_out}
+    return found | others if peers else found
+
+
+def tiled(tiling: Tiling) -> Head:
+    """The fused head with a tiling in its forward pass."""
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        with used(tiling):
+            return fused(hidden, weight, targets)
+
+    return head
+
+
+def compare(
+    table: str, problems: list[Problem], end: float, args: argparse.Namespace
+) -> dict[str, Row]:
+    """Look at each variant by itself, then time in turns all that could be run."""
+    problem, backward, device = problems[0], table == BOTH, args.device
+    exact = Case(problem.rows(slice(0, EXACT))).exact()
+    if backward:
+        exact += Case(problem.rows(slice(0, 64))).exact(backward=True)[1:2]
+    products = problem.products(backward=backward)
+    products(problem)  # the library takes memory of its own
+    calls: dict[str, Callable[[Problem], object]] = {"torch.mm": products}
+    rows: dict[str, Row] = {"torch.mm": {}}
+    for name, head in variants(table, problem.weight, peers=not args.no_peers).items():
+        results = partial(Problem.results, head=head, backward=backward)
+        try:
+            rows[name] = look_at(results, problem, exact, device)
+            calls[name] = results
+        except Exception as error:  # not installed, not for this device, out of memory
+            rows[name] = {"reason": in_a_line(error)}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    spans: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+    warm_up, rounds = ROUNDS[device]
+    end = max(end, time.monotonic() + 8)
+    for turn in range(warm_up + rounds):
+        for name in calls:
+            spans[name].append(started(partial(calls[name], problems[turn % 2]), device))
+        finish(device)
+        if time.monotonic() > end and turn >= warm_up + 4:
+            break
+    bare = median(span() for span in spans["torch.mm"][warm_up:])
+    flops = (3 if backward else 1) * 2 * problem.hidden.numel() * len(problem.weight)
+    for name, found in spans.items():
+        ms = median(span() for span in found[warm_up:])
+        rows[name] |= {"ms": ms, "x mm": ms / bare, "TFLOP/s": flops / ms / 1e9}
+        rows[name]["rounds"] = len(found) - warm_up
+    return rows
+
+
+def look_at(
+    results: Callable[[Problem], list[Tensor]], problem: Problem, exact: list[Tensor], device: str
+) -> Row:
+    """Memory and errors, and whether the same comes out again."""
+    tokens = len(problem.hidden)
+    some = slice(tokens // 3, tokens // 2)
+    found = results(problem)  # imports and compiles
+    again, memory = with_memory(partial(results, problem), device)
+    alone = results(problem.rows(some))
+    error = found[0][:EXACT].double() - exact[0]
+    row = {
+        "memory, MB": memory,
+        "max error": float(error.abs().max()),
+        "rms error": float(error.square().mean().sqrt()),
+        "of the sum": float(error.sum().abs()),
+        "repeats": "no" if differing(found[:2], again[:2]) else "yes",
+        "alone": "no" if differing([x[some] for x in found[:2]], alone[:2]) else "yes",
+    }
+    return row | ({"of gradient": apart([found[1][:64]], exact[1:])} if exact[1:] else {})
+
+
+def train_pair(args: argparse.Namespace) -> None:
+    """A step on a pair; its memory is that of all: weights, gradients, the optimizer's states."""
+    from engine import build_model, build_tokenizer, make_records
+
+    shape, tokens, dtype = PAIR[args.device]
+    prompt = 64
+
+    def step() -> tuple[float, float]:
+        with torch.device(args.device):
+            model = build_model(shape, 1, prompt + tokens, dtype, args.device)
+        vocabulary = model.config.vocab_size
+        pair = PreferenceDataset.from_records(
+            make_records(np.array([[prompt, tokens, tokens]]), vocabulary, seed=0),
+            tokenizer=build_tokenizer(vocabulary),
+            max_length=prompt + tokens,
+            on_bad="error",
+            show_progress=False,
+        )
+        reference = measure(model, pair, impl="fused", show_progress=False).to(args.device)
+        checkpoint_activations(model.train())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        start = time.perf_counter()
+        with updating(model, pair):
+            loss = nca(pair_logps(model, pair, impl="fused"), reference).sum()
+            torch.autograd.backward(loss)
+        optimizer.step()
+        finish(args.device)
+        return loss.item(), time.perf_counter() - start
+
+    finish(args.device)  # CUDA starts, and counts memory from here on
+    (loss, seconds), memory = with_memory(step, args.device)
+    tell(pair=shape, tokens=tokens, memory=memory / 1e3, seconds=seconds, loss=loss)
+
+
+def process(args: argparse.Namespace, seconds: float, *job: str) -> list[Row]:
+    """The rows of a job in a process of its own; and if it does not end well, one that says so."""
+    command = [sys.executable, __file__, "--device", args.device, "--seconds", str(seconds)]
+    command += ["--no-peers"] * args.no_peers + ["--job", *job]
+    limit = 2 * seconds + 60  # for what hangs; jobs mind the time themselves
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        try:
+            done = subprocess.run(command, stdout=out, stderr=err, timeout=limit, check=False)
+            err.seek(0)
+            code = done.returncode
+            why = f"{reason(err.read())} (status {code})" if code else ""
+        except subprocess.TimeoutExpired:
+            why = f"stopped after {limit:.0f} s"
+        out.seek(0)
+        rows = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
+    return [*rows, {"ended": job[:3], "reason": why}] if why else rows
+
+
+class Report:
+    """What was found, and said of it."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.rows: list[Row] = []
+        self.text: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Print it, and keep it."""
+        print(text, flush=True)
+        self.text.append(text)
+
+    def add(self, rows: list[Row]) -> None:
+        """Keep rows, and say those that stand in no table."""
+        self.rows += rows
+        for row in rows:
+            if "device" in row:
+                self.say(row["device"])
+            elif "pair" in row:
+                self.say(f"\n{row['pair']}, a pair with responses of {row['tokens']:,} tokens: "
+                         f"{row['memory']:.1f} GB at the peak, {row['seconds']:.1f} s, "
+                         f"loss {row['loss']:.4f}")  # fmt: skip
+            elif "ended" in row:
+                self.say(f"FAIL  {' '.join(row['ended'])}: {row['reason']}")
+            elif "check" in row:
+                verdict = {True: "PASS", False: "FAIL", None: "SKIP"}[row.get("passed")]
+                found = row.get("reason") or f"{row['figure']:.1e}, at most {row['limit']:.0e}"
+                self.say(f"{verdict}  {row['check']}: {found}")
+        self.write()
+
+    def write(self) -> None:
+        """All so far: as text with tables, and as JSON."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "head_gpu.md").write_text("\n".join(self.text) + "\n")
+            (self.folder / "head_gpu.json").write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def make_checks(args: argparse.Namespace, report: Report, end: float) -> None:
+    """On a GPU several groups at once, each in a process; on a CPU one after the other, in one."""
+    gpu, names = args.device == "cuda", list(groups(args.device))
+
+    def found(job: list[str]) -> list[Row]:
+        left = end - time.monotonic()
+        if left < START:
+            return [{"check": name, "reason": "no time left"} for name in job]
+        return process(args, min(left, 60), "check", *job)
+
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if gpu else 1
+    with ThreadPoolExecutor(workers) as pool:
+        for rows in pool.map(found, [[name] for name in names] if gpu else [names]):
+            report.add(rows)
+
+
+def take_times(args: argparse.Namespace, report: Report, end: float) -> None:
+    """A process for each shape, with a share of the time after its size."""
+    shapes = SHAPES[args.device]
+    for i, (tokens, hidden) in enumerate(shapes):
+        sizes = [n * h + 5e7 for n, h in shapes[i:]]
+        share = (end - time.monotonic()) * sizes[0] / sum(sizes) - START
+        heading = f"{tokens:,} x {hidden:,} x {VOCABULARY[args.device]:,}, bfloat16"
+        if share < START:
+            report.say(f"\n{heading}: no time left")
+            continue
+        rows = process(args, share, "time_shape", str(tokens), str(hidden))
+        if "ended" in rows[-1] and not args.no_peers:
+            report.say(f"\n{heading}: {rows[-1]['reason']}; once more, without peers")
+            ours = argparse.Namespace(**vars(args) | {"no_peers": True})
+            rows = process(ours, share, "time_shape", str(tokens), str(hidden))
+        for name in TABLES:
+            some = [row for row in rows if row.get("table") == name]
+            report.say(f"\n{name}: {heading}\n\n{markdown(some)}")
+        report.add(rows)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table of what was measured, and below it why other things were not."""
+    cells = [["", *COLUMNS]]
+    for row in rows:
+        if "ms" in row:
+            found = [format(row[key], how) if key in row else "" for key, how in COLUMNS.items()]
+            cells.append([row["variant"], *found])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = [
+        f"| {' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])} |"
+        for line in cells
+    ]
+    missing = [f"{row['variant']}: {row['reason']}" for row in rows if "reason" in row]
+    return "\n".join(lines + [""] * bool(missing) + missing)
+
+
+def aims(rows: list[Row]) -> list[tuple[str, float, list[float]]]:
+    """What is not to be exceeded, and what was found."""
+    timed_rows = [row for row in rows if "ms" in row]
+
+    def ours(table: str, key: str, **where: int) -> list[float]:
+        wanted = {"table": table, "variant": OURS, **where}
+        return [row[key] for row in timed_rows if wanted.items() <= row.items()]
+
+    def over_peers(table: str) -> list[float]:
+        peers = [row for row in timed_rows if row["variant"].startswith(("TRL", "Liger"))]
+        return [
+            ms / peer["ms"]
+            for peer in peers
+            if peer["table"] == table
+            for ms in ours(table, "ms", tokens=peer["tokens"], hidden=peer["hidden"])
+        ]
+
+    return [
+        ("forward, hidden 1,536, x mm", 1.18, ours(FORWARD, "x mm", hidden=1536)),
+        ("forward, hidden 3,584, x mm", 1.12, ours(FORWARD, "x mm", hidden=3584)),
+        ("forward and backward, x 3 mm", 1.25, ours(BOTH, "x mm")),
+        ("forward, 32,768 tokens, MB", 8, ours(FORWARD, "memory, MB", tokens=32_768)),
+        ("forward, sum of 8,192 tokens, nats", 0.005, ours(FORWARD, "of the sum")),
+        ("forward, x TRL's and Liger's times", 1, over_peers(FORWARD)),
+        ("forward and backward, x TRL's and Liger's times", 1, over_peers(BOTH)),
+        ("pair, GB", 80, [row["memory"] for row in rows if "pair" in row]),
+    ]
+
+
+def sum_up(report: Report) -> int:
+    """Say what became of the aims and the checks; how many failed."""
+    report.say("")
+    for name, limit, found in aims(report.rows):
+        verdict = "MET" if found and max(found) <= limit else "MISSED" if found else "-"
+        measured = f"{max(found):.3g}" if found else "not measured"
+        report.say(f"{verdict:8}{name}: {measured}, at most {limit:g}")
+    checks = [row.get("passed") for row in report.rows if "check" in row or "ended" in row]
+    ended = sum("ended" in row for row in report.rows)
+    failed, left_out = checks.count(False) + ended, checks.count(None) - ended
+    report.say(f"{checks.count(True)} checks passed, {failed} failed, {left_out} left out")
+    return failed
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    job.__name__: job for job in (describe, check, time_shape, train_pair)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["checks", "times", "pair", "all"], default="all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--minutes", type=float, default=10, help="for all parts together")
+    parser.add_argument("--no-peers", action="store_true", help="time this library alone")
+    parser.add_argument("--out", type=Path, help="folder for the report")
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)  # of a job
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)  # in a process of its own
+    args = parser.parse_args()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted is not (args.device == "cpu"):
+        parser.error("set TRITON_INTERPRET=1 with --device cpu, and only then")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; try --device cpu")
+    if args.job:
+        JOBS[args.job[0]](args, *args.job[1:])
+        return 0
+
+    end, report = time.monotonic() + 60 * args.minutes, Report(args.out)
+    parts = ["checks", "times", "pair"] if args.part == "all" else [args.part]
+    report.add(process(args, 60, "describe"))
+    if "checks" in parts:
+        make_checks(args, report, end if len(parts) == 1 else end - 60 * args.minutes * 0.55)
+    if "times" in parts:
+        take_times(args, report, end - PAIR_SECONDS * ("pair" in parts))
+    if "pair" in parts:
+        report.add(process(args, max(end - time.monotonic(), START), "train_pair"))
+    failed = sum_up(report)
+    report.write()
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
