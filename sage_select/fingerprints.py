@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 HASH_AT_ONCE = 1 << 26  # elements of a tensor brought to the CPU at once
 
@@ -60,12 +61,14 @@ def model_digest(model: nn.Module) -> str:
 
     Every byte of every parameter and persistent buffer counts, and so does its dtype. Adapters of a
     PEFT model do not: the fingerprint is that of the base model, which is what the reference is.
+    A sharded model has the fingerprint of the whole one; all of its processes must ask.
     """
     whole = hashlib.blake2b(digest_size=16)
     whole.update(digest(_settings(model)).encode())
     for name, tensor in sorted(_base_weights(model), key=lambda named: named[0]):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for piece in torch.split(tensor.detach().reshape(-1), HASH_AT_ONCE):
+        whole_tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for piece in torch.split(whole_tensor.detach().reshape(-1), HASH_AT_ONCE):
             whole.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
     return whole.hexdigest()
 

@@ -13,17 +13,24 @@ from sage_select.costs import Shape, Work, book, recording, shape_of
 from sage_select.heads import head_of, of_transformers
 from sage_select.ops.token_logps import Implementation, sequence_logps
 from sage_select.packing import Batch, Packing, attention_for, exclusive
+from sage_select.wrappers import is_sharded, unwrapped
 
 
-def forward_logps(model: nn.Module, batch: Batch, impl: Implementation = "auto") -> Tensor:
+def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto") -> Tensor:
     """Summed log-prob of each sequence's response, float64 [S], in the mode the model is in.
 
     The head is reached from inside the model's own forward, where its weight is whole even when
     it is sharded. There it sees the positions that predict response tokens, and no others.
 
+    Args:
+        through: The model, or a wrapper of it that exchanges gradients.
+        batch: The sequences.
+        impl: How the head's log-probs are computed.
+
     Raises:
         TypeError: If the model does not call its head once, with a state for each token.
     """
+    model = unwrapped(through)
     head = head_of(model)
     on_device = batch.to(device_of(model))
     shape = on_device.inputs["input_ids"].shape
@@ -53,7 +60,7 @@ def forward_logps(model: nn.Module, batch: Batch, impl: Implementation = "auto")
     with exclusive(model):
         hook = head.module.register_forward_pre_hook(score_instead)
         try:
-            call(model, on_device)
+            output = call(through, on_device)
         finally:
             hook.remove()
     if len(result) != 1:
@@ -63,19 +70,29 @@ def forward_logps(model: nn.Module, batch: Batch, impl: Implementation = "auto")
         )
     if recording():
         book(_executed(model, batch))
+    if torch.is_grad_enabled() and is_sharded(model):
+        # gradients must come in by the model's output, where FSDP2 waits to gather weights again
+        return result[0] + 0 * logits_of(output).sum()
     return result[0]
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns."""
+    logits: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    return logits
+
+
+def call(through: nn.Module, batch: Batch) -> Any:
     """The model's own output for a batch on its device.
 
     A module that is not of transformers gets token ids alone: padding on the right cannot reach the
     tokens before it.
     """
+    model = unwrapped(through)
     if not of_transformers(model):
-        return model(batch.inputs["input_ids"])
+        return through(batch.inputs["input_ids"])
     with attention_for(model, packed="packing" in batch.inputs):
-        return model(**batch.inputs)
+        return through(**batch.inputs)
 
 
 def recomputes(model: nn.Module) -> bool:

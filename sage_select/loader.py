@@ -13,6 +13,7 @@ from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array, hash_order
 from sage_select.pairs import Selection
 from sage_select.plan import Timeline
+from sage_select.processes import Processes
 from sage_select.selector import Selector
 
 State = dict[str, Any]
@@ -155,7 +156,7 @@ class SelectiveLoader:
             )
         if selection.rule != "all":
             self.tokens_scored += int(pool.num_tokens.sum())
-        if self.log is not None:
+        if self.log is not None and Processes.all().rank == 0:
             self.log.write(k, selection, pool.ids, run=self._run)
         if self.on_select is not None:
             self.on_select(k, selection)

@@ -1,25 +1,27 @@
 """Measuring: forward passes of a causal language model over pairs, to `PairLogps`."""
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import cast
 from warnings import warn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sage_select.costs import book, recording
+from sage_select.costs import BoolArray, book, recording
 from sage_select.dataset import PreferenceDataset, TokenSequence
 from sage_select.forward import autocast, forward_logps, known_shape, recomputes, undisturbed
 from sage_select.heads import head_of, text_config
 from sage_select.ops.token_logps import Implementation
 from sage_select.packing import Batch, pack, packed_attention, packs, pad
 from sage_select.pairs import PairLogps
+from sage_select.processes import Processes
 from sage_select.progress import progress_bar
 from sage_select.sequences import DistinctSequences, distinct_sequences
 from sage_select.trials import Layout, check_head, is_out_of_memory, packs_exactly
+from sage_select.wrappers import is_sharded, resharded, uncompiled, unwrapped
 
 
 def measure(
@@ -30,6 +32,7 @@ def measure(
     layout: Layout = "auto",
     impl: Implementation = "auto",
     mixed_precision: torch.dtype | None = None,
+    processes: Processes | None = None,
     show_progress: bool | None = None,
 ) -> PairLogps:
     """Summed log-probs of every response of a pool under a model: one forward-only pass.
@@ -50,10 +53,13 @@ def measure(
             model gives the same log-probs so, and else pads, with a warning.
         impl: How the head's log-probs are computed, see `token_logps`.
         mixed_precision: Autocast dtype of the body, as in training; the head stays in fp32.
+        processes: Those that share the work, all of which must call with the same pool; by default
+            every process that torch.distributed knows of. `Processes()` is this one alone.
         show_progress: False for no progress bar.
 
     Returns:
-        Log-probs of the pool's pairs, in its order, on the CPU.
+        Log-probs of the pool's pairs, in its order, on the CPU; the same bits in every process and
+        for any number of processes.
 
     Raises:
         TypeError: If the model has no output head to reach.
@@ -62,6 +68,7 @@ def measure(
             or a log-prob is not finite.
         MemoryError: If a single sequence does not fit in memory.
     """
+    processes = Processes.all() if processes is None else processes
     distinct = distinct_sequences(pool)
     logps = torch.zeros(len(distinct), dtype=torch.float64)
 
@@ -76,8 +83,11 @@ def measure(
         layout=layout,
         impl=impl,
         mixed_precision=mixed_precision,
+        processes=processes,
         show_progress=show_progress,
     )
+    # each log-prob comes from one process and is zero in the others, so the sum changes no bit
+    logps = processes.total(logps.to(processes.device)).cpu()
     return joined(pool, logps[distinct.of_pairs])
 
 
@@ -91,6 +101,7 @@ def measure_sequences(
     layout: Layout = "auto",
     impl: Implementation = "auto",
     mixed_precision: torch.dtype | None = None,
+    processes: Processes | None = None,
     desc: str = "scoring",
     show_progress: bool | None = None,
 ) -> None:
@@ -108,23 +119,33 @@ def measure_sequences(
         layout: How batches are laid out.
         impl: How the head's log-probs are computed.
         mixed_precision: Autocast dtype of the body.
+        processes: Those among which batches are dealt; each hands over those it measured.
         desc: What the progress bar says.
         show_progress: False for no progress bar.
     """
-    model = uncompiled(model)
-    _check_fit(model, distinct)  # a model that cannot be measured is refused before anything runs
+    processes = Processes.all() if processes is None else processes
+    model = unwrapped(model)
     new = np.ones(len(distinct), dtype=bool)
     new[list(known)] = False
+    _check_same(processes, distinct, new, max_batch_tokens)
+    _check_fit(model, distinct)  # a model that cannot be measured is refused before anything runs
     if not new.any():
         return
-    with undisturbed(model), autocast(model, mixed_precision):
+    sharded = is_sharded(model)
+    with resharded(model), undisturbed(model), autocast(model, mixed_precision):
         check_head(model, distinct.sequences([len(distinct) - 1])[0], impl)
         packed = packs_exactly(model, distinct.sequences([0]), layout, impl, max_batch_tokens)
+        # batches are composed before they are dealt: the same for any number of processes
+        batches = [b for b in distinct.batches(max_batch_tokens, packed=packed) if new[b].any()]
+        own = batches[processes.rank :: processes.size]
         if recording():
-            book(known_shape(model).needed(*distinct.needed(np.flatnonzero(new))))
+            mine = np.array([place for batch in own for place in batch if new[place]], np.int64)
+            book(known_shape(model).needed(*distinct.needed(mine)))
         limit = max_batch_tokens
-        with _Rates(distinct, int(distinct.lengths[new].sum()), desc, show_progress) as rates:
-            for batch in distinct.batches(max_batch_tokens, packed=packed):
+        total = int(sum(distinct.lengths[b][new[b]].sum() for b in own))
+        show = show_progress if processes.rank == 0 else False
+        with _Rates(distinct, total, desc, show, processes.size) as rates:
+            for batch in own:
                 waiting = [batch]
                 while waiting:
                     # parts, too, are composed before those that are known are left out
@@ -135,12 +156,44 @@ def measure_sequences(
                         continue
                     sequences = distinct.sequences(places)
                     found = _if_it_fits(model, pack(sequences) if packed else pad(sequences), impl)
-                    if found is None:
-                        limit = _smaller(distinct, part, packed)
-                        waiting = [part, *waiting]
-                    else:
+                    if found is not None:
                         on_batch(places, found)
                         rates.update(places)
+                        continue
+                    limit = _smaller(distinct, part, packed)
+                    if sharded and processes.size > 1:  # the others wait for this very forward
+                        raise MemoryError(
+                            "measure: processes that share a model's weights cannot make a batch "
+                            f"smaller one by one; begin with max_batch_tokens={limit}"
+                        )
+                    waiting = [part, *waiting]
+        if sharded and len(own) < len(batches[:: processes.size]):
+            # every process makes as many forward calls, or the others would wait for its weights
+            sequences = distinct.sequences([place for place in batches[-1] if new[place]])
+            forward_logps(model, pack(sequences) if packed else pad(sequences), impl)
+
+
+def _check_same(
+    processes: Processes, distinct: DistinctSequences, new: BoolArray, max_batch_tokens: int
+) -> None:
+    """All processes must be about to measure the same.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    said = hashlib.blake2b(str(max_batch_tokens).encode(), digest_size=7)
+    said.update(distinct.keys.tobytes())
+    said.update(new.tobytes())
+    facts = [len(distinct.pairs), len(distinct), int.from_bytes(said.digest())]
+    every = processes.agree(facts)
+    for rank, facts in enumerate(every):
+        if facts != every[0]:
+            raise ValueError(
+                f"measure: process {rank} came with {facts[0]} pairs of {facts[1]} responses, "
+                f"process 0 with {every[0][0]} of {every[0][1]}, or with others; processes that "
+                "measure together need the same pool, budget and reference store. To measure in "
+                "one process alone, pass processes=Processes()"
+            )
 
 
 def _smaller(distinct: DistinctSequences, places: list[int], packed: bool) -> int:
@@ -183,10 +236,16 @@ class _Rates:
     """A progress bar over tokens, of which there are as many in a second at the end as before."""
 
     def __init__(
-        self, distinct: DistinctSequences, total: int, desc: str, show: bool | None
+        self,
+        distinct: DistinctSequences,
+        total: int,
+        desc: str,
+        show: bool | None,
+        processes: int,
     ) -> None:
         self.lengths = distinct.lengths
-        self.pairs_per_token = len(distinct.pairs) / max(1, int(distinct.lengths.sum()))
+        pairs_per_token = len(distinct.pairs) / max(1, int(distinct.lengths.sum()))
+        self.pairs_per_token = pairs_per_token * processes
         self.bar = progress_bar(total, desc, "tokens", scaled=True, show=show)
 
     def __enter__(self) -> "_Rates":
@@ -244,7 +303,7 @@ def updating(
         layout: As in `measure`.
         mixed_precision: Autocast dtype of the forward pass.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     with autocast(model, mixed_precision):
         packed = packs_exactly(model, pairs.sequences(), layout, "auto")
     with packed_attention(model) if packed else nullcontext():
@@ -266,9 +325,9 @@ def response_logps(
         layout: How the batch is laid out.
         impl: How the head's log-probs are computed.
     """
-    model = uncompiled(model)
     if not sequences:
         return torch.zeros(0, dtype=torch.float64)
+    through, model = uncompiled(model), unwrapped(model)
     check_head(model, sequences[0], impl, again=False)
     packed = packs_exactly(model, sequences, layout, impl)
     if packed and torch.is_grad_enabled() and recomputes(model) and not packs(model):
@@ -281,7 +340,7 @@ def response_logps(
         packed = False
     if recording():
         _book_needed(model, sequences)
-    return forward_logps(model, pack(sequences) if packed else pad(sequences), impl)
+    return forward_logps(through, pack(sequences) if packed else pad(sequences), impl)
 
 
 def _book_needed(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
@@ -292,11 +351,6 @@ def _book_needed(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
     shape = known_shape(model)
     needed = shape.needed(starts, lengths, first)
     book(needed * shape.passes if torch.is_grad_enabled() else needed)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile(model)` wraps: its compiled code does not see our hooks."""
-    return cast(nn.Module, getattr(model, "_orig_mod", model))
 
 
 def joined(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:

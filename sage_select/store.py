@@ -43,6 +43,7 @@ from sage_select.hashing import Float64Array, Int64Array
 from sage_select.measuring import joined, measure_sequences
 from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
+from sage_select.processes import Processes
 from sage_select.sequences import (
     DistinctSequences,
     Keys,
@@ -157,13 +158,15 @@ class ReferenceStore:
         Raises:
             ValueError: If pairs are missing and there is no model, or its weights have changed.
         """
+        processes = Processes.all()
         wanted = self.dataset if rows is None else self.dataset.take(rows)
-        known = self._known()[self._positions(wanted.index)]
-        if not np.isnan(known).any():
+        unknown = int(np.isnan(self._known()[self._positions(wanted.index)]).any(axis=1).sum())
+        self._check_shared(processes, unknown)
+        if not unknown:
             return 0
         if self.model is None:
             raise ValueError(
-                f"ReferenceStore: {int(np.isnan(known).any(axis=1).sum())} of {len(wanted)} pairs "
+                f"ReferenceStore: {unknown} of {len(wanted)} pairs "
                 "were never measured, and there is no model to measure them with; fill the store "
                 "first, with `sage-select store fill` or ReferenceStore(model, ...).fill()"
             )
@@ -177,10 +180,13 @@ class ReferenceStore:
         self._describe(self.model)
         distinct = distinct_sequences(wanted)
         found = np.flatnonzero(~np.isnan(_read_parts(self.folder).look_up(distinct.keys)))
-        measured = self._measure(distinct, set(found.tolist()))
+        self._measure(distinct, set(found.tolist()))
+        processes.agree([0])  # all have written
+        if processes.rank == 0:
+            _merge(self.folder)
         self._logps = None  # what was written is read back
-        _merge(self.folder)
-        return measured
+        self._check_shared(processes, len(self.missing()))
+        return len(distinct) - len(found)
 
     def take(self, rows: npt.ArrayLike, /) -> PairLogps:
         """The log-probs of these dataset rows, in the order asked for.
@@ -192,6 +198,11 @@ class ReferenceStore:
         wanted = self.dataset.take(rows)
         positions = self._positions(wanted.index)
         if np.isnan(self._known()[positions]).any():
+            if Processes.all().size > 1:  # the others may want other rows
+                raise ValueError(
+                    "ReferenceStore: log-probs are missing, and processes can only measure "
+                    "together; call fill() in all of them first"
+                )
             self.fill(wanted.index)
         logps = torch.from_numpy(self._known()[positions].T.copy())
         return joined(wanted, logps.reshape(-1))
@@ -211,7 +222,16 @@ class ReferenceStore:
             "head": f"{resolved(self._measures['impl'])} {ROUNDING}",
         }
 
-    def _measure(self, distinct: DistinctSequences, known: Collection[int]) -> int:
+    def _check_shared(self, processes: Processes, unknown: int) -> None:
+        """All processes must see the same files."""
+        every = [count for (count,) in processes.agree([unknown])]
+        if len(set(every)) > 1:
+            raise ValueError(
+                f"ReferenceStore: of the same pairs the processes miss {every}; their folder "
+                f"{self.folder} must be one that all of them share"
+            )
+
+    def _measure(self, distinct: DistinctSequences, known: Collection[int]) -> None:
         assert self.model is not None
         off = self.model.disable_adapter() if has_adapters(self.model) else nullcontext()  # type: ignore[operator]
         with off, phase("reference"), _Writer(self.folder) as writer:
@@ -223,7 +243,6 @@ class ReferenceStore:
                 desc="measuring the reference",
                 **self._measures,
             )
-        return len(distinct) - len(known)
 
     def _known(self) -> Float64Array:
         if self._logps is None:

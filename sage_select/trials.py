@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sage_select.dataset import TokenSequence
-from sage_select.forward import call, device_of, forward_logps, precision_of, undisturbed
+from sage_select.forward import (
+    call,
+    device_of,
+    forward_logps,
+    logits_of,
+    precision_of,
+    undisturbed,
+)
 from sage_select.heads import of_transformers
 from sage_select.ops.token_logps import Implementation
 from sage_select.packing import attention_of, pack, pad
@@ -66,8 +73,7 @@ def check_head(
     with undisturbed(model):
         found = forward_logps(model, piece, impl)[0]
         batch = piece.to(device_of(model))
-        output = call(model, batch)
-        logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+        logits = logits_of(call(model, batch))
         logps = logits[0, batch.predicts].float().log_softmax(-1)
         expected = logps.gather(-1, batch.targets[:, None]).sum()
     error = abs(float(expected) - float(found)) / len(batch.targets)

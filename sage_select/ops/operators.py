@@ -14,7 +14,8 @@ from torch import Tensor
 from sage_select.ops.chunked import ChunkedLogits
 from sage_select.ops.logits import IGNORED, Logits, backward, forward
 from sage_select.ops.products import wide
-from sage_select.ops.shards import Processes
+from sage_select.ops.shards import named_processes
+from sage_select.processes import Processes
 
 
 def first_wrong(target_N: Tensor, vocabulary: int) -> int:
@@ -114,7 +115,7 @@ def token_logps_operator(
     own_tokens: bool,
 ) -> tuple[Tensor, Tensor]:
     """Each token's log-prob and the logsumexp of its logits, both 0 where it is ignored."""
-    processes = Processes.of(group)
+    processes = named_processes(group)
     counts = _agreed(processes, weight_VH, target_N, start, own_tokens)
     keep_N = target_N != IGNORED
     hidden_nH, target_n = _kept(keep_N, hidden_NH, target_N)
@@ -152,7 +153,7 @@ def token_logps_backward_operator(
     own_tokens: bool,
 ) -> list[Tensor]:
     """The gradients of those of hidden, weight and bias that are needed."""
-    processes = Processes.of(group)
+    processes = named_processes(group)
     keep_N = target_N != IGNORED
     if group is None or own_tokens:
         # what weighs nothing in the loss is left out, too; the last bits of others may change with

@@ -1,0 +1,84 @@
+"""The processes of a run, and what they say to each other: all of them, in the same order."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Processes(NamedTuple):
+    """Those that share some work; just this one if there is no group."""
+
+    group: ProcessGroup | None = None
+
+    @classmethod
+    def all(cls) -> "Processes":
+        """Every process that torch.distributed knows of."""
+        known = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return cls(dist.group.WORLD if known else None)
+
+    @property
+    def rank(self) -> int:
+        """This one's place among them."""
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be for these processes to exchange them."""
+        if self.group is None or "cpu:" in dist.get_backend_config(self.group):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.group is not None:
+            dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
+        return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The maximum over processes."""
+        if self.group is None:
+            return x
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def agree(self, facts: list[int], device: torch.device | None = None) -> list[list[int]]:
+        """What every process says, by rank."""
+        if self.group is None:
+            return [facts]
+        own = torch.tensor(facts, device=device or self.device)
+        every = own.new_empty(self.size * len(facts))
+        dist.all_gather_into_tensor(every, own, group=self.group)
+        said: list[list[int]] = every.view(-1, len(facts)).tolist()
+        return said
+
+    def gathered(self, x: Tensor, counts: list[int]) -> Tensor:
+        """The rows of all processes, by rank."""
+        longest = max(counts)
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x
+        every = x.new_empty(len(counts) * longest, *x.shape[1:])
+        dist.all_gather_into_tensor(every, padded, group=self.group)
+        return torch.cat([every[i * longest :][:n] for i, n in enumerate(counts)])
+
+    def own_rows(self, x: Tensor, counts: list[int]) -> Tensor:
+        """This process's rows of what `gathered` puts together."""
+        return torch.split(x, counts)[self.rank]
+
+    def own_total(self, x: Tensor, counts: list[int]) -> Tensor:
+        """This process's rows of the sum over processes."""
+        longest = max(counts)
+        padded = x.new_zeros(len(counts), longest, *x.shape[1:])
+        for i, rows in enumerate(torch.split(x, counts)):
+            padded[i, : len(rows)] = rows
+        own = x.new_empty(longest, *x.shape[1:])
+        dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=self.group)
+        return own[: counts[self.rank]]

@@ -1,0 +1,82 @@
+"""What a model may be wrapped in: compiled, replicated, sharded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(model)`, whose code does not see hooks."""
+    return cast(nn.Module, getattr(model, "_orig_mod", model))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(model)` and DistributedDataParallel.
+
+    Compiled code does not see hooks. Gradients of a replica are exchanged by its wrapper alone, so
+    forward passes with gradients go through what `uncompiled` gives.
+
+    Raises:
+        TypeError: If weights are not whole inside the model's own forward, in a way that this
+            library knows how to get at.
+    """
+    inner: Any = uncompiled(model)
+    while True:
+        if isinstance(inner, FullyShardedDataParallel) or type(inner).__name__ == "DataParallel":
+            raise TypeError(
+                f"measure: {type(inner).__name__} is not supported; shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2), or replicate with "
+                "DistributedDataParallel"
+            )
+        if not isinstance(inner, DistributedDataParallel):
+            break
+        inner = uncompiled(inner.module)
+    _check_weights(inner)
+    module: nn.Module = inner
+    return module
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every process must take part in each forward pass."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def resharded(model: nn.Module) -> Iterator[None]:
+    """Weights that were gathered inside are let go afterwards.
+
+    The root of an FSDP2 model keeps its own, and would go on with them after the optimizer's step.
+    """
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse what is sharded in another way than by FSDP2."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise TypeError(
+                "measure: DeepSpeed's ZeRO stage 3 is not supported, since weights are gathered "
+                "module by module; use stage 2, or FSDP2"
+            )
+        if isinstance(parameter, DTensor) and not isinstance(model, FSDPModule):
+            raise TypeError(
+                f"measure: {name} is a DTensor, but {type(model).__name__} is not sharded by "
+                "fully_shard at its root; tensor parallelism is not supported. Call "
+                "fully_shard(model) on the root, too"
+            )
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 2:
+            raise TypeError(
+                f"measure: {name} is spread over a mesh of {parameter.device_mesh.ndim} "
+                "dimensions; FSDP2 with or without replicas is supported"
+            )
+        break
