@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 HASH_AT_ONCE = 1 << 26  # elements of a tensor brought to the CPU at once
@@ -123,8 +124,9 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if parts[-1] == "inv_freq" and f"{name.rpartition('.')[0]}.original_inv_freq" in unsaved:
             tensor = tensor[:0]  # long sequences may rewrite it from the original; its dtype counts
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape)
-        if tensor.numel() and place in seen:
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        place = (own.data_ptr(), tensor.dtype, tensor.shape)
+        if own.numel() and place in seen:
             continue
         seen.add(place)
         yield ".".join(parts), tensor
@@ -159,4 +161,6 @@ def _settings(model: nn.Module) -> Any:
     base = base.get_base_model() if has_adapters(base) else base
     config: Any = getattr(base, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    return [type(base).__qualname__, {k: v for k, v in settings.items() if k not in _NO_MATTER}]
+    # fully_shard gives a model a class of its own, made of FSDPModule and the model's
+    kind = type(base).__bases__[1] if isinstance(base, FSDPModule) else type(base)
+    return [kind.__qualname__, {k: v for k, v in settings.items() if k not in _NO_MATTER}]

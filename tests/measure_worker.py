@@ -1,0 +1,118 @@
+"""One process of several that measure together: leaves what it found in a folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import torch
+import torch.distributed as dist
+from small_models import few_pairs, small_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sage_select import Constant, ReferenceStore, Selector, measure, nca, sage
+from sage_select.fingerprints import model_digest
+from sage_select.measuring import pair_logps, updating
+from sage_select.processes import Processes
+
+BUDGET = 40  # tokens, so that there are more batches than processes, and not a multiple of them
+
+
+def replicated(name: str) -> nn.Module:
+    return DistributedDataParallel(small_model(name))
+
+
+def sharded(name: str, *, head_apart: bool = False) -> nn.Module:
+    model = small_model(name)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if head_apart:
+        fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+STRATEGIES = {
+    "DDP": lambda: replicated("llama"),
+    "FSDP2": lambda: sharded("llama"),
+    "FSDP2, tied": lambda: sharded("qwen2"),
+    "FSDP2, head apart": lambda: sharded("llama", head_apart=True),
+}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(getattr(model, "module", model).named_parameters())
+
+
+def results(strategy: str, folder: Path) -> dict[str, object]:
+    """Log-probs, a selection, a store and gradients."""
+    pairs = few_pairs()
+    model = STRATEGIES[strategy]()
+    if strategy != "DDP":
+        assert all(isinstance(x, DTensor) for x in model.parameters())
+    logps = measure(model, pairs, max_batch_tokens=BUDGET)
+    if strategy != "DDP":  # what was gathered is let go
+        assert all(isinstance(x, DTensor) for x in model.parameters())
+    inner = getattr(model, "module", model)
+    store = ReferenceStore(inner, pairs, folder=folder / strategy, max_batch_tokens=BUDGET)
+    measured = store.fill(), store.fill()
+    moved = logps._replace(chosen=logps.chosen - torch.arange(len(pairs)))
+    selector = Selector(sage, Constant(0.5), moved, lambda step: 0.0, skip_full=False)
+    kept = selector.select(model, pairs, step=0).indices
+
+    model.train()
+    processes = Processes.all()
+    own = pairs.take(pairs.index[processes.rank :: processes.size])
+    with updating(model, pairs):
+        losses = nca(pair_logps(model, own), moved.take(own.index))
+        (losses.sum() * processes.size / len(pairs)).backward()
+    return {
+        "logps": tuple(logps),
+        "store": tuple(store.take(pairs.index)),
+        "measured": measured,
+        "digest": model_digest(inner),
+        "kept": kept,
+        "gradients": {name: whole(x.grad) for name, x in parameters(model).items()},
+    }
+
+
+def refusals() -> dict[str, str]:
+    """What each process is told when they do not agree."""
+    pairs, rank = few_pairs(), dist.get_rank()
+
+    def told(model: nn.Module, pool, **options) -> str:
+        try:
+            measure(model, pool, **options)
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return "nothing"
+
+    broken = small_model("llama")
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[pairs.take([2]).sequences()[1].tokens[-2]] = torch.nan
+    model = small_model("llama")
+    return {
+        "other pools": told(model, pairs.take([0, 1, 2] if rank else [0, 1])),
+        "other budgets": told(model, pairs, max_batch_tokens=BUDGET + rank),
+        "not finite": told(broken, pairs, max_batch_tokens=BUDGET),
+        "alone": told(model, pairs.take([rank]), processes=Processes()),
+    }
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    report = {strategy: results(strategy, folder) for strategy in STRATEGIES}
+    if dist.get_world_size() > 1:
+        report["refusals"] = refusals()
+    torch.save(report, folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
