@@ -29,6 +29,7 @@ from sage_select.measuring import measure, pair_logps, updating
 from sage_select.metrics import preference_metrics
 from sage_select.ops.token_logps import Implementation
 from sage_select.pairs import PairLogps, Reference
+from sage_select.processes import Processes
 from sage_select.progress import progress_bar
 from sage_select.trials import Layout
 
@@ -176,7 +177,14 @@ def train(
         ValueError: If the loader was made for another model or precision, has handed out batches
             already, or the folder's run was trained with other settings.
         FloatingPointError: If a gradient is not finite.
+        NotImplementedError: If there are several processes.
     """
+    if Processes.all().size > 1:
+        raise NotImplementedError(
+            "train: updates are made by one process in this version, and torch.distributed knows "
+            f"of {Processes.all().size}; launch one, or write the loop yourself: `measure`, "
+            "`pair_logps` and `Selector.select` work under DDP and FSDP2"
+        )
     _check_belongs(model, loader, training, held_out)
     run = _Run(model, loader, training, Path(folder) if folder is not None else None)
     run.start(resume)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sage_select import Constant, ReferenceStore, Selector, measure, nca, sage
+from sage_select.adapters.plain import Training, train
 from sage_select.fingerprints import model_digest
 from sage_select.measuring import pair_logps, updating
 from sage_select.processes import Processes
@@ -100,7 +101,12 @@ def refusals() -> dict[str, str]:
     with torch.no_grad():
         broken.model.embed_tokens.weight[pairs.take([2]).sequences()[1].tokens[-2]] = torch.nan
     model = small_model("llama")
+    try:
+        train(model, [], pairs, None, Training())
+    except NotImplementedError as error:
+        refused = str(error)
     return {
+        "training": refused,
         "other pools": told(model, pairs.take([0, 1, 2] if rank else [0, 1])),
         "other budgets": told(model, pairs, max_batch_tokens=BUDGET + rank),
         "not finite": told(broken, pairs, max_batch_tokens=BUDGET),

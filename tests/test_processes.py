@@ -99,6 +99,10 @@ def test_gradients_are_those_of_one_process(run, alone, world, strategy):
         ("other budgets", r"need the same pool, budget.* pass processes=Processes\(\)"),
         ("not finite", r"pair .* \(row 0\) has log-probs nan and nan; the model's weights"),
         ("alone", "nothing"),
+        (
+            "training",
+            "updates are made by one process .* knows of [24]; launch one",
+        ),
     ],
 )
 def test_what_goes_wrong_is_said_by_all(run, world, case, words):
