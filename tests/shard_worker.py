@@ -72,6 +72,19 @@ def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, .
     logps = token_logps(h, w, targets[own], bias=b, impl=impl, shard=shard, **OPTIONS)
     finished("own tokens", logps, upstream[own], h, w, b)
 
+    # the last process has no tokens, so nobody asks it for their gradient
+    h, w, b = leaves(hidden[own], weight[rows], bias[rows])
+    h = h if len(h) else h.detach()
+    logps = token_logps(h, w, targets[own], bias=b, impl=impl, shard=shard, **OPTIONS)
+    logps.backward(upstream[own])
+    none = torch.zeros_like(hidden[own])
+    found["own tokens, of which some want no gradient"] = (
+        logps.detach(),
+        none if h.grad is None else h.grad,
+        w.grad,
+        b.grad,
+    )
+
     mesh = init_device_mesh("cpu", (world,))
     head = nn.Linear(HIDDEN, VOCABULARY)
     with torch.no_grad():
@@ -92,14 +105,24 @@ def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, .
     return found
 
 
+def compiled_first() -> torch.Tensor:
+    """From a graph, before anything else was asked of the processes."""
+    hidden, weight, targets, bias, _ = problem()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = slice(*bounds(VOCABULARY, world)[rank : rank + 2])
+    compiled = torch.compile(token_logps, backend="aot_eager", fullgraph=True)
+    shard = Shard(rows.start, dist.group.WORLD)
+    return compiled(hidden, weight[rows], targets, bias=bias[rows], shard=shard, **OPTIONS)
+
+
 def refusals(rank: int, world: int) -> dict[str, str]:
     """What each process is told when they do not fit; none is left waiting."""
     hidden, weight, targets, *_ = problem()
     rows = slice(*bounds(VOCABULARY, world)[rank : rank + 2])
 
-    def told(hidden, weight, targets, shard):
+    def told(hidden, weight, targets, shard, temperature=1.0):
         try:
-            token_logps(hidden, weight, targets, shard=shard)
+            token_logps(hidden, weight, targets, shard=shard, temperature=temperature)
         except ValueError as error:
             return str(error)
         return "nothing"
@@ -110,6 +133,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "other targets": told(hidden, weight[rows], targets.roll(rank), Shard(rows.start)),
         "fewer tokens": told(hidden[rank:], weight[rows], targets[rank:], Shard(rows.start)),
         "a gap": told(hidden, weight[rows], targets, Shard(rows.start + rank)),
+        "other options": told(hidden, weight[rows], targets, Shard(rows.start), 1.0 + rank),
         "no such token": told(hidden, weight[rows], wrong, Shard(rows.start, own_tokens=True)),
     }
 
@@ -117,7 +141,8 @@ def refusals(rank: int, world: int) -> dict[str, str]:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    report = {impl: results(impl, rank, world) for impl in ("chunked", "fused")}
+    report = {"compiled": compiled_first()}
+    report |= {impl: results(impl, rank, world) for impl in ("chunked", "fused")}
     if world > 1:
         report["refusals"] = refusals(rank, world)
     torch.save(report, Path(sys.argv[1]) / f"{rank}.pt")

@@ -39,7 +39,11 @@ TABLE = tilings.default_tiling
 def tiling(request, monkeypatch):
     """The small one of the interpreter, which has many tiles, unless a test asks for another."""
     chosen = TILINGS[getattr(request, "param", "small")]
-    monkeypatch.setattr(tilings, "default_tiling", lambda device, dtype: chosen)
+    # of fp32, a GPU's shared memory does not hold as much
+    for_fp32 = chosen._replace(rows=min(chosen.rows, 64), columns=32, depth=32, stages=1)
+    monkeypatch.setattr(
+        tilings, "default_tiling", lambda _, dtype: for_fp32 if dtype == torch.float32 else chosen
+    )
     monkeypatch.setattr(fused, "PRODUCT", (64, 160))
     return chosen
 
@@ -86,8 +90,9 @@ SHAPES = st.tuples(
 @given(SHAPES, st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_against_float64(tiling, shape, dtype, with_bias, capped, warm, strided):
     h, w, t = problem(*shape, dtype)
+    bias = torch.linspace(-1, 1, 2 * len(w), device=DEVICE).to(dtype)
     options = {
-        "bias": torch.linspace(-1, 1, len(w), device=DEVICE).to(dtype) if with_bias else None,
+        "bias": bias[:: 1 + strided][: len(w)] if with_bias else None,
         "softcap": 5.0 if capped else None,
         "temperature": 0.7 if warm else 1.0,
     }
@@ -212,6 +217,23 @@ def test_that_would_find_one_that_reads_its_neighbours(monkeypatch):
         lambda self, x, t: (sum_exp(self, x, t)[0] * (1 + 1e-6 * len(x)), None),
     )
     assert not bits_are_a_rows_own(*problem())
+
+
+@every_tiling
+@pytest.mark.parametrize("softcap", [30.0, 1e3, 1e5])
+def test_a_softcap_that_caps_next_to_nothing(tiling, softcap):
+    h, w, t = problem()
+    assert within_budget(logps(h, w, t, softcap=softcap), h, w, t, softcap=softcap)
+
+
+@every_tiling
+def test_certain_tokens_of_large_logits_are_certain(tiling):
+    h, w, _ = (x.round() for x in problem())  # whole numbers, whose products are exact
+    logits = 300 * h @ w.T
+    t = logits.argmax(dim=-1)
+    sure = logits.topk(2).values.diff().abs().squeeze(-1) > 0
+    assert sure.sum() > 5
+    assert logps(300 * h, w, t)[sure].abs().max() < 1e-6
 
 
 def test_the_probabilities_of_all_tokens_sum_to_one():

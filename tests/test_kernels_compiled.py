@@ -61,7 +61,7 @@ SPILL = ("LDL", "STL")
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KB that a program may have
 # The slopes of a tile, their targets and addresses are alive at once where they are made. Bytes a
 # thread, once a tile.
-SPILLED_BY_SLOPES = 256
+SPILLED_BY_SLOPES = 64
 
 
 def name_of(case: Case) -> str:

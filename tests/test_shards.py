@@ -18,6 +18,7 @@ WORKER = Path(__file__).with_name("shard_worker.py")
 CASES = [
     "same tokens",
     "own tokens",
+    "own tokens, of which some want no gradient",
     "DTensor, same tokens",
     "DTensor, replicated tokens",
     "DTensor, own tokens",
@@ -71,12 +72,18 @@ def test_the_same_as_undivided(run, expected, world, impl, case):
     # each process has its own rows of the weight's gradient, and together they are the whole
     assert close(torch.cat(weight), expected[2])
     assert close(torch.cat(bias), expected[3])
-    if case.endswith("own tokens"):
+    if "own tokens" in case:
         logps, hidden = [torch.cat(logps)], [torch.cat(hidden)]
     for found in logps:
         assert close(found, expected[0])
         assert torch.equal(found, logps[0])
     assert all(close(found, expected[1]) for found in hidden)
+
+
+@processes
+def test_a_graph_may_be_the_first_to_ask(run, expected, world):
+    for report in run(world):
+        assert close(report["compiled"], expected[0])
 
 
 @processes
@@ -95,6 +102,7 @@ def test_the_uneven_parts_are_uneven(world):
     [
         ("other targets", "have other targets than each other.*own_tokens=True"),
         ("fewer tokens", "have other targets than each other.*own_tokens=True"),
+        ("other options", "process 1 came with another impl.*temperature"),
         ("a gap", "process 1 has rows .* but those before it end at .*; shards follow"),
     ],
 )

@@ -44,7 +44,10 @@ class ChunkedLogits(Logits):
         """The vocabulary in blocks whose logits stay in the cache."""
         vocabulary = len(self.weight_VH)
         at_once = BLOCK_LOGITS.get(self.hidden_NH.device.type, BLOCK_LOGITS["cuda"])
-        width = max(256, at_once // max(len(self.hidden_NH), 1))
+        tall = max(len(self.hidden_NH), 1)
+        if self.weight_VH.dtype != wide(self.weight_VH.dtype):
+            tall = max(tall, self.weight_VH.shape[1])  # a block of the weight may be widened, too
+        width = max(256, at_once // tall)
         for start in range(0, vocabulary, width):
             yield slice(start, min(start + width, vocabulary))
 

@@ -70,6 +70,7 @@ class FusedLogits(Logits):
             hidden_NH = hidden_NH.contiguous()
         if weight_VH.stride(-1) != 1:
             weight_VH = weight_VH.contiguous()
+        bias_V = None if bias_V is None else bias_V.contiguous()
         return cls(hidden_NH, weight_VH, bias_V, softcap, temperature, tiling_of(weight_VH))
 
     def of_targets(self, target_N: Tensor) -> Tensor:
@@ -99,7 +100,9 @@ class FusedLogits(Logits):
     def blocks(self) -> Iterator[slice]:
         """The vocabulary in blocks of which all slopes are written down."""
         vocabulary, columns = len(self.weight_VH), self.tiling.columns
-        width = columns * max(1, SLOPES // columns // max(len(self.hidden_NH), 1))
+        # as many slopes, and half as many entries of the weight's gradient before they are rounded
+        tall = max(len(self.hidden_NH), 2 * self.weight_VH.shape[1])
+        width = columns * max(1, SLOPES // columns // tall)
         for start in range(0, vocabulary, width):
             yield slice(start, min(start + width, vocabulary))
 
@@ -130,6 +133,7 @@ class FusedLogits(Logits):
         anchored = anchor_N is not None
         results = {
             "ANCHORED": anchored,
+            "anchor_N": anchor_N,
             "sum_SN": self._new(parts, tokens),
             "maximum_SN": None if anchored else self._new(parts, tokens),
         }
@@ -137,7 +141,7 @@ class FusedLogits(Logits):
         self._run(
             sum_exp_kernel,
             cdiv(tokens, tiling.rows) * parts,
-            self._head() | self._tiles() | results | {"anchor_N": anchor_N, "PART": tiling.part},
+            self._head() | self._tiles() | results | {"PART": tiling.part},
         )
         whole = {"sum_N": sum_N, "maximum_N": maximum_N, "N": tokens, "S": parts, "ROWS": 128}
         self._run(fold_kernel, cdiv(tokens, 128), results | whole)

@@ -28,8 +28,15 @@ def _place(blocks_of_rows, across, GROUP: tl.constexpr):
 
 @triton.jit
 def _capped(logits, softcap):
-    """softcap tanh(z / softcap), by an exponential that ends at 0 or infinity as tanh at -+1."""
-    return softcap * (1 - 2 / (1 + tl.exp2(logits * (2 * LOG2_E / softcap))))
+    """softcap tanh(z / softcap), by an exponential that ends at 0 or infinity as tanh at -+1.
+
+    Near 0 that would cancel, and a series is exact.
+    """
+    x = logits / softcap
+    y = x * x
+    series = x + x * y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+    ends = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+    return softcap * tl.where(y < 0.0625, series, ends)
 
 
 @triton.jit
@@ -178,7 +185,15 @@ def sum_exp_kernel(
 
 @triton.jit(do_not_specialize=["N", "S"])
 def fold_kernel(
-    maximum_SN, sum_SN, maximum_N, sum_N, N, S, ANCHORED: tl.constexpr, ROWS: tl.constexpr
+    anchor_N,
+    maximum_SN,
+    sum_SN,
+    maximum_N,
+    sum_N,
+    N,
+    S,
+    ANCHORED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """The sums of all parts as one, added in their order."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -195,6 +210,9 @@ def fold_kernel(
             total *= tl.exp2((before - maximum) * LOG2_E)
             some *= tl.exp2((top - maximum) * LOG2_E)
         total += some
+    if ANCHORED:  # in units of log 2 the anchor was rounded, by the same for all terms
+        anchor = tl.load(anchor_N + rows, mask=known, other=0.0)
+        total *= tl.exp2(-tl.fma(anchor, LOG2_E, -(anchor * LOG2_E)))
     tl.store(sum_N + rows, total, mask=known)
     if not ANCHORED:
         tl.store(maximum_N + rows, maximum, mask=known)
@@ -280,18 +298,19 @@ def slope_kernel(
         hidden, weight, bias_V, block * ROWS, tile * COLUMNS, N, V, H, hidden_stride, weight_stride,
         softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    target = tl.load(target_N + rows, mask=known, other=-1)
+    target = tl.load(target_N + rows, mask=known, other=-1).to(tl.int32)
     grad = tl.load(grad_N + rows, mask=known, other=0.0) * inverse_temperature
     logsumexp = tl.load(logsumexp_N + rows, mask=known, other=0.0) * LOG2_E
     scale = inverse_temperature * LOG2_E
-    slope = tl.where(target[:, None] == columns[None, :], 1.0, 0.0)
-    slope -= tl.exp2(tl.fma(logits, scale, -logsumexp[:, None]))
-    slope *= grad[:, None]
+    slope = tl.exp2(tl.fma(logits, scale, -logsumexp[:, None])) * -grad[:, None]
+    slope += tl.where(target[:, None] == columns[None, :], grad[:, None], 0.0)
     if HAS_SOFTCAP:
-        share = logits / softcap
+        share = logits * (1 / softcap)
         slope *= 1 - share * share
-    at = slope_NB + rows.to(tl.int64)[:, None] * slope_stride + columns[None, :]
-    tl.store(at, slope.to(slope_NB.dtype.element_ty), mask=known[:, None] & (columns < V)[None, :])
+    corner = slope_NB + (block * ROWS).to(tl.int64) * slope_stride + tile * COLUMNS
+    at = tl.arange(0, ROWS)[:, None] * slope_stride + tl.arange(0, COLUMNS)[None, :]
+    slope = slope.to(slope_NB.dtype.element_ty)
+    tl.store(corner + at, slope, mask=known[:, None] & (columns < V)[None, :])
 
 
 @triton.jit
@@ -309,8 +328,7 @@ def tile_kernel(
 ):
     """Adds sum_j exp(z_j - anchor) over logits that exist already, [rows, V]; a row a program."""
     row = tl.program_id(0)
-    scale = inverse_temperature * LOG2_E
-    anchor = tl.load(anchor_N + row) * LOG2_E
+    anchor = tl.load(anchor_N + row)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for first in range(0, V, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -320,5 +338,6 @@ def tile_kernel(
             logits += tl.load(bias_V + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
             logits = _capped(logits, softcap)
-        total += tl.where(inside, tl.exp2(tl.fma(logits, scale, -anchor)), 0.0)
+        above = tl.fma(logits, inverse_temperature, -anchor)
+        total += tl.where(inside, tl.exp2(above * LOG2_E), 0.0)
     tl.store(sum_N + row, tl.load(sum_N + row) + tl.sum(total, axis=0))

@@ -5,6 +5,7 @@ see one node. Tokens that are ignored, or weigh nothing in the loss, are left ou
 are made.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -35,7 +36,12 @@ def check_targets(target_N: Tensor, vocabulary: int) -> None:
 
 
 def _agreed(
-    processes: Processes, weight_VH: Tensor, target_N: Tensor, start: int, own_tokens: bool
+    processes: Processes,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    start: int,
+    own_tokens: bool,
+    options: str,
 ) -> list[int]:
     """How many tokens each process scores; or an error, on all of them, if they do not fit."""
     if processes.group is None:
@@ -44,10 +50,18 @@ def _agreed(
     # one exchange says all, since a process that raised alone would leave the others waiting
     scored_N = target_N != IGNORED
     checksum = int((target_N * torch.arange(1, len(target_N) + 1, device=target_N.device)).sum())
-    facts = [int(scored_N.sum()), checksum, start, len(weight_VH)]
+    said = hashlib.blake2b(f"{own_tokens} {options}".encode(), digest_size=7).digest()
+    facts = [int(scored_N.sum()), checksum, start, len(weight_VH), int.from_bytes(said)]
     every = processes.agree(facts, target_N.device)
+    for process, fact in enumerate(every):
+        if fact[-1] != every[0][-1]:
+            raise ValueError(
+                f"token_logps: process {process} came with another impl, dtype, hidden size, "
+                "softcap, temperature, bias or own_tokens than process 0; processes that share a "
+                f"vocabulary need the same. Here it is {options}, own_tokens={own_tokens}"
+            )
     end = 0
-    for process, (_, _, first, rows) in enumerate(every):
+    for process, (_, _, first, rows, _) in enumerate(every):
         if first != end:
             raise ValueError(
                 f"token_logps: process {process} has rows {first} to {first + rows} of the "
@@ -57,7 +71,8 @@ def _agreed(
     if not own_tokens and len({tuple(fact[:2]) for fact in every}) > 1:
         raise ValueError(
             "token_logps: processes that share a vocabulary have other targets than each other; "
-            "give all the same tokens, or say Shard(..., own_tokens=True)"
+            "give all the same tokens, or say Shard(..., own_tokens=True), with weight.to_local() "
+            "where it is a DTensor"
         )
     wrong = processes.agree([first_wrong(target_N, end)], target_N.device)
     check_targets(target_N, end)
@@ -101,7 +116,13 @@ def _spread(some_n: Tensor, keep_N: Tensor) -> Tensor:
     return some_n.new_zeros(len(keep_N), *some_n.shape[1:]).index_put((keep_N,), some_n)
 
 
-@torch.library.custom_op("sage_select::token_logps", mutates_args=())
+# they ask for values, which a recording of CUDA graphs does not allow
+TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("sage_select::token_logps", mutates_args=(), **TAGS)
 def token_logps_operator(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -116,7 +137,11 @@ def token_logps_operator(
 ) -> tuple[Tensor, Tensor]:
     """Each token's log-prob and the logsumexp of its logits, both 0 where it is ignored."""
     processes = named_processes(group)
-    counts = _agreed(processes, weight_VH, target_N, start, own_tokens)
+    options = (
+        f"impl={impl}, hidden {hidden_NH.dtype} of {hidden_NH.shape[1]}, weight {weight_VH.dtype}, "
+        f"softcap={softcap}, temperature={temperature}, bias={bias_V is not None}"
+    )
+    counts = _agreed(processes, weight_VH, target_N, start, own_tokens, options)
     keep_N = target_N != IGNORED
     hidden_nH, target_n = _kept(keep_N, hidden_NH, target_N)
     if own_tokens:
@@ -136,6 +161,7 @@ def token_logps_operator(
     schema="(bool[] needed, Tensor grad, Tensor hidden, Tensor weight, Tensor targets, "
     "Tensor? bias, Tensor logsumexp, float? softcap, float temperature, str impl, int start, "
     "str? group, bool own_tokens) -> Tensor[]",
+    **TAGS,
 )
 def token_logps_backward_operator(
     needed: Sequence[bool],
@@ -160,11 +186,14 @@ def token_logps_backward_operator(
         # it, as products of other shapes add in another order
         keep_N &= grad_N != 0
     rows = _kept(keep_N, hidden_NH, target_N, grad_N, logsumexp_N)
+    need_hidden, need_weight, need_bias = needed
+    if group is not None:
+        # what one process needs, all must help with
+        every = processes.agree([len(rows[0]), need_hidden], target_N.device)
+        counts, need_hidden = [count for count, _ in every], any(need for _, need in every)
     if own_tokens:
-        counts = [count for (count,) in processes.agree([len(rows[0])], target_N.device)]
         rows = tuple(processes.gathered(x, counts) for x in rows)
     hidden_nH, target_n, grad_n, logsumexp_n = rows
-    need_hidden, need_weight, need_bias = needed
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logits = _logits(impl, hidden_nH, weight_VH, bias_V, softcap, temperature)
         gradients = backward(
@@ -175,7 +204,7 @@ def token_logps_backward_operator(
         hidden_grad = (
             processes.own_total(hidden_grad, counts) if own_tokens else processes.total(hidden_grad)
         )
-        hidden_grad = _spread(hidden_grad.to(hidden_NH.dtype), keep_N)
+        hidden_grad = _spread(hidden_grad.to(hidden_NH.dtype), keep_N) if needed[0] else None
     return [x for x in (hidden_grad, weight_grad, bias_grad) if x is not None]
 
 

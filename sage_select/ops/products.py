@@ -19,8 +19,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def takes_half(*factors: Tensor) -> bool:
     """Whether half-precision factors are multiplied as they are; elsewhere they are widened."""
-    half = (torch.float16, torch.bfloat16)
-    return WIDENS and all(x.is_cuda and x.dtype in half for x in factors)
+    dtypes = {x.dtype for x in factors}
+    half = dtypes in ({torch.float16}, {torch.bfloat16})
+    return WIDENS and half and all(x.is_cuda for x in factors)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from sage_select.processes import Processes
 
@@ -23,22 +24,19 @@ class Shard(NamedTuple):
     own_tokens: bool = False
 
 
-_groups: dict[str, ProcessGroup] = {}  # an operator of PyTorch takes no group, so it takes a name
-
-
 def named(group: ProcessGroup | None) -> str:
-    """The name by which `named_processes` finds a group."""
+    """The name by which an operator finds a group, since it takes none itself."""
     found = dist.group.WORLD if group is None else group
-    if found is None:
+    if not isinstance(found, ProcessGroup):
         raise ValueError(
             "token_logps: a shard of the vocabulary needs its processes; call "
-            "torch.distributed.init_process_group first"
+            "torch.distributed.init_process_group first, and give a group that has this process"
         )
     name: str = found.group_name
-    _groups[name] = found
     return name
 
 
 def named_processes(name: str | None) -> Processes:
     """The processes of a group's name; this one alone if there is none."""
-    return Processes(None if name is None else _groups[name])
+    # as PyTorch's own operators of collectives do
+    return Processes(None if name is None else _resolve_process_group(name))  # type: ignore[arg-type]

@@ -80,11 +80,15 @@ def tuned_tilings() -> dict[str, Tiling]:
     path = tilings_path()
     if not path.exists():
         return {}
-    return {key: Tiling(**tiling) for key, tiling in json.loads(path.read_text()).items()}
+    try:
+        return {key: Tiling(**tiling) for key, tiling in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"tilings: {path} cannot be read: {error}; delete it") from error
 
 
 def keep_tiling(key: str, tiling: Tiling) -> None:
     """Use a tiling from now on, in this process and later ones."""
+    tuned_tilings.cache_clear()  # others may have tuned in the meantime
     path = tilings_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     every = {known: kept._asdict() for known, kept in tuned_tilings().items()}

@@ -1,5 +1,6 @@
 """The two operations, checked and dispatched."""
 
+import math
 from typing import Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sage_select.ops.logits import IGNORED
-from sage_select.ops.operators import check_targets, token_logps_operator
+from sage_select.ops.operators import TAGS, check_targets, token_logps_operator
 from sage_select.ops.reference import token_logps_reference
 from sage_select.ops.shards import Shard, named
 
@@ -198,7 +199,7 @@ def sequence_logps(
     return total
 
 
-@torch.library.custom_op("sage_select::lengths", mutates_args=())
+@torch.library.custom_op("sage_select::lengths", mutates_args=(), **TAGS)
 def _lengths(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """int64 [S]; an operator, so that values are checked when compiled code runs, too."""
     lengths = cu_seqlens.diff().to(torch.int64)
@@ -242,7 +243,7 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"token_logps: bias must be [V] = [{len(weight)}], got {list(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"token_logps: softcap must be positive, got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"token_logps: temperature must be positive, got {temperature}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"token_logps: softcap must be positive and finite, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"token_logps: temperature must be positive and finite, got {temperature}")
