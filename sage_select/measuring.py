@@ -139,8 +139,9 @@ def measure_sequences(
         batches = [b for b in distinct.batches(max_batch_tokens, packed=packed) if new[b].any()]
         own = batches[processes.rank :: processes.size]
         if recording():
-            mine = np.array([place for batch in own for place in batch if new[place]], np.int64)
-            book(known_shape(model).needed(*distinct.needed(mine)))
+            # in their order, where those of one prompt stand together
+            mine = np.sort([place for batch in own for place in batch if new[place]])
+            book(known_shape(model).needed(*distinct.needed(mine.astype(np.int64))))
         limit = max_batch_tokens
         total = int(sum(distinct.lengths[b][new[b]].sum() for b in own))
         show = show_progress if processes.rank == 0 else False
