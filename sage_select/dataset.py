@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from warnings import warn
@@ -25,15 +25,18 @@ from sage_select.hashing import Float64Array, Int64Array, hash_order
 from sage_select.rows import checked_rows
 from sage_select.sources import iterate_records, read_records, rename, source_files
 from sage_select.tokenising import (
+    CHUNK_ROWS,
     FORMAT,
     INPUT,
     INPUT_AS_JSON,
     OWN_COLUMNS,
+    TOKEN_FIELDS,
     as_json,
     chunk_path,
     fields_of,
     read_table,
     set_aside_rows,
+    table_of_tokens,
     tokenised,
 )
 
@@ -199,6 +202,40 @@ class PreferenceDataset:
             show_progress=show_progress,
         )
         return cls._of([table for _, table in chunks], max_length, on_bad, "what was given")
+
+    @classmethod
+    def from_tokens(
+        cls, records: Any, *, max_length: int, on_bad: OnBad = "set_aside"
+    ) -> "PreferenceDataset":
+        """Take pairs that a trainer has tokenised, so that what is scored is what it trains on.
+
+        Args:
+            records: As for `from_records`, with the fields `prompt_ids`, `chosen_ids` and
+                `rejected_ids`, lists of tokens. Other fields become annotations, `pair_id` among
+                them the stable id; without it that is a hash of the text, if it is still there, or
+                of the tokens.
+            max_length: Tokens of prompt and response together; longer ones are cut at the end.
+            on_bad: "set_aside" keeps unusable rows apart, with their reasons; "error" refuses them.
+
+        Returns:
+            The pairs; `column("source_row")` says which row of the records each one was.
+
+        Example:
+            >>> row = {"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1]}
+            >>> PreferenceDataset.from_tokens([row], max_length=8)
+            PreferenceDataset(1 of 1 pairs, 0 rows set aside, max_length 8)
+        """
+        _check_options(max_length, on_bad, 0)
+        rows = iterate_records(records)
+        tables = []
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            if missing := [name for name in TOKEN_FIELDS if name not in chunk[0]]:
+                raise ValueError(
+                    f"PreferenceDataset.from_tokens: the records have no {', '.join(missing)}; "
+                    "they have " + ", ".join(chunk[0])
+                )
+            tables.append(table_of_tokens(chunk, max_length))
+        return cls._of(tables, max_length, on_bad, "what was given")
 
     @classmethod
     def _of(

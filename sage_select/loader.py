@@ -31,6 +31,9 @@ class SelectiveLoader:
     never scores an interval again, and repeats or loses no pair. Save it after an update, before
     the next batch is pulled.
 
+    With several processes each has a loader, and all pull the same batches: `dealt` says which of
+    a batch's pairs a process trains on.
+
     Args:
         selector: Decides what is kept.
         timeline: The plan, the keep schedule and the batch size.
@@ -39,6 +42,10 @@ class SelectiveLoader:
         seed: Key of the shuffle.
         log: Where decisions are put on disk before the first update that follows from them.
         on_select: Called with the interval and the selection, after it is on disk.
+
+    Attributes:
+        step: Batches handed out so far, which is optimizer steps taken. A host that fetches ahead
+            (`decided`) sets it to its own count before it asks for the state.
 
     Example:
         >>> for rows in loader:  # doctest: +SKIP
@@ -79,7 +86,8 @@ class SelectiveLoader:
         self.on_select = on_select
         self.step = 0
         self._scored = 0  # intervals scored so far
-        self._rows: Int64Array = np.empty(0, dtype=np.int64)  # kept and not yet handed out
+        self._rows: Int64Array = np.empty(0, dtype=np.int64)  # to train from step _first on
+        self._first = 0
         self.tokens_scored = 0
         self._run = _digest(
             *timeline.plan.pools,
@@ -99,13 +107,26 @@ class SelectiveLoader:
 
     def __iter__(self) -> Iterator[Int64Array]:
         """The batches that are still to come."""
+        for batches in self.decided():
+            for batch in batches:
+                self.step += 1
+                yield batch
+
+    def decided(self) -> Iterator[list[Int64Array]]:
+        """The batches that are still to come, together those that are decided together.
+
+        For hosts that fetch batches ahead: within a list nothing depends on the policy. Asking for
+        the next list scores the next pool, so ask when the last batch of this one is trained.
+        """
         size, pools = self.timeline.batch_size, self.timeline.plan.pools
         while self.step < len(self):
-            while len(self._rows) < size and self._scored < len(pools):
+            while len(rows := self._to_come()) < size and self._scored < len(pools):
                 self._begin_interval()
-            batch, self._rows = self._rows[:size], self._rows[size:]
-            self.step += 1
-            yield batch
+            whole = self._scored < len(pools)  # what is left over waits for the next interval
+            count = len(rows) // size if whole else -(-len(rows) // size)
+            after = self.step + count
+            yield [rows[i * size : (i + 1) * size] for i in range(count)]
+            self.step = after
 
     def metrics(self) -> dict[str, float]:
         """What a log should say of the interval under way; nothing before the first."""
@@ -120,12 +141,13 @@ class SelectiveLoader:
         }
 
     def state_dict(self) -> State:
-        """Where the run stands: plain numbers and lists."""
+        """Where the run stands after `step` updates: plain numbers and lists."""
         return {
             "run": self._run,
+            "batch_size": self.timeline.batch_size,
             "step": self.step,
             "scored": self._scored,
-            "rows": self._rows.tolist(),
+            "rows": self._to_come().tolist(),
             "tokens_scored": self.tokens_scored,
         }
 
@@ -136,11 +158,15 @@ class SelectiveLoader:
             ValueError: If the state belongs to other pairs, another plan, schedule, batch size,
                 seed or selector.
         """
-        _check_same_run(state, self._run)
-        self.step = state["step"]
+        _check_same_run(state, self._run, self.timeline.batch_size)
+        self.step = self._first = state["step"]
         self._scored = state["scored"]
         self._rows = np.asarray(state["rows"], dtype=np.int64)
         self.tokens_scored = state["tokens_scored"]
+
+    def _to_come(self) -> Int64Array:
+        """Rows that are decided and not yet handed out."""
+        return self._rows[(self.step - self._first) * self.timeline.batch_size :]
 
     def _begin_interval(self) -> None:
         k = self._scored
@@ -161,8 +187,28 @@ class SelectiveLoader:
         if self.on_select is not None:
             self.on_select(k, selection)
         shuffled = training_order(self.dataset.take(np.asarray(selection)), self.seed, k)
-        self._rows = np.concatenate([self._rows, shuffled])
+        self._rows, self._first = np.concatenate([self._to_come(), shuffled]), self.step
         self._scored += 1
+
+
+def dealt(batch: Int64Array, processes: Processes, micro_batch_size: int) -> list[Int64Array]:
+    """What this process trains on of a batch: one array of rows per forward and backward pass.
+
+    Every process gets as many arrays, since those that share a model's weights make each pass
+    together; of a short batch some may be empty.
+
+    Args:
+        batch: The rows of one optimizer step, over all processes.
+        processes: Those that train together.
+        micro_batch_size: Rows per process and pass.
+
+    Example:
+        >>> dealt(np.arange(7), Processes(), micro_batch_size=4)
+        [array([0, 1, 2, 3]), array([4, 5, 6])]
+    """
+    own = batch[processes.rank :: processes.size]
+    most = -(-len(batch) // processes.size)
+    return [own[i : i + micro_batch_size] for i in range(0, most, micro_batch_size)]
 
 
 def training_order(kept: PreferenceDataset, seed: int, interval: int) -> Int64Array:
@@ -222,11 +268,11 @@ class ShuffledLoader:
 
     def state_dict(self) -> State:
         """Where the run stands."""
-        return {"run": self._run, "step": self.step}
+        return {"run": self._run, "batch_size": self.batch_size, "step": self.step}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from where another loader of the same run stood."""
-        _check_same_run(state, self._run)
+        _check_same_run(state, self._run, self.batch_size)
         self.step = state["step"]
 
 
@@ -261,7 +307,13 @@ def _digest(*arrays: npt.NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def _check_same_run(state: State, run: str) -> None:
+def _check_same_run(state: State, run: str, batch_size: int) -> None:
+    if state["batch_size"] != batch_size:
+        raise ValueError(
+            f"load_state_dict: this run takes {state['batch_size']} pairs per optimizer step over "
+            f"all processes, and now they would be {batch_size}. Any number of processes can go on "
+            "with it if pairs per process x processes x accumulation steps stay as many"
+        )
     if state["run"] != run:
         raise ValueError(
             "load_state_dict: this state belongs to another run: the pairs, the plan, the keep "

@@ -15,9 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sage_select.adapters.plain import Training
+from sage_select.audit import SelectionLog
 from sage_select.config import ConfigError, SageConfig
 from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array
+from sage_select.loader import SelectiveLoader
 from sage_select.losses import LOSSES
 from sage_select.measuring import measure
 from sage_select.pairs import PairLogps, Reference, Score
@@ -312,6 +314,42 @@ def selector_of(
         seed=run.config.seed,
         no_signal=selection.no_signal,
     )
+
+
+def loader_of(
+    config: SageConfig,
+    pairs: PreferenceDataset,
+    model: Any,
+    reference: Reference,
+    *,
+    batch_size: int,
+    mixed_precision: torch.dtype | None = None,
+    log: SelectionLog | None = None,
+    show_progress: bool | None = None,
+) -> SelectiveLoader:
+    """Selection as described, for a trainer that has its own pairs, batch size and precision.
+
+    Args:
+        config: The description; of its training section only `epochs` is looked at.
+        pairs: The pairs to train on.
+        model: The policy, whatever `measure` takes.
+        reference: Log-probs of these pairs under the reference.
+        batch_size: Pairs per optimizer step over all processes.
+        mixed_precision: Autocast dtype of the trainer's updates.
+        log: Where decisions are put on disk.
+        show_progress: False for no progress bar.
+
+    Raises:
+        ConfigError: If a setting does not fit the data.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    precision = "none" if mixed_precision is None else names[mixed_precision]
+    training = config.training.model_copy(
+        update={"batch_size": batch_size, "mixed_precision": precision}
+    )
+    run = Run(config.model_copy(update={"training": training}), pairs, pairs, None)
+    selector = selector_of(run, reference, show_progress=show_progress)
+    return SelectiveLoader(selector, run.timeline, pairs, model, seed=config.seed, log=log)
 
 
 def measure_of(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -258,17 +258,55 @@ def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
         except BadRecord as bad:
             reasons[number] = str(bad)
     tokens = _tokenise(pairs, tokenizer, max_length, reasons)
-    used = [pairs[number] for number in tokens]
+    names = {n: (pair_id(pairs[n]), content_id(pairs[n].prompt)) for n in tokens}
+    return _table(rows, tokens, names, {n: pairs[n].scores for n in tokens}, reasons)
+
+
+TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
+    """The same of records that a trainer has tokenised, with `TOKEN_FIELDS`.
+
+    A pair's id is its field `pair_id`, or the hash of its text where that is still there, or else
+    of its tokens.
+    """
+    reasons: dict[int, str] = {}
+    tokens: dict[int, _Tokens] = {}
+    names: dict[int, tuple[str, str]] = {}
+    for number, row in enumerate(rows):
+        prompt, chosen, rejected = (list(row[name]) for name in TOKEN_FIELDS)
+        full = [prompt + chosen, prompt + rejected]
+        try:
+            tokens[number] = _cut(len(prompt), *full, max_length=max_length)
+        except BadRecord as bad:
+            reasons[number] = str(bad)
+            continue
+        try:
+            pair = checked_pair({name: row[name] for name in row if name not in TOKEN_FIELDS})
+        except BadRecord:
+            pair = Pair(prompt, chosen, rejected)
+        names[number] = (str(row.get("pair_id") or pair_id(pair)), content_id(pair.prompt))
+    return _table(rows, tokens, names, dict.fromkeys(tokens), reasons)
+
+
+def _table(
+    rows: list[Any],
+    tokens: "dict[int, _Tokens]",
+    names: dict[int, tuple[str, str]],
+    scores: Mapping[int, tuple[float, ...] | None],
+    reasons: dict[int, str],
+) -> pa.Table:
     columns = {
-        "pair_id": pa.array([pair_id(pair) for pair in used], pa.string()),
-        "prompt_id": pa.array([content_id(pair.prompt) for pair in used], pa.string()),
+        "pair_id": pa.array([names[n][0] for n in tokens], pa.string()),
+        "prompt_id": pa.array([names[n][1] for n in tokens], pa.string()),
         "row": pa.array(list(tokens), pa.int64()),
         "truncated": pa.array([t.truncated for t in tokens.values()], pa.bool_()),
         "prompt": pa.array([t.prompt for t in tokens.values()], _LIST),
         "chosen": pa.array([t.responses[0] for t in tokens.values()], _LIST),
         "rejected": pa.array([t.responses[-1] for t in tokens.values()], _LIST),
         "between": pa.array([t.responses[1:-1] for t in tokens.values()], pa.list_(_LIST)),
-        "scores": pa.array([pair.scores for pair in used], pa.list_(pa.float64())),
+        "scores": pa.array([scores[n] for n in tokens], pa.list_(pa.float64())),
     }
     for series in _annotations([rows[number] for number in tokens]):
         columns[series.name] = series.to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -282,7 +320,8 @@ def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
 
 
 def _annotations(rows: list[dict[str, Any]]) -> list[pl.Series]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in TEXT_FIELDS)
+    ours = {*TEXT_FIELDS, *TOKEN_FIELDS}
+    names = dict.fromkeys(name for row in rows for name in row if name not in ours)
     return [_series(str(name), [row.get(name) for row in rows]) for name in names]
 
 
@@ -442,9 +481,14 @@ def _split_and_cut(
     if start == 0:
         raise BadRecord("the prompt is empty, so the first response token has no context")
     ended = [row if end is None or row[-1] == end else [*row, end] for row in full]
-    responses = [row[start:max_length] for row in ended]
+    return _cut(start, *ended, max_length=max_length)
+
+
+def _cut(start: int, *full: list[int], max_length: int) -> _Tokens:
+    """Prompt and responses of full sequences, the responses cut to length."""
+    responses = [row[start:max_length] for row in full]
     if not all(responses):
         raise BadRecord("nothing is left of a response after truncation")
     if responses[0] == responses[-1]:
         raise BadRecord("the responses are identical after truncation")
-    return _Tokens(prompt[:start], responses, max(map(len, ended)) > max_length)
+    return _Tokens(full[0][:start], responses, max(map(len, full)) > max_length)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from arithmetic import build_tokenizer
 from sage_select import PreferenceDataset, nca_responses, tokenising
 from sage_select import dataset as dataset_module
 from sage_select.losses import response_weights
@@ -867,3 +868,47 @@ def test_real_pairs(data, stories):
     chosen = pairs.sequences()[0]
     assert chosen.tokens[0] == tokenizer.bos_token_id
     assert tokenizer.decode(chosen.tokens[1 : chosen.response_start]) == table["prompt"][0]
+
+
+def test_pairs_that_a_trainer_has_tokenised_are_the_same_pairs():
+    rows = [
+        {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "9", "clarity": "high"},
+        {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "4", "clarity": "low"},
+        {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "4", "clarity": "low"},
+        {"prompt": "7+3?", "chosen": "1", "rejected": "7+3=4", "clarity": "low"},
+    ]
+    ours = PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=9)
+    sequences = [(s.tokens.tolist(), s.response_start) for s in ours.sequences()]
+    tokenised_rows = [
+        {
+            **rows[source],
+            "prompt_ids": c[:start],
+            "chosen_ids": c[start:],
+            "rejected_ids": r[start:],
+        }
+        for source, (c, start), (r, _) in zip(
+            ours.column("source_row"), sequences[:3], sequences[3:], strict=True
+        )
+    ]
+    theirs = PreferenceDataset.from_tokens(tokenised_rows, max_length=9)
+    assert theirs.ids.tolist() == ours.ids.tolist()
+    assert theirs.column("prompt_id").to_list() == ours.column("prompt_id").to_list()
+    assert theirs.column("clarity").to_list() == ["high", "low", "low"]
+    for mine, other in zip(ours.sequences(), theirs.sequences(), strict=True):
+        assert mine.response_start == other.response_start
+        assert mine.tokens.tolist() == other.tokens.tolist()
+
+
+def test_what_a_trainer_tokenised_is_cut_named_and_set_aside():
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 1], "rejected_ids": [9, 1], "pair_id": "a"},
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 1], "rejected_ids": [7, 8, 9], "pair_id": "b"},
+        {"prompt_ids": [5] * 4, "chosen_ids": [7], "rejected_ids": [8], "pair_id": "c"},
+        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8], "pair_id": "a"},
+    ]
+    dataset = PreferenceDataset.from_tokens(rows, max_length=4)
+    assert dataset.ids.tolist() == ["a"]
+    assert [s.tokens.tolist() for s in dataset.sequences()] == [[5, 6, 7, 8], [5, 6, 9, 1]]
+    assert dataset.set_aside["source_row"].to_list() == [1, 2, 3]
+    with pytest.raises(ValueError, match="the records have no prompt_ids"):
+        PreferenceDataset.from_tokens([{"prompt": "?"}], max_length=4)

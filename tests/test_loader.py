@@ -20,7 +20,8 @@ from sage_select import (
     sage,
 )
 from sage_select.audit import SCHEMA_VERSION, SelectionLog
-from sage_select.loader import SelectiveLoader, ShuffledLoader
+from sage_select.loader import SelectiveLoader, ShuffledLoader, dealt
+from sage_select.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +163,44 @@ def test_a_state_of_another_run_is_refused(pairs):
         (plans[0], 0.5, 8, 1),
     ]:
         other = loader_of(pairs, Timeline(plan, Constant(keep), batch_size), Policy(), seed=seed)
-        with pytest.raises(ValueError, match="this state belongs to another run"):
+        words = "belongs to another run" if batch_size == 8 else "takes 8 pairs per .* would be 4"
+        with pytest.raises(ValueError, match=words):
             other.load_state_dict(state)
+
+
+def test_a_host_that_fetches_ahead_gets_the_same_batches(pairs):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
+    one_by_one = [rows.tolist() for rows in loader_of(pairs, timeline, Policy())]
+    ahead = loader_of(pairs, timeline, Policy())
+    assert [b.tolist() for batches in ahead.decided() for b in batches] == one_by_one
+    assert ahead.step == len(ahead)
+
+
+@pytest.mark.parametrize("taken", range(7))
+def test_a_host_that_fetches_ahead_resumes_where_it_stood(pairs, taken):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
+    whole = [rows.tolist() for rows in loader_of(pairs, timeline, Policy())]
+    loader, seen = loader_of(pairs, timeline, Policy()), 0
+    for batches in loader.decided():
+        seen += len(batches)
+        if seen > taken:  # killed somewhere in this list, all of which was fetched
+            break
+    loader.step = taken
+    resumed = loader_of(pairs, timeline, Policy())
+    resumed.load_state_dict(loader.state_dict())
+    assert [rows.tolist() for rows in resumed] == whole[taken:]
+
+
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 5))
+def test_a_batch_is_dealt_once_and_in_as_many_passes_everywhere(size, world, micro):
+    class Rank(Processes):
+        rank = property(lambda self: self.group)
+        size = property(lambda self: world)
+
+    shares = [dealt(np.arange(size), Rank(rank), micro) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert max(len(rows) for share in shares for rows in share) <= micro
+    assert sorted(np.concatenate([rows for share in shares for rows in share])) == [*range(size)]
 
 
 def test_a_state_of_another_selector_is_refused(pairs):

@@ -1,0 +1,145 @@
+"""What every host must do with the same run: a small one of SAGE, watched from outside.
+
+A host is a function `(Case) -> None` that trains in the processes it is called in. What happens is
+written down as it happens, one file per process and attempt, so that a killed process has left it.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from worlds import arithmetic_pairs, base
+
+from sage_select import Linear, PreferenceDataset, SageConfig
+
+PAIRS = 48
+BATCH = 4  # pairs per optimizer step over all processes, in two accumulation steps
+STEPS = 8
+FIRST_STEPS = (0, 3, 5, 7)  # updates before each interval's pool is measured
+KEPT = (12, 9, 7, 4)
+LEARNING_RATE = 1e-3
+BETA = 0.1
+SAVE_EVERY = 1
+
+
+def config() -> SageConfig:
+    """The run's description: what is selected, and when."""
+    return SageConfig(
+        beta=BETA,
+        selection={
+            "refresh_steps": 3,
+            "mix_start": (0.60, 0.35, 0.05),
+            "mix_end": (0.30, 0.40, 0.30),
+            "keep_start": 1.0,
+            "keep_end": 0.4,
+        },
+        training={"batch_size": BATCH, "epochs": 1},
+    )
+
+
+def policy() -> Any:
+    """The policy before training: the demo's, the same in every process."""
+    torch.manual_seed(0)
+    return deepcopy(base()[0]).float()
+
+
+def records() -> list[dict[str, Any]]:
+    """The pairs, as records."""
+    return list(arithmetic_pairs())[:PAIRS]
+
+
+def dataset() -> PreferenceDataset:
+    """The pairs, tokenised."""
+    return PreferenceDataset.from_records(records(), tokenizer=base()[1], max_length=64)
+
+
+def learning_rates() -> list[float]:
+    """Of each update: linear to zero over the exact total."""
+    rates = Linear(LEARNING_RATE, 0.0)
+    return [float(rates(step / STEPS)) for step in range(STEPS)]
+
+
+@dataclass
+class Case:
+    """One attempt at the run, in this process.
+
+    Attributes:
+        folder: Of the run; all processes and attempts share it.
+        strategy: "single", "ddp" or "fsdp2".
+        rank: This process.
+        world: How many there are.
+        attempt: Counts from 0; later ones resume.
+        die_after: Updates after which this process kills itself, with the checkpoint written.
+    """
+
+    folder: Path
+    strategy: str = "single"
+    rank: int = 0
+    world: int = 1
+    attempt: int = 0
+    die_after: int | None = None
+    updates: int = field(default=0, init=False)
+
+    @property
+    def per_process(self) -> int:
+        """Pairs of one forward pass, with two accumulation steps."""
+        return BATCH // (2 * self.world)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Write down that something happens now, after `updates` updates."""
+        path = self.folder / f"trace-{self.attempt}-{self.rank}.jsonl"
+        with path.open("a") as file:
+            file.write(json.dumps({"event": event, "step": self.updates, **facts}) + "\n")
+
+    def watch(self, optimizer: torch.optim.Optimizer, *, already: int = 0) -> None:
+        """Count and note updates; call it once the optimizer is there, and its state restored."""
+        self.updates = already
+
+        def before(optimizer: Any, *_: Any) -> None:
+            self.note("update", learning_rate=float(optimizer.param_groups[0]["lr"]))
+
+        def after(*_: Any) -> None:
+            self.updates += 1
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def trains(self, ids: Iterable[str], losses: Iterable[float] = ()) -> None:
+        """Note that these pairs go forward and backward now, in this process."""
+        self.note("train", ids=list(ids), losses=list(losses))
+
+    def measures(self, interval: int, kept: Iterable[str], model: Any) -> None:
+        """Note that a pool was measured just now, and in what state that left the model."""
+        self.note(
+            "measure",
+            interval=interval,
+            kept=list(kept),
+            training=all(module.training for module in model.modules()),
+            gradients=any(p.grad is not None for p in model.parameters()),
+            trainable=all(p.requires_grad for p in model.parameters()),
+        )
+
+    def dies_now(self) -> bool:
+        """Whether it is time to; call it when a checkpoint is on disk."""
+        return self.die_after is not None and self.updates >= self.die_after
+
+    def die(self) -> None:
+        """By SIGKILL, as a machine does."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish(self, weights: dict[str, torch.Tensor]) -> None:
+        """Leave the whole weights behind, by the names of the bare model."""
+        if self.rank == 0:
+            torch.save({n: w.cpu() for n, w in weights.items()}, self.folder / "weights.pt")
+
+
+def trace(folder: Path, attempt: int, rank: int) -> list[dict[str, Any]]:
+    """What a process of an attempt wrote down."""
+    path = folder / f"trace-{attempt}-{rank}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
