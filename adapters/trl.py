@@ -1,0 +1,689 @@
+"""The TRL host: SAGE on an ordinary `DPOTrainer`, which goes on to do all the rest.
+
+trainer -> its own tokens -> reference log-probs, handed over -> batches of what is selected
+
+TRL 0.24 to 1.x is supported; tests run with 0.24 (and transformers 4.57) and with 1.16.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import trl
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from sage_select.audit import SelectionLog
+from sage_select.config import ConfigError, SageConfig
+from sage_select.dataset import PreferenceDataset
+from sage_select.fingerprints import has_adapters
+from sage_select.loader import SelectiveLoader, dealt
+from sage_select.pairs import PairLogps, Reference
+from sage_select.processes import Processes
+from sage_select.runs import DTYPES, Run, loader_of, measure_of, store_of
+from sage_select.sequences import sequence_keys
+
+OLDEST, BEFORE = (0, 24), (2, 0)
+SIDES = ("prompt", "chosen", "rejected")
+LOSSES = {"nca": "nca_pair", "dpo": "sigmoid"}  # our names of TRL's losses
+UNKNOWN = PairLogps(*[torch.zeros(0, dtype=torch.int64)] * 5)  # a reference not measured yet
+
+
+def pairs_of(trainer: Any) -> PreferenceDataset:
+    """The pairs that a trainer has prepared, token by token as it will train on them.
+
+    A pair's id is its column `pair_id`, or else a hash: of its text where the trainer kept it, or
+    of its tokens. The column `source_row` says which row of `trainer.train_dataset` it is.
+
+    Args:
+        trainer: A `DPOTrainer`.
+
+    Raises:
+        TypeError: If it is another trainer.
+        ValueError: If its dataset or its settings are not supported, or no pair can be used.
+
+    Example:
+        >>> pairs = pairs_of(trainer)  # doctest: +SKIP
+        >>> strata = strata_from_judgments(
+        ...     pairs.column("clarity"), pairs.column("rejected_score")
+        ... )  # doctest: +SKIP
+    """
+    _check_trainer(trainer)
+    pairs = _tokens_of(trainer, trainer.train_dataset)
+    if aside := pairs.set_aside.height:
+        warn(
+            f"pairs_of: {aside} of {aside + len(pairs)} rows of the train dataset cannot be used "
+            f"and are not trained on: {_reasons(pairs)}",
+            stacklevel=2,
+        )
+    if getattr(trainer.args, "truncation_mode", "") == "keep_end":
+        for name in pairs.ids[pairs.column("truncated").to_numpy()][:1]:
+            raise ValueError(
+                f"pairs_of: pair {name} is longer than max_length={trainer.args.max_length}, and "
+                "truncation_mode='keep_end' cuts its start, where a reference would be another; "
+                "set truncation_mode='keep_start', or a larger max_length"
+            )
+    _check_collator(trainer, pairs)
+    return pairs
+
+
+def attach(
+    trainer: Any,
+    selection: SageConfig | SelectiveLoader,
+    *,
+    reference: Reference | None = None,
+    log: str | Path | None = None,
+    show_progress: bool | None = None,
+) -> SelectiveLoader:
+    """Have a trainer train on what SAGE selects, with its own loss, optimizer and everything else.
+
+    Reference log-probs are measured once, into the store, and handed to the trainer, for the train
+    dataset and those of the evaluation; its reference model is let go. A pool is scored with the
+    policy as it is after the update before, in all processes together. Checkpoints carry the
+    selection's state, and the trainer's log `selection/interval`, `selection/kept_share` and
+    `selection/tokens_scored`. Where a strategy for saving, evaluating or logging is "epoch", an
+    interval's end counts as one.
+
+    Args:
+        trainer: A `DPOTrainer` that has not trained yet. Any loss, LoRA policies and DDP are
+            supported, and policies that transformers shards when it loads them (FSDP2).
+        selection: What to select: a configuration, whose batch size, beta and precision are the
+            trainer's; or a loader made on `pairs_of(trainer)`.
+        reference: Log-probs of `pairs_of(trainer)` under the reference; by default they are
+            measured with `trainer.ref_model`, or with the policy, its adapters off.
+        log: Folder of the selection log; by default `selection` in the trainer's output folder.
+        show_progress: False for no progress bar.
+
+    Returns:
+        The loader. Its length is the exact number of updates.
+
+    Raises:
+        TypeError: If it is another trainer.
+        ImportError: If this version of TRL is not supported.
+        ConfigError: If the configuration contradicts the trainer, or does not fit the data.
+        ValueError: If the trainer has a setting that does not go with selection, or the run's last
+            batch cannot be dealt evenly.
+
+    Example:
+        >>> loader = attach(trainer, SageConfig())  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+    pairs = pairs_of(trainer)
+    folder = Path(trainer.args.output_dir) / "selection" if log is None else Path(log)
+    if isinstance(selection, SageConfig):
+        config = _agreed(selection, trainer)
+        loader = loader_of(
+            config,
+            pairs,
+            trainer.model,
+            UNKNOWN if reference is None else reference,
+            batch_size=config.training.batch_size,
+            mixed_precision=_precision(trainer),
+            log=SelectionLog(folder),
+            show_progress=show_progress,
+        )
+    elif isinstance(selection, SelectiveLoader):
+        loader = selection
+        config = _agreed(SageConfig(), trainer)
+        reference = loader.selector.reference if reference is None else reference
+        _check_loader(loader, pairs, trainer)
+        loader.log = SelectionLog(folder) if loader.log is None else loader.log
+    else:
+        raise TypeError(
+            "attach: selection must be a SageConfig, or a SelectiveLoader made on "
+            f"pairs_of(trainer), got {type(selection).__name__}"
+        )
+    _check_fits(loader, trainer)
+
+    def measured(pairs: PreferenceDataset) -> PairLogps:
+        return _reference_logps(trainer, pairs, config, show_progress)
+
+    known = measured(pairs) if reference is None else reference.take(loader.dataset.index)
+    loader.selector = replace(loader.selector, reference=known)
+    rows = pairs.column("source_row").to_numpy()
+    trainer.train_dataset = _with_logps(trainer.train_dataset, known, rows[known.index.numpy()])
+    trainer.eval_dataset = _evaluated(trainer, measured)
+    _use_logps(trainer)
+    batches = _Batches(trainer, loader, rows)
+    trainer.get_train_dataloader = batches.dataloader
+    trainer.log = batches.logging(trainer.log)
+    trainer.add_callback(SelectionState(loader))
+    trainer.args.ignore_data_skip = True  # the loader knows where it stands
+    trainer.args.logging_nan_inf_filter = False  # it would log a loss that is not finite as 0
+    return loader
+
+
+class SelectionState(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """What a checkpoint of the trainer says of the selection. `attach` adds it."""
+
+    def __init__(self, loader: SelectiveLoader | None = None) -> None:
+        self.loader = loader  # None in a copy that the trainer makes when it resumes
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        saved = None if self.loader is None else self.loader.state_dict()
+        return {"args": {}, "attributes": {"saved": saved}}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Go on where the checkpoint stands."""
+        if not isinstance(train_dataloader, _Batches):
+            raise ValueError(
+                "attach: the trainer does not train on the selection's batches; somebody has "
+                "replaced trainer.get_train_dataloader, or wraps what it returns"
+            )
+        self.loader = train_dataloader.loader
+        name = type(self).__name__
+        if not state.global_step:
+            if self.loader.step or self.loader.interval >= 0:
+                raise ValueError(
+                    "train: this selection has been trained already; build a new trainer and "
+                    "attach again, or go on with resume_from_checkpoint"
+                )
+        elif name in state.stateful_callbacks:
+            self.loader.load_state_dict(state.stateful_callbacks[name]["attributes"]["saved"])
+        else:
+            raise ValueError(
+                f"train: the checkpoint of step {state.global_step} says nothing of a selection, "
+                "so it was trained without one; start a new run from its weights instead of "
+                "resume_from_checkpoint"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """An update is done; where an interval ends, it ends like an epoch."""
+        assert self.loader is not None
+        self.loader.step = state.global_step
+        state.epoch = state.global_step / state.max_steps
+        if state.global_step in self.loader.timeline.first_step[1:]:
+            control.should_save |= args.save_strategy == "epoch"
+            control.should_evaluate |= args.eval_strategy == "epoch"
+            control.should_log |= args.logging_strategy == "epoch"
+
+
+class _Batches:
+    """A whole run's micro-batches of this process, as a trainer wants them: sized, in one epoch.
+
+    Args:
+        trainer: The trainer.
+        loader: What it trains on.
+        rows: The row of its dataset that each pair is.
+    """
+
+    def __init__(self, trainer: Any, loader: SelectiveLoader, rows: npt.NDArray[np.int64]) -> None:
+        self.trainer = trainer
+        self.loader = loader
+        self.rows = rows
+        self.train_dataset = trainer.train_dataset
+
+    def dataloader(self) -> "_Batches":
+        """What the trainer asks for when it begins; its settings may have been changed since."""
+        _check_trainer(self.trainer, attached=True)
+        if self.trainer.train_dataset is not self.train_dataset:
+            raise ValueError(
+                "train: trainer.train_dataset is not the one that SAGE was attached to; build a "
+                "new trainer with it and attach again"
+            )
+        _check_fits(self.loader, self.trainer)
+        return self
+
+    def __len__(self) -> int:
+        accumulation: int = self.trainer.args.gradient_accumulation_steps
+        return len(self.loader) * accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The micro-batches still to come; nothing happens before the first is asked for."""
+        args, processes = self.trainer.args, Processes.all()
+        self.loader.model = self.trainer.model_wrapped
+        dataset = self.trainer._remove_unused_columns(self.train_dataset, description="training")
+        shares = processes.size * args.gradient_accumulation_steps
+        for batches in self.loader.decided():
+            # made anew for each interval, so that nothing is fetched before it is decided
+            yield from DataLoader(
+                dataset,
+                batch_sampler=[
+                    self.rows[part].tolist()
+                    for batch in batches
+                    for part in dealt(batch, processes, len(batch) // shares)
+                ],
+                collate_fn=self.trainer.data_collator,
+                num_workers=args.dataloader_num_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+                generator=torch.Generator(),  # the global one belongs to the training
+            )
+
+    def logging(self, log: Callable[..., None]) -> Callable[..., None]:
+        """The trainer's `log`, with the selection's metrics beside those of training."""
+
+        def with_metrics(logs: dict[str, float], *more: Any, **named: Any) -> None:
+            if "loss" in logs:
+                logs |= {f"selection/{k}": v for k, v in self.loader.metrics().items()}
+            log(logs, *more, **named)
+
+        return with_metrics
+
+
+def _tokens_of(trainer: Any, dataset: Any, *, each: bool = False) -> PreferenceDataset:
+    """A prepared dataset's pairs; with `each`, also such as stand there twice."""
+    names = dict.fromkeys(dataset.column_names)
+    ends = "_ids" if "prompt_ids" in names else "_input_ids"
+    if missing := [side + ends for side in SIDES if side + ends not in names]:
+        raise ValueError(
+            f"attach: the trainer's dataset has no {', '.join(missing)}; it has "
+            f"{', '.join(names)}. Give attach a DPOTrainer that prepared its own dataset"
+        )
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+    def records() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(dataset.with_format(None)):
+            tokens = {f"{side}_ids": row.pop(side + ends) for side in SIDES}
+            for side in SIDES[1:]:  # the trainer wrote the end token into the text, too
+                if isinstance(row.get(side), str):
+                    row[side] = row[side].removesuffix(tokenizer.eos_token)
+            yield row | tokens | ({"pair_id": str(number)} if each else {})
+
+    longest = trainer.args.max_length
+    return PreferenceDataset.from_tokens(records(), max_length=longest or np.iinfo(np.int32).max)
+
+
+def _reasons(pairs: PreferenceDataset) -> str:
+    counts = pairs.set_aside["reason"].value_counts(sort=True).rows()
+    return ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+def _agreed(config: SageConfig, trainer: Any) -> SageConfig:
+    """The configuration with what the trainer decides; what is set in both must agree.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    args, precision = trainer.args, _precision(trainer)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    theirs = {
+        "beta": ("beta", args.beta),
+        "data.max_length": ("max_length", args.max_length),
+        "training.batch_size": (
+            "per_device_train_batch_size x gradient_accumulation_steps x processes",
+            _global_batch(trainer),
+        ),
+        "training.micro_batch_size": (
+            "per_device_train_batch_size",
+            args.per_device_train_batch_size,
+        ),
+        "training.mixed_precision": (
+            "bf16",
+            "none" if precision is None else names[precision],
+        ),
+        "training.learning_rate": ("learning_rate", args.learning_rate),
+        "training.weight_decay": ("weight_decay", args.weight_decay),
+        "training.max_grad_norm": ("max_grad_norm", args.max_grad_norm),
+    }
+    for setting, (name, value) in theirs.items():
+        ours = _set(config, setting)
+        if ours is not None and ours != value:
+            raise ConfigError(
+                f"attach: {setting} is {ours}, but the trainer's {name} is {value}; leave "
+                f"{setting} out of the configuration, or make them agree"
+            )
+    loss, losses = _set(config, "training.loss"), _losses(args)
+    if loss is not None and [LOSSES.get(loss)] != losses:
+        raise ConfigError(
+            f"attach: training.loss is {loss}, but the trainer's loss_type is {losses}; leave "
+            "training.loss out of the configuration, or set "
+            f"loss_type={LOSSES.get(loss, 'one that TRL has')!r}"
+        )
+    for setting in ("reference.model", "reference.file"):
+        if (given := _set(config, setting)) is not None:
+            raise ConfigError(
+                f"attach: {setting} is {given}, but the trainer brings its own reference model; "
+                "pass it to the trainer as ref_model, or log-probs to attach as reference"
+            )
+    training = {"batch_size": _global_batch(trainer)}
+    return config.model_copy(
+        update={
+            "beta": args.beta,
+            "training": config.training.model_copy(
+                update=training | {"mixed_precision": theirs["training.mixed_precision"][1]}
+            ),
+        }
+    )
+
+
+def _set(config: SageConfig, setting: str) -> Any:
+    """A setting that was set, by its dotted name; None where the default stands."""
+    section: Any = config
+    *sections, name = setting.split(".")
+    for part in sections:
+        section = getattr(section, part)
+    return getattr(section, name) if name in section.model_fields_set else None
+
+
+def _reference_logps(
+    trainer: Any, pairs: PreferenceDataset, config: SageConfig, show_progress: bool | None
+) -> PairLogps:
+    """Log-probs under what the trainer would take for the reference."""
+    own, measures = trainer.ref_model, measure_of(config, show_progress=show_progress)
+    if own is not None and has_adapters(own):
+        return measures(own, pairs)
+    if own is None and (adapter := _reference_adapter(trainer)) is not None:
+        with _with_adapter(trainer.model, adapter):
+            return measures(trainer.model, pairs)
+    model = trainer.model if own is None else own  # a policy's adapters are off in the store
+    store = store_of(Run(config, pairs, pairs, None), model, show_progress=show_progress)
+    store.fill()
+    return store.take(pairs.index)
+
+
+def _reference_adapter(trainer: Any) -> str | None:
+    """The adapter of a PEFT policy that is its reference, where it is not the base model."""
+    if hasattr(trainer, "ref_adapter_name"):  # TRL before 0.29
+        name: str | None = trainer.ref_adapter_name
+        return name
+    return "ref" if "ref" in getattr(trainer.model, "peft_config", {}) else None
+
+
+@contextmanager
+def _with_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """This adapter speaks inside; what is active and what is trained stay as they were."""
+    peft: Any = model
+    active, trained = peft.active_adapter, [p for p in model.parameters() if p.requires_grad]
+    peft.set_adapter(name)
+    try:
+        yield
+    finally:
+        peft.set_adapter(active)
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _with_logps(dataset: Any, logps: PairLogps, rows: npt.NDArray[np.int64]) -> Any:
+    """A dataset with the columns in which TRL looks for reference log-probs."""
+    for name in ("chosen", "rejected"):
+        column = np.full(len(dataset), np.nan)  # of rows that are never trained on
+        column[rows] = getattr(logps, name).numpy()
+        dataset = dataset.add_column(f"ref_{name}_logps", column)
+    return dataset
+
+
+def _evaluated(trainer: Any, measured: Callable[[PreferenceDataset], PairLogps]) -> Any:
+    """The evaluation's dataset or datasets, with reference log-probs."""
+
+    def with_reference(name: str, dataset: Any) -> Any:
+        pairs = _tokens_of(trainer, dataset, each=True)
+        if pairs.set_aside.height:
+            warn(
+                f"attach: {pairs.set_aside.height} rows of the {name} dataset cannot be used and "
+                f"are not evaluated on: {_reasons(pairs)}",
+                stacklevel=4,
+            )
+            dataset = dataset.select(pairs.column("source_row").to_list())
+        return _with_logps(dataset, measured(pairs), np.arange(len(pairs)))
+
+    given = trainer.eval_dataset
+    if given is None:
+        return None
+    if isinstance(given, dict):
+        return {name: with_reference(name, dataset) for name, dataset in given.items()}
+    return with_reference("eval", given)
+
+
+def _use_logps(trainer: Any) -> None:
+    """From now on the trainer reads reference log-probs from its datasets."""
+    if hasattr(trainer, "precompute_ref_logps"):
+        trainer.precompute_ref_logps = True
+    else:  # TRL before 0.29
+        trainer.precompute_ref_log_probs = True
+        trainer._precomputed_train_ref_log_probs = trainer._precomputed_eval_ref_log_probs = True
+    if trainer.ref_model is None:
+        return
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ValueError(
+            "evaluate: the reference model was let go once the trainer's datasets were measured; "
+            "give this dataset to the trainer as one of its eval_dataset, before attach"
+        )
+
+    trainer.ref_model = None
+    trainer.compute_ref_log_probs = gone  # which would measure the policy instead
+
+
+def _precision(trainer: Any) -> torch.dtype | None:
+    return torch.bfloat16 if trainer.args.bf16 else None
+
+
+def _losses(args: Any) -> list[str]:
+    return [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+
+
+def _global_batch(trainer: Any) -> int:
+    """Pairs per update, over all processes."""
+    args = trainer.args
+    pairs: int = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return pairs * Processes.all().size
+
+
+def _check_fits(loader: SelectiveLoader, trainer: Any) -> None:
+    """Every update must be dealt to processes and accumulation steps in equal parts.
+
+    Raises:
+        ValueError: If one cannot be.
+    """
+    size, batch = _global_batch(trainer), loader.timeline.batch_size
+    args, processes = trainer.args, Processes.all().size
+    if batch != size:
+        raise ValueError(
+            f"attach: the loader has {batch} pairs per update, but the trainer takes "
+            f"per_device_train_batch_size x gradient_accumulation_steps x processes = "
+            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
+            f"{processes} = {size}; make them agree"
+        )
+    share = args.gradient_accumulation_steps * processes
+    last = loader.timeline.total_kept % batch
+    if last % share:
+        raise ValueError(
+            f"attach: the run's last update has {last} pairs, which {processes} processes with "
+            f"{args.gradient_accumulation_steps} accumulation steps cannot share evenly; keep "
+            f"multiples of {share}: selection.multiple={share} in the configuration, or "
+            f"multiple={share} for Timeline and Selector"
+        )
+
+
+def _check_loader(loader: SelectiveLoader, pairs: PreferenceDataset, trainer: Any) -> None:
+    """A loader must have been made for these pairs, and measure as the trainer computes."""
+    theirs = loader.dataset
+    known = np.isin(theirs.index, pairs.index).all()
+    if not known or not np.array_equal(
+        sequence_keys(theirs).sequences, sequence_keys(pairs.take(theirs.index)).sequences
+    ):
+        raise ValueError(
+            "attach: the loader's pairs are not those of the trainer, token by token; make it on "
+            "pairs_of(trainer), or on rows of it"
+        )
+    precision, ours = loader.selector.mixed_precision, _precision(trainer)
+    if precision != ours:
+        raise ValueError(
+            f"attach: the loader's selector measures in {precision}, the trainer computes in "
+            f"{ours}; give the Selector measure=partial(measure, mixed_precision={ours})"
+        )
+
+
+def _check_collator(trainer: Any, pairs: PreferenceDataset) -> None:
+    """What the collator makes of the longest pair must be what is scored.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    longest = pairs.take(pairs.index[[int(pairs.num_tokens.argmax())]])
+    row = trainer.train_dataset.with_format(None)[int(longest.column("source_row")[0])]
+    batch = trainer.data_collator([row])
+    if "completion_mask" not in batch:  # TRL before 0.29 joins prompt and response later
+        return
+    for i, (tokens, start) in enumerate(longest.sequences()):
+        there = batch["attention_mask"][i].bool()
+        made = batch["input_ids"][i][there][: pairs.max_length]
+        mask = batch["completion_mask"][i][there][: pairs.max_length]
+        if not np.array_equal(made, tokens) or int(mask.argmax()) != start:
+            raise ValueError(
+                f"pairs_of: of pair {longest.ids[0]} the trainer's data_collator makes other "
+                "tokens than the dataset has, so they could not be scored as they are trained; "
+                "leave data_collator out, or have it cut and mask as DataCollatorForPreference does"
+            )
+
+
+def _check_trainer(trainer: Any, *, attached: bool = False) -> None:
+    """Refuse what does not go with selection, before anything is measured.
+
+    Raises:
+        ImportError: If this version of TRL is not supported.
+        TypeError: If it is not a DPOTrainer.
+        ValueError: If a setting does not fit, with the fix.
+    """
+    version = tuple(int(part) for part in trl.__version__.split(".")[:2])
+    if not OLDEST <= version < BEFORE:
+        raise ImportError(
+            f"attach: TRL {trl.__version__} is not supported; install one from "
+            f"{'.'.join(map(str, OLDEST))} on and before {'.'.join(map(str, BEFORE))}"
+        )
+    if not isinstance(trainer, trl.DPOTrainer):
+        raise TypeError(
+            f"attach: the trainer must be a DPOTrainer, got {type(trainer).__name__}; for a loop "
+            "of your own, iterate a SelectiveLoader"
+        )
+    is_attached = isinstance(getattr(trainer.get_train_dataloader, "__self__", None), _Batches)
+    if is_attached and not attached:
+        raise ValueError("attach: SAGE is attached to this trainer already; build a new trainer")
+    for wrong, what, fix in _refusals(trainer, attached):
+        if wrong:
+            raise ValueError(f"attach: {what}; {fix}")
+
+
+def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
+    """What is not supported: whether it is there, what it is, and what to do."""
+    args, data = trainer.args, trainer.train_dataset
+
+    def setting(name: str) -> Any:
+        return getattr(args, name, None)  # versions have different ones
+
+    yield (
+        args.num_train_epochs != 1,
+        f"num_train_epochs is {args.num_train_epochs:g}, and the selection's batches are one epoch",
+        "set num_train_epochs=1, and how often pairs are traversed with "
+        "SageConfig(training={'epochs': ...})",
+    )
+    yield (
+        args.max_steps > 0,
+        f"max_steps is {args.max_steps}, but the number of updates follows from the selection",
+        "leave max_steps out",
+    )
+    for name in ("dispatch_batches", "split_batches"):
+        yield (
+            getattr(args.accelerator_config, name),
+            f"accelerator_config has {name}, but each process takes its own share of a batch",
+            f"leave {name} out",
+        )
+    yield (
+        setting("auto_find_batch_size"),
+        "auto_find_batch_size changes the pairs per update while it runs",
+        "set per_device_train_batch_size to what fits, and leave it out",
+    )
+    yield (
+        setting("group_by_length") or setting("train_sampling_strategy") not in (None, "random"),
+        "the trainer is told to order pairs (group_by_length or train_sampling_strategy), but the "
+        "selection does",
+        "leave it out",
+    )
+    yield (
+        args.n_gpu > 1,
+        f"one process sees {args.n_gpu} GPUs and would use DataParallel",
+        "launch with torchrun or accelerate, one process per GPU, or set CUDA_VISIBLE_DEVICES",
+    )
+    yield (
+        args.fp16,
+        "fp16 leaves updates out where gradients overflow, and the selection counts them",
+        "set bf16=True, or neither",
+    )
+    yield (
+        trainer.is_deepspeed_enabled,
+        "DeepSpeed is not supported",
+        "use DDP, or FSDP2 by from_pretrained(..., distributed_config=DistributedConfig(fsdp_size="
+        "...))",
+    )
+    yield (
+        trainer.is_fsdp_enabled or setting("fsdp"),
+        "FSDP by accelerate (fsdp=...) is not supported, and is silently DDP on CPUs",
+        "use DDP, or FSDP2 by from_pretrained(..., distributed_config=DistributedConfig(fsdp_size="
+        "...))",
+    )
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for kind, name in (("tensor", "tp"), ("context", "cp"), ("sequence", "sp")):
+        own = getattr(trainer.model, "_tp_size", None) if name == "tp" else None
+        size = max(getattr(parallel, f"{name}_size", None) or 1, own or 1)
+        yield (
+            size > 1,
+            f"{kind} parallelism ({name}_size={size}) is not supported",
+            f"set {name}_size=1 and use data parallelism",
+        )
+    yield (
+        not hasattr(data, "add_column") or not hasattr(data, "__len__"),
+        f"train_dataset is a {type(data).__name__}, which has no length and no rows to select",
+        "pass a datasets.Dataset",
+    )
+    images = "image" in data.column_names or "images" in data.column_names
+    yield (
+        getattr(trainer, "_is_vision_dataset", False) or images,
+        "pairs with images are not supported, since they cannot be measured",
+        "use pairs of text",
+    )
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    yield (
+        any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters),
+        "prompt tuning puts tokens of its own into a sequence, and cannot be measured",
+        "use LoRA, or train all weights",
+    )
+    yield (
+        args.sync_ref_model,
+        "sync_ref_model moves the reference, but its log-probs are measured once",
+        "set sync_ref_model=False",
+    )
+    yield (
+        setting("ld_alpha") is not None,
+        f"ld_alpha is {setting('ld_alpha')}, for which a response's summed log-prob is not enough",
+        "leave ld_alpha out",
+    )
+    yield (
+        "ipo" in _losses(args) and hasattr(trainer, "ref_adapter_name"),  # TRL before 0.29
+        f"the ipo loss of TRL {trl.__version__} averages log-probs, and would not the reference's",
+        "install TRL 0.29 or newer, or use another loss",
+    )
+    for name, why in (
+        ("use_liger_loss", "needs the reference model in every update"),
+        ("generate_during_eval", "needs the reference model in every evaluation"),
+        ("reference_free", "has no reference, which the score compares with"),
+    ):
+        yield (setting(name), f"{name} {why}", f"set {name}=False")
+    if attached:
+        return
+    given = [n for n in ("ref_chosen_logps", "ref_rejected_logps") if n in data.column_names]
+    yield (
+        args.precompute_ref_log_probs or given,
+        "the trainer has reference log-probs of its own (precompute_ref_log_probs, or columns "
+        "ref_chosen_logps and ref_rejected_logps), and they may be rounded otherwise",
+        "set precompute_ref_log_probs=False and leave the columns out: attach measures and keeps "
+        "them",
+    )
+    yield (
+        trainer.state.global_step > 0,
+        f"the trainer has made {trainer.state.global_step} updates, so its policy may be no "
+        "reference any more",
+        "attach before trainer.train(); a resumed run attaches before it, too",
+    )

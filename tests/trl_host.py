@@ -1,0 +1,124 @@
+"""The contract's run in TRL's `DPOTrainer`, with its own NCA loss."""
+
+from typing import Any
+
+from contract import BATCH, BETA, LEARNING_RATE, SAVE_EVERY, Case, config, policy, records
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+from worlds import base
+
+from arithmetic import BASE
+from sage_select import PreferenceDataset
+from sage_select.adapters.trl import attach, pairs_of
+
+SETTINGS = {
+    "beta": BETA,
+    "bf16": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "learning_rate": LEARNING_RATE,
+    "logging_steps": 1,
+    "loss_type": ["nca_pair"],
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "max_length": 64,
+    "num_train_epochs": 1,
+    "optim": "adamw_torch",
+    "report_to": "none",
+    "seed": 0,
+    "use_cpu": True,
+    "weight_decay": 0.0,
+}  # of the contract, and what keeps a small run on a CPU short
+
+
+def sharded(world: int) -> Any:
+    """The policy as transformers shards it while loading."""
+    from transformers.distributed import DistributedConfig
+
+    shards = DistributedConfig(fsdp_size=world)
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype="float32", distributed_config=shards)
+
+
+class Batches:
+    """Which pairs a trainer's batch holds, by their tokens."""
+
+    def __init__(self, pairs: PreferenceDataset) -> None:
+        self.pad = base()[1].pad_token_id
+        sides = [tuple(s.tokens.tolist()) for s in pairs.sequences()]
+        self.ids = dict(
+            zip(zip(sides[: len(pairs)], sides[len(pairs) :], strict=True), pairs.ids, strict=True)
+        )
+
+    def ids_of(self, batch: dict[str, Any]) -> list[str]:
+        chosen, rejected = (self.sequences(batch, side) for side in ("chosen", "rejected"))
+        return [str(self.ids[pair]) for pair in zip(chosen, rejected, strict=True)]
+
+    def sequences(self, batch: dict[str, Any], side: str) -> list[tuple[int, ...]]:
+        if "completion_mask" in batch:  # one half is chosen, the other rejected
+            half = batch["input_ids"].chunk(2)[side == "rejected"]
+            return [tuple(t for t in row if t != self.pad) for row in half.tolist()]
+        parts = zip(batch["prompt_input_ids"], batch[f"{side}_input_ids"], strict=True)
+        return [tuple(t for part in both for t in part.tolist() if t != self.pad) for both in parts]
+
+
+class Watch(TrainerCallback):
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def on_train_begin(self, args, state, control, optimizer=None, **_: Any) -> None:
+        self.case.watch(optimizer.optimizer, already=state.global_step)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        if self.case.dies_now():
+            self.case.die()
+
+
+def run(case: Case) -> None:
+    args = DPOConfig(
+        **SETTINGS,
+        output_dir=str(case.folder / "run"),
+        per_device_train_batch_size=case.per_process,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=SAVE_EVERY,
+        eval_strategy="steps",
+        eval_steps=5,
+    )
+    assert args.world_size == case.world
+    rows = Dataset.from_list(records())
+    fsdp2 = case.strategy == "fsdp2"
+    trainer = DPOTrainer(
+        model=sharded(case.world) if fsdp2 else policy(),
+        ref_model=sharded(case.world) if fsdp2 else None,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        processing_class=base()[1],
+        callbacks=[Watch(case)],
+    )
+    assert all(isinstance(p, DTensor) == fsdp2 for p in trainer.model.parameters())
+    pairs = pairs_of(trainer)
+    loader = attach(trainer, config(), log=case.folder / "selection", show_progress=False)
+    assert loader.timeline.batch_size == BATCH
+    batches, compute_loss = Batches(pairs), trainer.compute_loss
+
+    def noted(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        loss = compute_loss(model, inputs, *more, **named)
+        if model.training:
+            case.trains(batches.ids_of(inputs), [loss.item()])  # of the micro-batch, a mean
+        return loss
+
+    trainer.compute_loss = noted
+    loader.on_select = lambda interval, selection: case.measures(
+        interval, pairs.take(selection.indices).ids.tolist(), trainer.model
+    )
+    trainer.train(resume_from_checkpoint=case.attempt > 0)
+    case.finish(
+        {
+            name: weight.full_tensor() if isinstance(weight, DTensor) else weight
+            for name, weight in trainer.model.state_dict().items()
+        }
+    )
