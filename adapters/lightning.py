@@ -1,0 +1,547 @@
+"""The Lightning host: a callback that selects, and a module that trains on what was selected.
+
+`SageSelection` is all that an existing LightningModule needs; `PreferenceModule` is a small one of
+our own. Both are of the package `lightning`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import get_scheduler
+
+from sage_select.adapters.plain import Training, checkpoint_activations, shard
+from sage_select.dataset import PreferenceDataset
+from sage_select.forward import autocast
+from sage_select.hashing import Int64Array
+from sage_select.loader import SelectiveLoader, dealt
+from sage_select.measuring import check_updates, measure, pair_logps, updating
+from sage_select.metrics import preference_metrics
+from sage_select.packing import packed_attention, packs
+from sage_select.pairs import PairLogps
+from sage_select.processes import Processes
+from sage_select.store import ReferenceStore
+from sage_select.wrappers import is_sharded, whole
+
+AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
+"""The trainer's precisions that are supported, with the autocast dtype of each."""
+
+
+class Batches:
+    """A sized iterable for a trainer, which asks for its length and begins with it when it runs.
+
+    Lightning fetches nothing ahead from what has a length.
+
+    Args:
+        count: How many batches there are.
+        begin: Called when the first is wanted.
+    """
+
+    def __init__(self, count: Callable[[], int], begin: Callable[[], Iterator[Any]]) -> None:
+        self._count = count
+        self._begin = begin
+
+    def __len__(self) -> int:
+        return self._count()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._begin()  # a generator: nothing happens before the first batch is wanted
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: where a run stands is the callback's to say. Lightning warns without this."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing, likewise."""
+
+
+class MicroBatch(NamedTuple):
+    """What one process trains on in one forward and backward pass.
+
+    Attributes:
+        rows: int64, dataset rows.
+        weight: What the mean of their losses counts, in units of a pass of a full batch. It is 0
+            where a process has no pair left and makes the pass on any pair, for others wait for it.
+    """
+
+    rows: Int64Array
+    weight: float
+
+
+def held_out_batches(pairs: PreferenceDataset) -> Batches:
+    """Pairs for `PreferenceModule` to validate on: one batch, which all processes measure together.
+
+    Args:
+        pairs: Rows of the loader's dataset or beside them, `dataset.take(rows)`, whose reference
+            log-probs are known.
+
+    Example:
+        >>> len(held_out_batches(dataset.take(held_out)))  # doctest: +SKIP
+        1
+    """
+    return Batches(lambda: 1, lambda: iter([pairs]))
+
+
+class SageSelection(Callback):
+    """Lets a Lightning run train on the pairs that a loader selects.
+
+    `batches` are the train batches of the whole run for this process: one epoch, in
+    `accumulate_grad_batches` passes per optimizer step. An interval's pool is scored when its first
+    pass is due, with the policy as it is after all earlier updates. What is kept stands in the
+    checkpoints; a resumed run scores no interval again, and repeats or loses no pair.
+
+    A training step returns the mean loss of its pairs, as ever. Only passes of the run's last batch
+    may hold fewer pairs than others; the callback weighs their losses before the backward pass, so
+    that an update follows the mean over the pairs of its batch.
+
+    Strategies are those of one device, DDP, and FSDP2 (`ModelParallelStrategy`), with any number of
+    processes that divides the loader's batches; a run that some number of them began, another goes
+    on with.
+
+    Args:
+        loader: Batches over all processes. Its model is the Hugging Face model inside the
+            LightningModule. Where its reference is a store, what is missing is measured when `fit`
+            begins, with the model on the device it is on by then.
+        collate: Makes of some pairs what the LightningModule's `training_step` takes; by default it
+            gets a `MicroBatch`.
+
+    Attributes:
+        batches: For `Trainer.fit`, or to be returned by a `train_dataloader`.
+
+    Example:
+        >>> loader = loader_of(config, pairs, policy, reference, batch_size=16)  # doctest: +SKIP
+        >>> selection = SageSelection(loader)  # doctest: +SKIP
+        >>> trainer = Trainer(max_epochs=1, callbacks=[selection])  # doctest: +SKIP
+        >>> trainer.fit(PreferenceModule(loader, Training()), selection.batches)  # doctest: +SKIP
+
+    Raises:
+        TypeError: From `fit`, if its strategy or LightningModule is not supported.
+        ValueError: From `fit`, if the trainer would cut the run short, deal other batches, compute
+            in another precision than the selector, or go on with another run's checkpoint.
+    """
+
+    def __init__(
+        self,
+        loader: SelectiveLoader,
+        *,
+        collate: Callable[[PreferenceDataset], Any] | None = None,
+    ) -> None:
+        self.loader = loader
+        self.collate = collate
+        self.batches = Batches(self._count, self._passes)
+        self._trainer: Trainer | None = None
+        self._weight = 1.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would go wrong, before anything is computed."""
+        if stage != "fit":
+            return
+        self._trainer = trainer
+        _check_strategy(trainer)
+        _check_run(trainer, self.loader)
+        _check_precision(trainer, self.loader)
+        if not pl_module.automatic_optimization:
+            raise TypeError(
+                f"SageSelection: {type(pl_module).__name__} steps its optimizers itself "
+                "(automatic_optimization=False), so that nobody knows which pairs an update is "
+                "made of; return the loss from training_step instead"
+            )
+        if isinstance(self.loader.selector.reference, ReferenceStore):
+            self.loader.selector.reference.fill()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a model that is not the one to train, or that would drift apart."""
+        model = self.loader.model
+        if not any(module is model for module in pl_module.modules()):
+            raise ValueError(
+                "SageSelection: the loader scores pools with another model than "
+                f"{type(pl_module).__name__} trains; make the loader with the very model that the "
+                "module holds"
+            )
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        if sharded and not (is_sharded(model) and isinstance(model, FSDPModule)):
+            raise TypeError(
+                f"SageSelection: ModelParallelStrategy leaves it to {type(pl_module).__name__} to "
+                f"shard, and the {type(model).__name__} that is scored is not sharded at its root; "
+                "call shard(model, mesh=self.device_mesh['data_parallel']) in configure_model "
+                "(sage_select.adapters.plain.shard)"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse other batches than ours, and a start at another place than the loader's."""
+        if trainer.train_dataloader is not self.batches:
+            raise ValueError(
+                "SageSelection: the trainer was given other batches than the selected ones; call "
+                "trainer.fit(module, selection.batches), or return them from train_dataloader"
+            )
+        if trainer.global_step != self.loader.step:
+            raise ValueError(
+                f"SageSelection: the trainer stands at step {trainer.global_step}, the loader at "
+                f"{self.loader.step}; a run goes on with fit(ckpt_path=...) from a checkpoint that "
+                "was written with this callback, and begins with a new loader"
+            )
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Weigh a pass that holds fewer pairs than others."""
+        if self._weight != 1:
+            loss.mul_(self._weight)  # in place, since Lightning goes on with the loss it has
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log what is selected: the same in every process."""
+        metrics = self.loader.metrics().items()
+        pl_module.log_dict({f"selection/{name}": float(x) for name, x in metrics}, batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands after the optimizer steps taken so far."""
+        if self._trainer is None:
+            return {}
+        self.loader.step = self._trainer.global_step
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, if this is a fit."""
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self.loader.load_state_dict(state)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Begin an update that was under way from its first pass, in as many passes as now."""
+        if trainer.state.fn != "fit":
+            return
+        if self.state_key not in checkpoint["callbacks"]:
+            raise ValueError(
+                f"SageSelection: the checkpoint of step {checkpoint['global_step']} was written "
+                "without this callback, and does not say what was kept; go on from one that was, "
+                "or start over with its weights alone"
+            )
+        step = checkpoint["callbacks"][self.state_key]["step"]
+        passes = step * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["current"]["ready"] == passes:
+            return
+        progress["is_last_batch"] = step == len(self.loader)
+        for counts in (progress["current"], progress["total"]):
+            open_end = counts["processed"] - counts["completed"]  # it was written within a pass
+            counts.update(ready=passes, started=passes, processed=passes)
+            counts["completed"] = passes - open_end
+
+    def _count(self) -> int:
+        return len(self.loader) * self._attached().accumulate_grad_batches
+
+    def _passes(self) -> Iterator[Any]:
+        trainer, loader, processes = self._attached(), self.loader, Processes.all()
+        passes = trainer.accumulate_grad_batches
+        size = loader.timeline.batch_size // (processes.size * passes)
+        for batches in loader.decided():
+            for batch in batches:
+                own = dealt(batch, processes, size)
+                for rows in [*own, *[batch[:0]] * (passes - len(own))]:
+                    # Lightning divides by the passes, and gradients are averaged over processes
+                    self._weight = len(rows) * passes * processes.size / len(batch)
+                    micro = MicroBatch(rows if len(rows) else batch[:1], self._weight)
+                    pairs = loader.dataset.take(micro.rows)
+                    yield micro if self.collate is None else self.collate(pairs)
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()  # Lightning would in the next pass: scoring needs the room
+
+    def _attached(self) -> Trainer:
+        if self._trainer is None:
+            raise ValueError(
+                "SageSelection: its batches are asked for, but it is not among the trainer's "
+                "callbacks; use Trainer(callbacks=[selection]). Before fit only len(loader), the "
+                "optimizer steps, is known"
+            )
+        return self._trainer
+
+
+class PreferenceModule(LightningModule):
+    """Trains a loader's policy on the pairs that it selects: NCA with AdamW, by default.
+
+    Of the settings, those that are the Trainer's to say are not looked at: micro-batches,
+    precision, evaluations and checkpoints. A `gradient_clip_val` of the Trainer goes before
+    `max_grad_norm`.
+
+    Logs `loss`, `accuracy`, `margin` and the rewards over all pairs of each update, its
+    `gradient_norm`, and `held_out/loss` and so on for each validation.
+
+    Args:
+        loader: Its model is trained, `self.policy`; its reference is the loss's.
+        training: How to train.
+
+    Example:
+        >>> module = PreferenceModule(loader, Training(learning_rate=1e-6))  # doctest: +SKIP
+        >>> trainer.fit(module, selection.batches, held_out_batches(held_out))  # doctest: +SKIP
+    """
+
+    def __init__(self, loader: SelectiveLoader, training: Training) -> None:
+        super().__init__()
+        self.loader = loader
+        self.policy: nn.Module = loader.model
+        self.settings = training
+        self._packed = False
+        self._parts: list[Tensor] = []  # of the update under way: [pairs, logps and losses]
+
+    def configure_model(self) -> None:
+        """Shard the policy where the strategy is FSDP2."""
+        if self.device_mesh is not None and not isinstance(self.policy, FSDPModule):
+            shard(self.policy, mesh=self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and a schedule over the exact total of steps."""
+        settings, steps = self.settings, len(self.loader)
+        optimizer = torch.optim.AdamW(
+            [p for p in self.policy.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
+        scheduler = get_scheduler(
+            settings.schedule,
+            optimizer,
+            num_warmup_steps=round(settings.warmup_share * steps),
+            num_training_steps=steps,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Find out, on the device and in all processes together, how batches can be made."""
+        settings = self.settings
+        if settings.activation_checkpointing:
+            checkpoint_activations(self.policy)
+        if settings.compile_model:
+            self.policy.base_model.compile()  # type: ignore[union-attr]
+        self.policy.train()  # Lightning leaves modes as they are, and from_pretrained evaluates
+        check_updates(
+            self.policy,
+            self.loader.dataset,
+            layout=settings.layout,
+            impl=settings.impl,
+            mixed_precision=self._mixed_precision,
+        )
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """The mean loss of a micro-batch."""
+        settings, pairs = self.settings, self.loader.dataset.take(batch.rows)
+        with (
+            updating(
+                self.policy, pairs, layout=settings.layout, mixed_precision=self._mixed_precision
+            ),
+            autocast(self.policy, self._mixed_precision),
+        ):
+            self._packed = packs(self.policy)
+            policy = pair_logps(self.policy, pairs, layout=settings.layout, impl=settings.impl)
+        known = self.loader.selector.reference.take(batch.rows).to(policy.chosen.device)
+        losses = settings.loss(policy, known, beta=settings.beta)
+        if batch.weight:
+            columns = [x.detach().double().cpu() for x in (*policy, losses)]
+            self._parts.append(torch.stack(columns, dim=1))
+        return losses.mean()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward, in which a packed batch may need its attention again."""
+        with packed_attention(self.policy) if self._packed else nullcontext():
+            super().backward(loss, *args, **kwargs)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and log the update.
+
+        Raises:
+            FloatingPointError: If the gradient is not finite.
+            ValueError: If the Trainer clips by value.
+        """
+        if gradient_clip_algorithm == "value":
+            raise ValueError(
+                "PreferenceModule: gradients are clipped to a norm; leave out "
+                "Trainer(gradient_clip_algorithm='value')"
+            )
+        limit = self.settings.max_grad_norm if gradient_clip_val is None else gradient_clip_val
+        norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters(), limit)).item()
+        index, *logps, losses = Processes.all().joined(self._joined_parts()).T
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"PreferenceModule: the gradient of step {self.trainer.global_step} has norm "
+                f"{norm}; its rows are {index.long().tolist()}"
+            )
+        policy = PairLogps(index.long(), *logps)
+        self._log_all("", policy, losses, {"gradient_norm": norm}, on_step=True, on_epoch=False)
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Batches are rows or pairs; tokens go to the device when they are laid out."""
+        return batch
+
+    def validation_step(self, pairs: PreferenceDataset, batch_idx: int) -> None:
+        """Measure held-out pairs, which are the same in every process."""
+        settings = self.settings
+        with torch.inference_mode(False):  # what is gathered or cached meanwhile trains, too
+            policy = measure(
+                self.policy,
+                pairs,
+                layout=settings.layout,
+                impl=settings.impl,
+                mixed_precision=self._mixed_precision,
+                show_progress=False,
+            )
+        known = self.loader.selector.reference.take(pairs.index)
+        losses = settings.loss(policy, known, beta=settings.beta)
+        self._log_all("held_out/", policy, losses, {}, on_step=False, on_epoch=True, sync_dist=True)
+
+    @property
+    def _mixed_precision(self) -> torch.dtype | None:
+        return AUTOCASTS.get(str(self.trainer.precision))
+
+    def _joined_parts(self) -> Tensor:
+        parts, self._parts = self._parts, []
+        return torch.cat([torch.empty(0, len(PairLogps._fields) + 1, dtype=torch.float64), *parts])
+
+    def _log_all(
+        self,
+        prefix: str,
+        policy: PairLogps,
+        losses: Tensor,
+        others: dict[str, float],
+        **options: Any,
+    ) -> None:
+        known = self.loader.selector.reference.take(policy.index.numpy())
+        metrics = preference_metrics(policy, known, beta=self.settings.beta) | others
+        size = len(policy.index)
+        self.log(f"{prefix}loss", losses.mean().item(), prog_bar=True, batch_size=size, **options)
+        self.log_dict({prefix + name: x for name, x in metrics.items()}, batch_size=size, **options)
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which weights or gradients are not where this library looks."""
+    strategy = trainer.strategy
+    name, size = type(strategy).__name__, trainer.world_size
+    fsdp2 = f"ModelParallelStrategy(data_parallel_size={size}, tensor_parallel_size=1)"
+    if isinstance(strategy, FSDPStrategy):
+        raise TypeError(
+            f"SageSelection: {name} shards with FSDP1, whose weights cannot be scored; use "
+            f"strategy={fsdp2} (FSDP2)"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise TypeError(
+            f"SageSelection: {name} steps and accumulates by itself, and gathers weights module by "
+            f"module; use strategy={fsdp2} (FSDP2), or 'ddp'"
+        )
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise TypeError(
+            f"SageSelection: {name} is not supported; use one device, strategy='ddp', or "
+            f"strategy={fsdp2} (FSDP2)"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        parts = strategy.device_mesh["tensor_parallel"].size()
+        if parts > 1:
+            raise TypeError(
+                f"SageSelection: ModelParallelStrategy splits each layer over {parts} processes "
+                "(tensor parallelism, which is what 'auto' means), and that is not supported; use "
+                f"strategy={fsdp2}"
+            )
+
+
+def _check_run(trainer: Any, loader: SelectiveLoader) -> None:
+    """Refuse what would end the run early, run it twice, or make other batches of it."""
+    steps, size = len(loader), loader.timeline.batch_size
+    passes, processes = trainer.accumulate_grad_batches, trainer.world_size
+    changing = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
+    for callback in trainer.callbacks:
+        if isinstance(callback, changing):
+            raise ValueError(
+                f"SageSelection: {type(callback).__name__} changes the run while it goes on, whose "
+                "batches and schedule are planned beforehand; leave it out"
+            )
+    limit = trainer.limit_train_batches
+    cut = limit < (steps * passes if isinstance(limit, int) else 1.0)
+    once = trainer.reload_dataloaders_every_n_epochs == 0
+    for fits, setting, fix in (
+        (
+            trainer.max_epochs == 1,
+            f"max_epochs={trainer.max_epochs}",
+            "the batches are those of the whole run, whatever its epochs; set max_epochs=1",
+        ),
+        (
+            not 0 <= trainer.max_steps < steps,
+            f"max_steps={trainer.max_steps}",
+            f"the run has {steps} steps; leave it out",
+        ),
+        (
+            not trainer.overfit_batches,
+            f"overfit_batches={trainer.overfit_batches}",
+            "it would cut the run; leave it out",
+        ),
+        (
+            not cut,
+            f"limit_train_batches={limit}",
+            f"the run has {steps * passes} batches; leave it out, and fast_dev_run likewise",
+        ),
+        (
+            once,
+            "reload_dataloaders_every_n_epochs",
+            "the run goes through its batches once; leave it out",
+        ),
+        (
+            size % (passes * processes) == 0,
+            f"accumulate_grad_batches={passes}",
+            f"the loader's {size} pairs per optimizer step cannot be dealt to {processes} "
+            f"processes in {passes} passes; choose it so that {processes} x "
+            "accumulate_grad_batches divides them, or make a loader with another batch size",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"SageSelection: Trainer({setting}) does not fit: {fix}")
+
+
+def _check_precision(trainer: Trainer, loader: SelectiveLoader) -> None:
+    """Refuse another precision of updates than of measuring: it would pass for a changed policy."""
+    name = str(trainer.precision)
+    if name not in AUTOCASTS:
+        raise ValueError(
+            f"SageSelection: Trainer(precision={name!r}) is not supported; use 'bf16-mixed', or "
+            "'32-true', which leaves weights as they are: for weights in bfloat16, load the policy "
+            "so"
+        )
+    measures, scoring = loader.selector.measure, loader.selector.mixed_precision
+    ours = measures is measure or (isinstance(measures, partial) and measures.func is measure)
+    if ours and scoring != AUTOCASTS[name]:
+        raise ValueError(
+            f"SageSelection: Trainer(precision={name!r}) makes updates in {AUTOCASTS[name]}, but "
+            f"the selector measures in {scoring}; the difference would pass for a change of the "
+            f"policy. Make the loader with mixed_precision={AUTOCASTS[name]}, and the reference "
+            "likewise"
+        )

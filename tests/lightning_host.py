@@ -1,0 +1,96 @@
+"""The contract's run on Lightning."""
+
+from pathlib import Path
+from typing import Any
+
+from contract import BATCH, BETA, LEARNING_RATE, Case, config, dataset, policy
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sage_select import ReferenceStore
+from sage_select.adapters.lightning import MicroBatch, PreferenceModule, SageSelection
+from sage_select.adapters.plain import Training
+from sage_select.runs import loader_of
+
+
+class Watched(PreferenceModule):
+    """Notes which pairs it trains on."""
+
+    case: Case
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if batch.weight:
+            losses = self._parts[-1][:, -1].tolist()
+            self.case.trains(self.loader.dataset.take(batch.rows).ids, losses)
+        return loss
+
+
+class Watch(Callback):
+    """Watches the optimizer, from when its state is restored."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.case.strategy == "fsdp2":
+            assert all(isinstance(p, DTensor) for p in pl_module.parameters())
+        self.case.watch(trainer.optimizers[0], already=trainer.global_step)
+
+
+class Checkpoints(ModelCheckpoint):
+    """After each update; the process may die when one is written."""
+
+    case: Case
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if self.case.dies_now():
+            self.case.die()
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step."""
+    return max(folder.glob("step=*.ckpt"), default=None)
+
+
+def run(case: Case) -> None:
+    """Train the contract's run, or go on with it, in this process."""
+    model, pairs = policy(), dataset()
+    reference = ReferenceStore(model, pairs, folder=case.folder / "reference")
+    loader = loader_of(config(), pairs, model, reference, batch_size=BATCH, show_progress=False)
+    loader.on_select = lambda k, kept: case.measures(k, pairs.take(kept.indices).ids, model)
+    training = Training(LEARNING_RATE, BETA, warmup_share=0.0, weight_decay=0.0, max_grad_norm=1.0)
+    module = Watched(loader, training)
+    checkpoints = Checkpoints(
+        case.folder / "checkpoints", filename="{step:04d}", every_n_train_steps=1, save_top_k=-1
+    )
+    module.case = checkpoints.case = case
+    selection = SageSelection(loader)
+    sharded = ModelParallelStrategy(data_parallel_size=case.world, tensor_parallel_size=1)
+    elastic = case.world > 1
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=case.world,
+        strategy={"single": "auto", "ddp": "ddp", "fsdp2": sharded}[case.strategy],
+        plugins=[TorchElasticEnvironment() if elastic else LightningEnvironment()],
+        max_epochs=1,
+        accumulate_grad_batches=min(2, BATCH // case.world),
+        callbacks=[selection, Watch(case), checkpoints],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    resumed = newest(case.folder / "checkpoints") if case.attempt else None
+    trainer.fit(module, selection.batches, ckpt_path=resumed)
+    weights = {name: whole(x) for name, x in model.state_dict().items()}
+    case.finish(weights)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a weight that may be spread over processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
