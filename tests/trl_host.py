@@ -67,8 +67,12 @@ class Watch(TrainerCallback):
     def __init__(self, case: Case) -> None:
         self.case = case
 
-    def on_train_begin(self, args, state, control, optimizer=None, **_: Any) -> None:
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **_: Any) -> None:
         self.case.watch(optimizer.optimizer, already=state.global_step)
+        model.train()  # the trainer does so with each update only
+
+    def on_evaluate(self, args, state, control, model=None, **_: Any) -> None:
+        model.train()
 
     def on_save(self, *_: Any, **__: Any) -> None:
         if self.case.dies_now():
@@ -76,20 +80,20 @@ class Watch(TrainerCallback):
 
 
 def run(case: Case) -> None:
+    fsdp2 = case.strategy == "fsdp2"
     args = DPOConfig(
         **SETTINGS,
         output_dir=str(case.folder / "run"),
         per_device_train_batch_size=case.per_process,
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=2,
-        save_strategy="steps",
+        save_strategy="no" if fsdp2 else "steps",  # transformers resumes no model it has sharded
         save_steps=SAVE_EVERY,
         eval_strategy="steps",
         eval_steps=5,
     )
     assert args.world_size == case.world
     rows = Dataset.from_list(records())
-    fsdp2 = case.strategy == "fsdp2"
     trainer = DPOTrainer(
         model=sharded(case.world) if fsdp2 else policy(),
         ref_model=sharded(case.world) if fsdp2 else None,
