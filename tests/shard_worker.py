@@ -39,10 +39,9 @@ OPTIONS = {"softcap": 90.0, "temperature": 0.7}
 
 
 def bounds(total: int, parts: int) -> list[int]:
-    """Uneven parts, and nothing for the last process if there are several."""
-    return {1: [0, total], 2: [0, total, total], 4: [0, total // 5, total // 2, total, total]}[
-        parts
-    ]
+    """Uneven parts, and nothing for the last process of four."""
+    ends = {1: [], 2: [2 * total // 5], 4: [total // 5, total // 2, total]}
+    return [0, *ends[parts], total]
 
 
 def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -72,7 +71,7 @@ def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, .
     logps = token_logps(h, w, targets[own], bias=b, impl=impl, shard=shard, **OPTIONS)
     finished("own tokens", logps, upstream[own], h, w, b)
 
-    # the last process has no tokens, so nobody asks it for their gradient
+    # the last process of four has no tokens, so nobody asks it for their gradient
     h, w, b = leaves(hidden[own], weight[rows], bias[rows])
     h = h if len(h) else h.detach()
     logps = token_logps(h, w, targets[own], bias=b, impl=impl, shard=shard, **OPTIONS)

@@ -13,7 +13,9 @@ from torch._subclasses import FakeTensorMode
 from sage_select import measure, sequence_logps, token_logps
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to test")
-from sage_select.ops import fused, operators, tilings
+from triton.runtime.errors import OutOfResources
+
+from sage_select.ops import fused, operators, tilings, tuning
 from sage_select.ops.fused import FusedLogits
 from sage_select.ops.logits import backward
 from sage_select.ops.tilings import AMPERE, FLOAT32, HOPPER, INTERPRETER
@@ -252,13 +254,13 @@ def test_order_of_the_vocabulary_and_a_shift_of_all_logits_change_nothing():
 
 
 def test_rows_far_apart_in_memory():
-    """Offsets beyond 2^31 elements; of the memory between, nothing is touched."""
-    h, w, t = problem(2, 8, 3, torch.float16)
-    t[:] = torch.tensor([2, 1])
-    apart = 2**31 // 2 + 8
+    """Offsets beyond 2^31 elements, of strides below; of the memory between, nothing is touched."""
+    h, w, t = problem(3, 8, 3, torch.float16)
+    t[:] = torch.tensor([2, 1, 0])
+    apart = 2**30 + 8
     far_h, far_w = (
-        torch.empty((len(x) - 1) * 2 * apart + 8, dtype=x.dtype, device=DEVICE).as_strided(
-            x.shape, (2 * apart, 1)
+        torch.empty((len(x) - 1) * apart + 8, dtype=x.dtype, device=DEVICE).as_strided(
+            x.shape, (apart, 1)
         )
         for x in (h, w)
     )
@@ -501,6 +503,40 @@ def test_a_tiling_that_was_tuned_goes_before_the_table(monkeypatch, tmp_path):
         tilings.keep_tiling(tilings.key_of(weight), tiling)
     assert [tilings.tiling_of(weight) for weight in (head, other)] == kept
     assert tilings.tiling_of(problem()[1].cpu()) == INTERPRETER
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_the_fastest_tiling_that_is_right_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tilings.tuned_tilings.cache_clear()
+    table, slow, fast, wrong, large = (INTERPRETER._replace(group=i) for i in range(5, 10))
+    monkeypatch.setattr(tuning, "CANDIDATES", [slow, fast, wrong, large])
+    monkeypatch.setattr(
+        FusedLogits,
+        "of",
+        lambda h, w, *_: FusedLogits(h.as_subclass(torch.Tensor), w, None, None, 1.0, table),
+    )
+    sum_exp = FusedLogits.sum_exp
+
+    def planted(self, *args):
+        if self.tiling == large:
+            raise OutOfResources(2, 1, "shared memory")
+        return sum_exp(self, *args)[0] * (1.01 if self.tiling == wrong else 1), None
+
+    monkeypatch.setattr(FusedLogits, "sum_exp", planted)
+    milliseconds = {slow: 2.0, fast: 1.0, wrong: 0.5}
+    monkeypatch.setattr(tuning, "do_bench", lambda call: milliseconds[call.func.__self__.tiling])
+    h, w, _ = (x.cpu() for x in problem())
+    assert tune(h.as_subclass(OnAGpu), w) == {slow: 2.0, fast: 1.0}
+    tilings.tuned_tilings.cache_clear()  # as another process begins
+    assert tilings.tuned_tilings() == {tilings.key_of(w): fast}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU can be tuned")
