@@ -1,0 +1,409 @@
+"""The Lightning host: what it trains, what it refuses, and what a resumed run goes on with."""
+
+import re
+import warnings
+from copy import deepcopy
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from contract import BATCH, BETA, LEARNING_RATE, STEPS, config, dataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+from small_models import small_model
+
+from sage_select import PairLogps, Selection, measure, nca
+from sage_select.adapters.lightning import (
+    Batches,
+    MicroBatch,
+    PreferenceModule,
+    SageSelection,
+    held_out_batches,
+)
+from sage_select.adapters.plain import History, Training, train
+from sage_select.loader import SelectiveLoader
+from sage_select.runs import loader_of
+
+ODD = 46  # pairs, of which so many are kept that the last batch has three
+TRAINING = Training(learning_rate=LEARNING_RATE, beta=BETA, warmup_share=0.0, micro_batch_size=2)
+
+
+policy = partial(small_model, "qwen2")
+
+
+@cache
+def known() -> PairLogps:
+    return measure(policy(), dataset())
+
+
+class Selected(list[tuple[int, Selection]]):
+    """What was selected, in the order in which it was."""
+
+    def __call__(self, interval: int, selection: Selection) -> None:
+        self.append((interval, selection))
+
+
+def loader(
+    pairs: int = 48, *, reference: PairLogps | None = None, **options: Any
+) -> SelectiveLoader:
+    options = {"batch_size": BATCH, "show_progress": False, **options}
+    made = loader_of(
+        config(), dataset().take(range(pairs)), policy(), reference or known(), **options
+    )
+    made.on_select = Selected()
+    return made
+
+
+def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, **options}
+    return Trainer(callbacks=list(callbacks), **quiet, **options)
+
+
+def fit(
+    batches: SelectiveLoader,
+    *callbacks: Callback,
+    module: LightningModule | None = None,
+    collate: Any = None,
+    held_out: Any = None,
+    resume: Any = None,
+    **options: Any,
+) -> Trainer:
+    """A whole run, or what is left of it."""
+    selection = SageSelection(batches, collate=collate)
+    module = PreferenceModule(batches, TRAINING) if module is None else module
+    made = trainer(selection, *callbacks, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You defined a `validation_step`")
+        made.fit(module, selection.batches, held_out, ckpt_path=resume)
+    return made
+
+
+@cache
+def plain(pairs: int = 48) -> tuple[dict[str, torch.Tensor], History]:
+    """The weights and metrics of the same run in the plain loop."""
+    batches = loader(pairs)
+    history = train(batches.model, batches, dataset(), known(), TRAINING, show_progress=False)
+    return batches.model.state_dict(), history
+
+
+def difference(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> float:
+    return max(float((x - weights[name]).abs().max()) for name, x in model.state_dict().items())
+
+
+def saved(folder: Any, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **options)
+
+
+class Logged(Callback):
+    """What was logged, by update."""
+
+    def __init__(self) -> None:
+        self.updates: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step > len(self.updates):
+            self.updates.append({name: float(x) for name, x in trainer.callback_metrics.items()})
+
+
+@pytest.mark.parametrize("pairs", [48, ODD])
+def test_a_run_is_the_plain_loops_run_also_in_a_short_last_batch(pairs):
+    batches, logged = loader(pairs), Logged()
+    made = fit(batches, logged)
+    weights, history = plain(pairs)
+    assert made.global_step == len(batches) == len(history.steps)
+    assert made.num_training_batches == 2 * len(batches)
+    assert (history.steps[-1]["pairs"] < BATCH) == (pairs == ODD)
+    assert difference(batches.model, weights) < 1e-6
+    for ours, theirs in zip(logged.updates, history.steps, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+        for name in ("interval", "kept_share", "tokens_scored"):
+            assert ours[f"selection/{name}"] == pytest.approx(theirs[name])
+
+
+def test_the_test_above_can_fail():
+    class Unweighted(SageSelection):
+        def on_before_backward(self, *_):
+            pass
+
+    batches = loader(ODD)
+    selection = Unweighted(batches)
+    trainer(selection).fit(PreferenceModule(batches, TRAINING), selection.batches)
+    assert difference(batches.model, plain(ODD)[0]) > 1e-5
+
+
+class Own(LightningModule):
+    """A user's own module, which knows nothing of this library: logits, and plain sums."""
+
+    def __init__(self, model: Any, reference: PairLogps) -> None:
+        super().__init__()
+        self.model = model
+        self.reference = reference
+
+    def configure_optimizers(self) -> Any:
+        steps = self.trainer.estimated_stepping_batches  # makes the loop before it is restored
+        self.estimated = steps
+        optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        tokens, starts, ends = batch["tokens"], batch["starts"], batch["ends"]
+        logps = self.model(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
+        logps = logps.gather(-1, tokens[:, 1:, None])[..., 0].double()
+        place = torch.arange(1, tokens.shape[1])
+        inside = (place >= starts[:, None]) & (place < ends[:, None])
+        chosen, rejected = (logps * inside).sum(dim=1).chunk(2)
+        known = self.reference.take(batch["rows"])
+        return nca(known._replace(chosen=chosen, rejected=rejected), known, beta=BETA).mean()
+
+
+def collate(pairs: Any) -> dict[str, torch.Tensor]:
+    sequences = pairs.sequences()
+    tokens = [torch.as_tensor(s.tokens, dtype=torch.int64) for s in sequences]
+    return {
+        "tokens": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+        "starts": torch.tensor([s.response_start for s in sequences]),
+        "ends": torch.tensor([len(s.tokens) for s in sequences]),
+        "rows": torch.from_numpy(pairs.index),
+    }
+
+
+def test_a_module_of_ones_own_and_estimated_steps_which_score_nothing_and_spoil_no_resume(tmp_path):
+    options = {"collate": collate, "gradient_clip_val": 1.0}
+    whole = loader(ODD)
+    seen = []
+
+    class Early(Own):
+        def configure_optimizers(self):
+            made = super().configure_optimizers()
+            seen.append((self.estimated, len(whole.on_select)))
+            return made
+
+    fit(
+        whole, saved(tmp_path, every_n_train_steps=1), module=Early(whole.model, known()), **options
+    )
+    assert seen == [(len(whole), 0)]
+    assert difference(whole.model, plain(ODD)[0]) < 1e-3  # other products, rounded otherwise
+
+    for step in (2, 3):  # within an interval, and where one ends
+        rest = loader(ODD)
+        module = Own(rest.model, known())
+        fit(rest, module=module, resume=tmp_path / f"step={step}.ckpt", **options)
+        assert rest.on_select[0][0] == 1
+        assert difference(rest.model, whole.model.state_dict()) == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed"),
+    [(2, 2), (2, 1), (2, 4), (4, 2)],
+    ids=lambda passes: f"{passes} passes",
+)
+def test_a_run_goes_on_in_other_passes_and_from_within_an_update(tmp_path, written, resumed):
+    class Midway(Callback):
+        """Writes a checkpoint after the first pass of the fifth update."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4 * written:
+                assert trainer.global_step == 4
+                trainer.save_checkpoint(tmp_path / "midway.ckpt")
+
+    whole, rest = loader(), loader()
+    fit(whole, Midway(), accumulate_grad_batches=written)
+    made = fit(rest, resume=tmp_path / "midway.ckpt", accumulate_grad_batches=resumed)
+    assert made.global_step == STEPS
+    assert [k for k, _ in rest.on_select] == [2, 3]
+    assert difference(rest.model, whole.model.state_dict()) < (1e-9 if written == resumed else 1e-4)
+
+
+def test_held_out_pairs_and_the_best_checkpoint(tmp_path):
+    held_out = held_out_batches(dataset().take(range(40, 48)))
+    best = saved(tmp_path, monitor="held_out/loss")
+    batches = loader(40)
+    steps = len(batches)
+    made = fit(batches, best, held_out=held_out, val_check_interval=3)  # within updates, too
+    weights = deepcopy(batches.model.state_dict())
+    losses = sorted(float(loss) for loss in best.best_k_models.values())
+    assert len(losses) > 2
+    assert losses[0] == pytest.approx(float(best.best_model_score))
+    module = PreferenceModule(batches, TRAINING)
+    (found,) = made.validate(module, held_out, ckpt_path=best.best_model_path, verbose=False)
+    assert found["held_out/loss"] == pytest.approx(losses[0], abs=1e-6)
+    assert {"held_out/accuracy", "held_out/margin"} <= set(found)
+
+    rest = loader(40)
+    path = min(best.best_k_models, key=lambda path: int(re.findall(r"step=(\d+)", path)[0]))
+    resumed = fit(rest, held_out=held_out, val_check_interval=3, resume=path)
+    assert resumed.global_step == steps
+    assert difference(rest.model, weights) < 1e-9
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_mixed_precision_and_packed_batches_whose_layers_are_computed_again(checkpointed):
+    bfloat16 = torch.bfloat16
+    reference = measure(policy(), dataset(), mixed_precision=bfloat16)
+    batches = loader(reference=reference, mixed_precision=bfloat16)
+    training = Training(
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        warmup_share=0.0,
+        layout="packed",
+        activation_checkpointing=checkpointed,
+        mixed_precision=bfloat16,
+        micro_batch_size=2,
+    )
+    fit(batches, module=PreferenceModule(batches, training), precision="bf16-mixed")
+    twin = loader(reference=reference, mixed_precision=bfloat16)
+    train(twin.model, twin, dataset(), reference, training, show_progress=False)
+    assert difference(batches.model, twin.model.state_dict()) == 0
+    assert difference(batches.model, plain()[0]) > 0
+
+
+REFUSALS = {
+    "epochs": ({"max_epochs": 3}, r"max_epochs=3\) does not fit: .* set max_epochs=1"),
+    "no epochs": ({"max_epochs": None}, "set max_epochs=1"),
+    "steps": ({"max_steps": 5}, r"max_steps=5\) does not fit: the run has 8 steps"),
+    "batches": ({"limit_train_batches": 0.5}, "limit_train_batches=0.5.* 16 batches; leave it out"),
+    "few batches": ({"limit_train_batches": 1}, r"limit_train_batches=1\)"),
+    "overfitting": ({"overfit_batches": 2}, "overfit_batches=2"),
+    "smoke": ({"fast_dev_run": True}, "fast_dev_run likewise|max_steps"),
+    "reloading": ({"reload_dataloaders_every_n_epochs": 1}, "leave it out"),
+    "passes": (
+        {"accumulate_grad_batches": 3},
+        "4 pairs per optimizer step cannot be dealt to 1 processes in 3 passes",
+    ),
+    "half precision": ({"precision": "bf16-true"}, "'bf16-true'.* load the policy so"),
+    "double precision": ({"precision": "64-true"}, "use 'bf16-mixed'"),
+    "other precision": (
+        {"precision": "bf16-mixed"},
+        "updates in torch.bfloat16, but the selector measures in None.*"
+        "mixed_precision=torch.bfloat16",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def untouched():
+    batches = loader()
+    yield batches
+    assert batches.on_select == []
+    assert batches.step == 0
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_trainers_that_are_refused_before_anything_is_scored(untouched, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(untouched, **options)
+
+
+@pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 4}), LearningRateFinder()])
+def test_callbacks_that_are_refused(untouched, callback):
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} changes the run"):
+        fit(untouched, callback)
+
+
+def splitting() -> ModelParallelStrategy:
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}  # type: ignore
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (object.__new__(FSDPStrategy), "FSDP1, .*data_parallel_size=2, tensor_parallel_size=1"),
+        (object.__new__(DeepSpeedStrategy), "DeepSpeedStrategy steps and accumulates by itself"),
+        (SimpleNamespace(), "SimpleNamespace is not supported; use one device"),
+        (splitting(), "'auto' means.*data_parallel_size=2, tensor_parallel_size=1"),
+    ],
+    ids=["FSDP1", "DeepSpeed", "others", "tensor parallel"],
+)
+def test_strategies_that_are_refused(untouched, strategy, message):
+    with pytest.raises(TypeError, match=message):
+        SageSelection(untouched).setup(
+            SimpleNamespace(strategy=strategy, world_size=2), LightningModule(), "fit"
+        )
+
+
+def test_modules_and_batches_that_are_refused(untouched):
+    class Manual(PreferenceModule):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.automatic_optimization = False
+
+    with pytest.raises(TypeError, match="Manual steps its optimizers itself"):
+        fit(untouched, module=Manual(untouched, TRAINING), accumulate_grad_batches=1)
+    with pytest.raises(ValueError, match="scores pools with another model than Own trains"):
+        fit(untouched, module=Own(policy(), known()))
+    selection = SageSelection(untouched)
+    other = Batches(lambda: 1, lambda: iter([MicroBatch(untouched.dataset.index[:2], 1.0)]))
+    with pytest.raises(ValueError, match=r"use Trainer\(callbacks=\[selection\]\)"):
+        trainer().fit(PreferenceModule(untouched, TRAINING), selection.batches)
+    with pytest.raises(ValueError, match=r"trainer.fit\(module, selection.batches\)"):
+        trainer(selection).fit(PreferenceModule(untouched, TRAINING), other)
+    sharded = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(TypeError, match=r"call shard\(model, mesh="):
+        selection.on_fit_start(sharded, PreferenceModule(untouched, TRAINING))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of step 2, and one of a run that knew nothing of selection."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    fit(loader(), saved(folder, every_n_train_steps=2))
+    path = folder / "step=2.ckpt"
+    state = torch.load(path, weights_only=False)
+    del state["callbacks"]["SageSelection"]
+    torch.save(state, folder / "foreign.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("foreign", {}, "checkpoint of step 2 was written without this callback"),
+        ("step=2", {"batch_size": 2}, "4 pairs per optimizer step .*, and now they would be 2"),
+        ("step=2", {"pairs": 40}, "belongs to another run"),
+    ],
+)
+def test_checkpoints_that_are_refused(checkpoint, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(loader(**options), resume=checkpoint / f"{name}.ckpt")
+
+
+def test_a_loader_that_has_handed_out_batches_is_refused():
+    batches = loader()
+    next(iter(batches))
+    with pytest.raises(ValueError, match="trainer stands at step 0, the loader at 1"):
+        fit(batches)
+
+
+def test_a_gradient_that_is_not_finite_names_the_rows():
+    batches = loader()
+
+    def broken(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+        return nca(policy, reference, beta=beta) * torch.inf
+
+    module = PreferenceModule(batches, Training(loss=broken))
+    with pytest.raises(FloatingPointError, match=r"gradient of step 0 .* its rows are \[\d+"):
+        fit(batches, module=module)
