@@ -6,32 +6,40 @@ loader -> batch of rows -> log-probs -> loss -> update -> metrics, evaluation, c
 import json
 import math
 import operator
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import get_scheduler
 
 from sage_select.cache import replace_durably
+from sage_select.checkpoints import (
+    checkpoints,
+    drop_old,
+    load_newest,
+    load_whole,
+    save_checkpoint,
+    whole_weights,
+)
 from sage_select.costs import Ledger, append_costs, phase, read_costs
 from sage_select.dataset import PreferenceDataset
 from sage_select.forward import autocast
 from sage_select.hashing import Int64Array
-from sage_select.loader import SelectiveLoader, describe
+from sage_select.loader import SelectiveLoader, dealt, describe
 from sage_select.losses import nca
-from sage_select.measuring import measure, pair_logps, updating
+from sage_select.measuring import check_updates, measure, pair_logps, updating
 from sage_select.metrics import preference_metrics
 from sage_select.ops.token_logps import Implementation
 from sage_select.pairs import PairLogps, Reference
 from sage_select.processes import Processes
 from sage_select.progress import progress_bar
 from sage_select.trials import Layout
+from sage_select.wrappers import exchanging, is_spread, unwrapped, whole
 
 
 class Loader(Protocol):
@@ -54,8 +62,8 @@ class Training:
         learning_rate: Peak of the schedule.
         beta: Temperature of the implicit reward, handed to the loss.
         loss: `(policy, reference, beta=...) -> [P]`.
-        micro_batch_size: Pairs per forward and backward pass; gradients are accumulated over a
-            batch. By default the whole batch at once.
+        micro_batch_size: Pairs per process, forward and backward pass; gradients are accumulated
+            over a batch. By default all at once.
         schedule: Decay of the learning rate over the exact total of steps.
         warmup_share: Share of the steps in which the learning rate rises.
         weight_decay: Of AdamW.
@@ -154,19 +162,24 @@ def train(
     resume: bool = False,
     show_progress: bool | None = None,
 ) -> History:
-    """Train a policy on the batches of a loader, on one device; the model stays in train mode.
+    """Train a policy on the batches of a loader; the model stays in train mode.
+
+    With several processes all call this with the same arguments, each with the model on its
+    device, replicated by DistributedDataParallel or sharded by `fully_shard` (see `shard`). A batch
+    is dealt to them; updates are those of one process to within rounding.
 
     Args:
-        model: The policy, a Hugging Face causal language model on its device.
+        model: The policy, a Hugging Face causal language model on its device, or wrapped.
         loader: Batches of rows, such as `SelectiveLoader` or `ShuffledLoader`.
         dataset: The pairs the rows refer to.
         reference: Log-probs under the reference of every pair trained on or held out.
         training: How to train.
         held_out: Pairs to evaluate on, `dataset.take(rows)`.
         folder: Where to put `metrics.jsonl`, `evaluations.jsonl`, `costs.jsonl`, checkpoints and
-            `best.pt`.
+            `best.pt`; the same place for all processes, and process 0 writes.
         resume: Go on from the folder's newest checkpoint, if there is one. The run then ends with
-            the same bits as one that was never interrupted, where the device is deterministic.
+            the same bits as one that was never interrupted, where the device is deterministic and
+            the number of processes the same; with another number it goes on all the same.
         show_progress: False for no progress bar.
 
     Returns:
@@ -177,27 +190,26 @@ def train(
         ValueError: If the loader was made for another model or precision, has handed out batches
             already, or the folder's run was trained with other settings.
         FloatingPointError: If a gradient is not finite.
-        NotImplementedError: If there are several processes.
+        TypeError: If there are several processes and the model is in one alone.
     """
-    if Processes.all().size > 1:
-        raise NotImplementedError(
-            "train: updates are made by one process in this version, and torch.distributed knows "
-            f"of {Processes.all().size}; launch one, or write the loop yourself: `measure`, "
-            "`pair_logps` and `Selector.select` work under DDP and FSDP2"
-        )
     _check_belongs(model, loader, training, held_out)
     run = _Run(model, loader, training, Path(folder) if folder is not None else None)
     run.start(resume)
     if training.compile_model:
-        model.base_model.compile()  # type: ignore[union-attr]
+        unwrapped(model).base_model.compile()  # type: ignore[union-attr]
     if training.activation_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(unwrapped(model))
     model.train()
+    check_updates(model, dataset, layout=training.layout, mixed_precision=training.mixed_precision)
     if loader.step == 0:
         run.evaluate(held_out, reference)
     batches = iter(loader)
     with progress_bar(
-        len(loader), "training", "steps", initial=loader.step, show=show_progress
+        len(loader),
+        "training",
+        "steps",
+        initial=loader.step,
+        show=show_progress if run.processes.rank == 0 else False,
     ) as bar:
         while loader.step < len(loader):
             with Ledger() as spent:  # the loader scores where an interval begins
@@ -252,9 +264,39 @@ def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
         FileNotFoundError: If the run was never evaluated.
     """
     best = torch.load(Path(folder) / "best.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best["model"])
+    load_whole(model, best["model"])
     evaluation: dict[str, float] = best["evaluation"]
     return evaluation
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """Spread a Hugging Face model over all processes with `fully_shard` (FSDP2), layer by layer.
+
+    Args:
+        model: The model, the same in every process, on its device.
+        options: What `fully_shard` takes, such as `mesh` or `mp_policy`.
+
+    Returns:
+        The same model.
+
+    Example:
+        >>> torch.distributed.init_process_group()  # doctest: +SKIP
+        >>> model = shard(model)  # doctest: +SKIP
+
+    Raises:
+        TypeError: If the model does not say what its layers are.
+    """
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    if not layers:
+        raise TypeError(
+            f"shard: {type(model).__name__} does not say what its layers are "
+            "(_no_split_modules); call fully_shard on each of them, and on the model"
+        )
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -277,6 +319,13 @@ def checkpoint_activations(model: nn.Module) -> None:
 def _check_belongs(
     model: nn.Module, loader: Loader, training: Training, held_out: PreferenceDataset | None
 ) -> None:
+    size = Processes.all().size
+    if size > 1 and not is_spread(model):
+        raise TypeError(
+            f"train: torch.distributed knows of {size} processes, but the model is in each of "
+            "them alone, and they would drift apart; pass shard(model), or "
+            "DistributedDataParallel(model)"
+        )
     if held_out is not None and len(held_out) == 0:
         raise ValueError("train: held_out has no pairs; pass None to train without evaluation")
     if loader.step:
@@ -286,7 +335,7 @@ def _check_belongs(
         )
     if not isinstance(loader, SelectiveLoader):
         return
-    if loader.model is not model:
+    if unwrapped(loader.model) is not unwrapped(model):
         raise ValueError(
             "train: the loader scores pools with another model than the one to train; make it with "
             "SelectiveLoader(..., model=model)"
@@ -313,6 +362,7 @@ class _Run:
         self.loader = loader
         self.training = training
         self.folder = folder
+        self.processes = Processes.all()
         self.history = History()
         self.interval = 0
         self.unwritten = Ledger()  # costs of the interval that are not on disk
@@ -331,18 +381,24 @@ class _Run:
 
     def update(self, batch: PreferenceDataset, reference: Reference) -> dict[str, float]:
         """One optimizer step on a batch, in micro-batches whose gradients add up."""
-        training = self.training
-        micro = training.micro_batch_size or len(batch)
-        parts: list[tuple[PairLogps, Tensor]] = []
-        for start in range(0, len(batch), micro):
-            pairs = batch.take(batch.index[start : start + micro])
-            with phase("training"):
+        training, processes = self.training, self.processes
+        parts: list[Tensor] = []
+        passes = dealt(batch.index, processes, training.micro_batch_size or len(batch))
+        for i, rows in enumerate(passes):
+            # a process without a pair makes the pass all the same, for nothing: others wait for it
+            pairs = batch.take(rows if len(rows) else batch.index[:1])
+            # gradients are averaged over processes
+            share = processes.size / len(batch) if len(rows) else 0.0
+            with phase("training"), exchanging(self.model, i == len(passes) - 1):
                 policy, losses = add_gradients(
-                    self.model, pairs, reference.take(pairs.index), training, share=1 / len(batch)
+                    self.model, pairs, reference.take(pairs.index), training, share=share
                 )
-            parts.append((PairLogps(*(x.detach().cpu() for x in policy)), losses.detach().cpu()))
+            known = torch.stack([*(x.detach().double().cpu() for x in (*policy, losses))], dim=1)
+            parts.append(known[: len(rows)])
         with phase("training"):
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm).item()
+            norm = whole(
+                nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
+            ).item()
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"train: the gradient of step {self.loader.step} has norm {norm}; its rows are "
@@ -354,10 +410,11 @@ class _Run:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tokens_trained += int(batch.num_tokens.sum())
-        policy = PairLogps.concatenate([part for part, _ in parts])
+        index, *logps, losses = processes.joined(torch.cat(parts)).T
+        policy = PairLogps(index.long(), *logps)
         return {
-            "loss": torch.cat([losses for _, losses in parts]).mean().item(),
-            **preference_metrics(policy, reference.take(batch.index), beta=training.beta),
+            "loss": losses.mean().item(),
+            **preference_metrics(policy, reference.take(policy.index), beta=training.beta),
             "gradient_norm": norm,
             "learning_rate": learning_rate,
             "pairs": len(batch),
@@ -390,7 +447,11 @@ class _Run:
         self.history.evaluations.append(evaluation)
         self._append("evaluations.jsonl", evaluation)
         if self.folder is not None and self._merit(evaluation) > max(earlier, default=-math.inf):
-            self._save("best.pt", {"model": self.model.state_dict(), "evaluation": evaluation})
+            weights = whole_weights(self.model)
+            if self.processes.rank == 0:
+                partial = self.folder / "best.pt.partial"
+                torch.save({"model": weights, "evaluation": evaluation}, partial)
+                replace_durably(partial, self.folder / "best.pt")
 
     def record(self, metrics: dict[str, float]) -> None:
         """Add a step's metrics to the history and to the file."""
@@ -408,7 +469,7 @@ class _Run:
             self.unwritten.add(name, work)
 
     def _write_costs(self) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.processes.rank == 0:
             append_costs(self.folder / "costs.jsonl", self.unwritten, self.interval)
         self.unwritten = Ledger()
 
@@ -417,50 +478,39 @@ class _Run:
         self._write_costs()
         if self.folder is None:
             return
-        self._save(
-            f"checkpoint-{self.loader.step:08d}.pt",
+        save_checkpoint(
+            self.folder,
+            self.loader.step,
+            self.model,
+            self.optimizer,
             {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "loader": self.loader.state_dict(),
                 "training": self.training.decides(),
                 "tokens_trained": self.tokens_trained,
                 "steps": self.history.steps,
                 "evaluations": self.history.evaluations,
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all(),
             },
         )
-        for old in self._checkpoints()[self.training.keep_checkpoints :]:
-            old.unlink()
+        if self.processes.rank == 0:
+            drop_old(self.folder, self.training.keep_checkpoints)
 
     def start(self, resume: bool) -> None:
         """Begin in an empty folder, or where the newest readable checkpoint stands."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not resume and (self._checkpoints() or (self.folder / "metrics.jsonl").exists()):
+        if not resume and (checkpoints(self.folder) or (self.folder / "metrics.jsonl").exists()):
             raise FileExistsError(
                 f"train: {self.folder} holds a run already; pass resume=True to go on with it, or "
                 "another folder"
             )
+        self.processes.wait()  # all have looked before anything is written
         self.history.costs.update(read_costs(self.folder / "costs.jsonl"))
-        checkpoints = self._checkpoints()
-        for path in checkpoints:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                warn(f"train: {path} cannot be read, trying an older one: {error}", stacklevel=3)
-                continue
+        if (state := load_newest(self.folder, self.model, self.optimizer)) is not None:
             self._restore(state)
-            break
-        else:
-            if checkpoints:
-                raise ValueError(
-                    f"train: none of the {len(checkpoints)} checkpoints in {self.folder} can be "
-                    "read; start over in another folder"
-                )
+        if self.processes.rank != 0:
+            return
         for name, records in (
             ("metrics.jsonl", self.history.steps),
             ("evaluations.jsonl", self.history.evaluations),
@@ -482,31 +532,15 @@ class _Run:
                 f"{'; '.join(other)}. Resume with the same, or start a new run in another folder"
             )
         self.loader.load_state_dict(state["loader"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.tokens_trained = state["tokens_trained"]
         self.history = History(state["steps"], state["evaluations"], self.history.costs)
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def _merit(self, evaluation: dict[str, float]) -> float:
         value = evaluation[self.training.best_by]
         return -value if self.training.best_by == "loss" else value
 
-    def _checkpoints(self) -> list[Path]:
-        """Newest first."""
-        assert self.folder is not None
-        return sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)
-
-    def _save(self, name: str, state: dict[str, Any]) -> None:
-        assert self.folder is not None
-        partial = self.folder / f"{name}.partial"
-        torch.save(state, partial)
-        replace_durably(partial, self.folder / name)
-
     def _append(self, name: str, record: dict[str, float]) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.processes.rank == 0:
             with (self.folder / name).open("a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -29,11 +29,15 @@ def partial_path(path: Path) -> Path:
 
 def replace_durably(partial: Path, path: Path) -> None:
     """Give a finished file its name, so that after a crash there is the old file or the new one."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(partial)
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)

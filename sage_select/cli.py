@@ -598,10 +598,11 @@ def _lock(folder: Path) -> Any:
 
 
 def _where_it_stands(folder: Path) -> str:
-    checkpoints = sorted(folder.glob("checkpoint-*.pt"))
-    if not checkpoints:
-        return f"from the start, in {folder}"
-    return f"going on from step {int(checkpoints[-1].stem.partition('-')[2])}, in {folder}"
+    from sage_select.checkpoints import checkpoints
+
+    for newest in checkpoints(folder)[:1]:
+        return f"going on from step {int(newest.name.partition('-')[2])}, in {folder}"
+    return f"from the start, in {folder}"
 
 
 def _keep_config(config: "SageConfig", folder: Path, resume: bool) -> None:

@@ -311,6 +311,35 @@ def updating(
         yield
 
 
+def check_updates(
+    model: nn.Module,
+    pairs: PreferenceDataset,
+    *,
+    layout: Layout = "auto",
+    impl: Implementation = "auto",
+    mixed_precision: torch.dtype | None = None,
+) -> None:
+    """Find out before training whether and how batches of these pairs can be made.
+
+    Args:
+        model: As for `pair_logps`.
+        pairs: All that will be trained on; the longest sequence is tried.
+        layout: As in `measure`.
+        impl: How the head's log-probs are computed.
+        mixed_precision: Autocast dtype of the forward pass.
+
+    Raises:
+        ValueError: If the model cannot be read, or not be packed though that was asked for.
+    """
+    longest = pairs.sequences_at(
+        np.flatnonzero(pairs.sequence_lengths == pairs.sequence_lengths.max())[:1]
+    )
+    model = unwrapped(model)
+    with autocast(model, mixed_precision):
+        check_head(model, longest[0], impl, again=False)
+        packs_exactly(model, longest, layout, impl)
+
+
 def response_logps(
     model: nn.Module,
     sequences: Sequence[TokenSequence],

@@ -1,11 +1,15 @@
 """The processes of a run, and what they say to each other: all of them, in the same order."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# PyTorch 2.13 has new names for these, and warns of the old ones
+gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Processes(NamedTuple):
@@ -36,6 +40,10 @@ class Processes(NamedTuple):
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
+    def wait(self) -> None:
+        """Until all are here."""
+        self.agree([0])
+
     def total(self, x: Tensor) -> Tensor:
         """The sum over processes."""
         if self.group is not None:
@@ -50,13 +58,20 @@ class Processes(NamedTuple):
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
+    def joined(self, x: Tensor) -> Tensor:
+        """The rows of all processes, by rank, of which each may have another number."""
+        if self.group is None:
+            return x
+        counts = [count for (count,) in self.agree([len(x)])]
+        return self.gathered(x.to(self.device), counts).to(x.device)
+
     def agree(self, facts: list[int], device: torch.device | None = None) -> list[list[int]]:
         """What every process says, by rank."""
         if self.group is None:
             return [facts]
         own = torch.tensor(facts, device=device or self.device)
         every = own.new_empty(self.size * len(facts))
-        dist.all_gather_into_tensor(every, own, group=self.group)
+        gather(every, own, group=self.group)
         said: list[list[int]] = every.view(-1, len(facts)).tolist()
         return said
 
@@ -66,7 +81,7 @@ class Processes(NamedTuple):
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
         every = x.new_empty(len(counts) * longest, *x.shape[1:])
-        dist.all_gather_into_tensor(every, padded, group=self.group)
+        gather(every, padded, group=self.group)
         return torch.cat([every[i * longest :][:n] for i, n in enumerate(counts)])
 
     def own_rows(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -80,5 +95,5 @@ class Processes(NamedTuple):
         for i, rows in enumerate(torch.split(x, counts)):
             padded[i, : len(rows)] = rows
         own = x.new_empty(longest, *x.shape[1:])
-        dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=self.group)
+        scatter(own, padded.flatten(0, 1), group=self.group)
         return own[: counts[self.rank]]

@@ -181,7 +181,7 @@ class ReferenceStore:
         distinct = distinct_sequences(wanted)
         found = np.flatnonzero(~np.isnan(_read_parts(self.folder).look_up(distinct.keys)))
         self._measure(distinct, set(found.tolist()))
-        processes.agree([0])  # all have written
+        processes.wait()  # all have written
         if processes.rank == 0:
             _merge(self.folder)
         self._logps = None  # what was written is read back

@@ -22,6 +22,8 @@ from sage_select.forward import (
 from sage_select.heads import of_transformers
 from sage_select.ops.token_logps import Implementation
 from sage_select.packing import attention_of, pack, pad
+from sage_select.processes import Processes
+from sage_select.wrappers import is_sharded
 
 Layout = Literal["auto", "packed", "padded"]
 
@@ -114,6 +116,9 @@ def packs_exactly(
         return False
     path, trials = _path(model), _trials(model)
     longest = max(sequences, key=lambda s: len(s.tokens))
+    if is_sharded(model):  # whether to try, and how often, must be the same in all processes
+        (lengths,) = zip(*Processes.all().agree([len(longest.tokens)]), strict=True)
+        longest = TokenSequence(np.resize(longest.tokens, max(lengths)), longest.response_start)
     proven, reason = trials.packs.get(path, (0, ""))
     if not (reason := _unfit(model) or reason) and len(longest.tokens) > proven:
         try:

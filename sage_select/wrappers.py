@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,9 +41,33 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return module
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether processes keep this model the same in all of them: a replica's wrapper, or shards."""
+    return is_sharded(model) or isinstance(uncompiled(model), DistributedDataParallel)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether every process must take part in each forward pass."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be spread over processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@contextmanager
+def exchanging(model: nn.Module, now: bool) -> Iterator[None]:
+    """Around forward and backward: whether replicas exchange gradients yet, or go on adding up.
+
+    Shards exchange theirs in any case, for they have no room for whole ones.
+    """
+    replica = uncompiled(model)
+    if isinstance(replica, DistributedDataParallel) and not now:
+        with replica.no_sync():
+            yield
+    else:
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from worlds import arithmetic_pairs, base
 from sage_select import Linear, PreferenceDataset, SageConfig
 
 PAIRS = 48
-BATCH = 4  # pairs per optimizer step over all processes, in two accumulation steps
+BATCH = 4  # pairs per optimizer step over all processes
 STEPS = 8
 FIRST_STEPS = (0, 3, 5, 7)  # updates before each interval's pool is measured
 KEPT = (12, 9, 7, 4)
@@ -49,8 +50,12 @@ def policy() -> Any:
     return deepcopy(base()[0]).float()
 
 
+@cache
 def records() -> list[dict[str, Any]]:
-    """The pairs, as records."""
+    """The pairs, as records; from the file `CONTRACT_RECORDS`, or made now, which takes a while."""
+    if path := os.environ.get("CONTRACT_RECORDS"):
+        found: list[dict[str, Any]] = json.loads(Path(path).read_text())
+        return found
     return list(arithmetic_pairs())[:PAIRS]
 
 
@@ -88,8 +93,13 @@ class Case:
 
     @property
     def per_process(self) -> int:
-        """Pairs of one forward pass, with two accumulation steps."""
-        return BATCH // (2 * self.world)
+        """Pairs of one forward pass: half of what a process has of a batch, or one."""
+        return max(1, BATCH // (2 * self.world))
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of a process per update."""
+        return BATCH // (self.world * self.per_process)
 
     def note(self, event: str, **facts: Any) -> None:
         """Write down that something happens now, after `updates` updates."""

@@ -103,7 +103,7 @@ def refusals() -> dict[str, str]:
     model = small_model("llama")
     try:
         train(model, [], pairs, None, Training())
-    except NotImplementedError as error:
+    except TypeError as error:
         refused = str(error)
     return {
         "training": refused,

@@ -1,6 +1,7 @@
 import difflib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
 from sage_select.audit import SelectionLog
 
@@ -68,11 +70,11 @@ def test_sage_on_real_pairs_with_a_real_model(data, tmp_path):
     assert "held-out loss" in output
     resumed = tmp_path / "resumed"
     example("plain_sage.py", *arguments, "--folder", resumed)
-    newest, middle = sorted(resumed.glob("checkpoint-*.pt"), reverse=True)
-    newest.unlink()  # as after a kill between the two
+    newest, middle = sorted(resumed.glob("checkpoint-*"), reverse=True)
+    shutil.rmtree(newest)  # as after a kill between the two
     example("plain_sage.py", *arguments, "--folder", resumed, "--resume")
     states = [
-        torch.load(folder / newest.name, weights_only=True)["model"]
+        load_file(folder / "model" / "model.safetensors")
         for folder in (tmp_path / "whole", resumed)
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -174,13 +174,15 @@ def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path, monkeypatc
     assert [step["step"] for step in history.steps] == list(range(1, 9))
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert metrics[0] == metrics[1]
-    assert len(list((tmp_path / "parts").glob("checkpoint-*.pt"))) == 2
+    assert len(list((tmp_path / "parts").glob("checkpoint-*"))) == 2
 
 
-def test_a_spoiled_checkpoint_is_passed_over(worlds, tmp_path):
+@pytest.mark.parametrize("part", ["*.distcp", ".metadata", "run.pt"])
+def test_a_spoiled_checkpoint_is_passed_over(part, worlds, tmp_path):
     run(worlds(), folder=tmp_path)
-    newest = max(tmp_path.glob("checkpoint-*.pt"))
-    newest.write_bytes(newest.read_bytes()[:1000])
+    newest = max(tmp_path.glob("checkpoint-*"))
+    for shard in newest.glob(part):
+        shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.warns(UserWarning, match="cannot be read, trying an older one"):
         history = run(worlds(), folder=tmp_path, resume=True)
     assert len(history.steps) == 8
@@ -239,7 +241,7 @@ def test_resuming_with_other_settings_is_refused(change, words, worlds, tmp_path
 
 def test_a_run_whose_checkpoints_are_all_spoiled_is_not_begun_anew(worlds, tmp_path):
     run(worlds(), folder=tmp_path, rows=8)
-    for path in tmp_path.glob("checkpoint-*.pt"):
+    for path in tmp_path.glob("checkpoint-*/run.pt"):
         path.write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="cannot be read"),

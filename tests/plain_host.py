@@ -1,0 +1,75 @@
+"""The contract's run in the plain PyTorch loop."""
+
+import torch.distributed as dist
+from contract import BETA, LEARNING_RATE, SAVE_EVERY, Case, config, dataset, policy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sage_select import measure, nca
+from sage_select.adapters import plain
+from sage_select.adapters.plain import Training, shard, train
+from sage_select.audit import SelectionLog
+from sage_select.checkpoints import whole_weights
+from sage_select.processes import Processes
+from sage_select.runs import loader_of
+from sage_select.wrappers import unwrapped
+
+
+def run(case: Case) -> None:
+    if case.world > 1:
+        dist.init_process_group("gloo")
+    model, pairs = policy(), dataset()
+    reference = measure(model, pairs, processes=Processes())
+    if case.strategy == "ddp":
+        model = DistributedDataParallel(model)
+    if case.strategy == "fsdp2":
+        shard(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    log = SelectionLog(case.folder / "selection")
+    loader = loader_of(config(), pairs, model, reference, batch_size=4, log=log)
+
+    def on_select(interval, selection):
+        case.measures(interval, pairs.take(selection.indices).ids.tolist(), unwrapped(model))
+
+    def loss(logps, known, *, beta):
+        losses = nca(logps, known, beta=beta)
+        if losses.requires_grad:
+            case.trains(pairs.take(logps.index).ids.tolist(), losses.tolist())
+        return losses
+
+    def save(*args):
+        saved(*args)
+        if case.dies_now():
+            case.die()
+
+    def begin(*args):
+        state = loaded(*args)
+        case.watch(args[2], already=0 if state is None else state["loader"]["step"])
+        return state
+
+    saved, loaded = plain.save_checkpoint, plain.load_newest
+    loader.on_select, plain.save_checkpoint, plain.load_newest = on_select, save, begin
+    training = Training(
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        loss=loss,
+        warmup_share=0.0,
+        micro_batch_size=case.per_process,
+        evaluate_every=5,
+        checkpoint_every=SAVE_EVERY,
+        keep_checkpoints=100,
+    )
+    train(
+        model,
+        loader,
+        pairs,
+        reference,
+        training,
+        held_out=pairs.take(range(4)),
+        folder=case.folder / "run",
+        resume=case.attempt > 0,
+        show_progress=False,
+    )
+    case.finish(whole_weights(model))
+    if case.world > 1:
+        dist.destroy_process_group()
