@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import trl
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -30,6 +31,7 @@ from sage_select.pairs import PairLogps, Reference
 from sage_select.processes import Processes
 from sage_select.runs import DTYPES, Run, loader_of, measure_of, store_of
 from sage_select.sequences import sequence_keys
+from sage_select.wrappers import is_sharded, resharded
 
 OLDEST, BEFORE = (0, 24), (2, 0)
 SIDES = ("prompt", "chosen", "rejected")
@@ -565,6 +567,24 @@ def _check_trainer(trainer: Any, *, attached: bool = False) -> None:
     for wrong, what, fix in _refusals(trainer, attached):
         if wrong:
             raise ValueError(f"attach: {what}; {fix}")
+    if _head_is_left_behind(trainer.model):
+        raise ValueError(
+            "attach: the policy's head is tied to its embedding, and this version of transformers "
+            "shards them apart, so that the head would stay as it was loaded; use DDP, or load a "
+            "copy with config.tie_word_embeddings=False and a head of its own"
+        )
+
+
+def _head_is_left_behind(model: Any) -> bool:
+    """Whether a head that is tied to the embedding is another tensor where weights are whole."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not is_sharded(model) or ends[0].weight is not ends[1].weight:
+        return False
+    with resharded(model):
+        for module in (model, *ends):
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        return ends[0].weight.data_ptr() != ends[1].weight.data_ptr()
 
 
 def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:

@@ -1,7 +1,9 @@
 """The contract's run in TRL's `DPOTrainer`, with its own NCA loss."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from contract import BATCH, BETA, LEARNING_RATE, SAVE_EVERY, Case, config, policy, records
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
@@ -9,7 +11,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from worlds import base
 
-from arithmetic import BASE
 from sage_select import PreferenceDataset
 from sage_select.adapters.trl import attach, pairs_of
 
@@ -33,12 +34,20 @@ SETTINGS = {
 }  # of the contract, and what keeps a small run on a CPU short
 
 
-def sharded(world: int) -> Any:
-    """The policy as transformers shards it while loading."""
+def sharded(folder: Path, world: int) -> Any:
+    """The policy as transformers shards it while loading.
+
+    Its head is untied first: sharded, a tied one would keep the weights that it was loaded with.
+    """
     from transformers.distributed import DistributedConfig
 
+    model = policy()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)  # which only the first process does
+    torch.distributed.barrier()
     shards = DistributedConfig(fsdp_size=world)
-    return AutoModelForCausalLM.from_pretrained(BASE, dtype="float32", distributed_config=shards)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", distributed_config=shards)
 
 
 class Batches:
@@ -94,9 +103,10 @@ def run(case: Case) -> None:
     )
     assert args.world_size == case.world
     rows = Dataset.from_list(records())
+    own = case.folder / "policy"
     trainer = DPOTrainer(
-        model=sharded(case.world) if fsdp2 else policy(),
-        ref_model=sharded(case.world) if fsdp2 else None,
+        model=sharded(own, case.world) if fsdp2 else policy(),
+        ref_model=sharded(own, case.world) if fsdp2 else None,
         args=args,
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
