@@ -39,7 +39,7 @@ from sage_select.packing import packed_attention, packs
 from sage_select.pairs import PairLogps
 from sage_select.processes import Processes
 from sage_select.store import ReferenceStore
-from sage_select.wrappers import is_sharded, whole
+from sage_select.wrappers import is_sharded, resharded, whole
 
 AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The trainer's precisions that are supported, with the autocast dtype of each."""
@@ -114,12 +114,12 @@ class SageSelection(Callback):
 
     Strategies are those of one device, DDP, and FSDP2 (`ModelParallelStrategy`), with any number of
     processes that divides the loader's batches; a run that some number of them began, another goes
-    on with.
+    on with. FSDP2 shards the policy at its root, which is what scoring calls.
 
     Args:
         loader: Batches over all processes. Its model is the Hugging Face model inside the
-            LightningModule. Where its reference is a store, what is missing is measured when `fit`
-            begins, with the model on the device it is on by then.
+            LightningModule. Where its reference is a store, all processes measure together what is
+            missing when the trainer begins, on the device on which the policy came.
         collate: Makes of some pairs what the LightningModule's `training_step` takes; by default it
             gets a `MicroBatch`.
 
@@ -151,19 +151,10 @@ class SageSelection(Callback):
         self._weight = 1.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would go wrong, before anything is computed."""
-        if stage != "fit":
-            return
-        self._trainer = trainer
-        _check_strategy(trainer)
-        _check_run(trainer, self.loader)
-        _check_precision(trainer, self.loader)
-        if not pl_module.automatic_optimization:
-            raise TypeError(
-                f"SageSelection: {type(pl_module).__name__} steps its optimizers itself "
-                "(automatic_optimization=False), so that nobody knows which pairs an update is "
-                "made of; return the loss from training_step instead"
-            )
+        """Refuse what would go wrong, then complete the reference, with the policy as it came."""
+        if stage == "fit":
+            self._trainer = trainer
+            self._check(trainer, pl_module)
         if isinstance(self.loader.selector.reference, ReferenceStore):
             self.loader.selector.reference.fill()
 
@@ -253,6 +244,17 @@ class SageSelection(Callback):
             counts.update(ready=passes, started=passes, processed=passes)
             counts["completed"] = passes - open_end
 
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_strategy(trainer)
+        _check_run(trainer, self.loader)
+        _check_precision(trainer, self.loader)
+        if not pl_module.automatic_optimization:
+            raise TypeError(
+                f"SageSelection: {type(pl_module).__name__} steps its optimizers itself "
+                "(automatic_optimization=False), so that nobody knows which pairs an update is "
+                "made of; return the loss from training_step instead"
+            )
+
     def _count(self) -> int:
         return len(self.loader) * self._attached().accumulate_grad_batches
 
@@ -341,13 +343,14 @@ class PreferenceModule(LightningModule):
         if settings.compile_model:
             self.policy.base_model.compile()  # type: ignore[union-attr]
         self.policy.train()  # Lightning leaves modes as they are, and from_pretrained evaluates
-        check_updates(
-            self.policy,
-            self.loader.dataset,
-            layout=settings.layout,
-            impl=settings.impl,
-            mixed_precision=self._mixed_precision,
-        )
+        with resharded(self.policy):  # a checkpoint may be restored next
+            check_updates(
+                self.policy,
+                self.loader.dataset,
+                layout=settings.layout,
+                impl=settings.impl,
+                mixed_precision=self._mixed_precision,
+            )
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The mean loss of a micro-batch."""

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from sage_select import ReferenceStore
 from sage_select.adapters.lightning import MicroBatch, PreferenceModule, SageSelection
 from sage_select.adapters.plain import Training
+from sage_select.audit import SelectionLog
+from sage_select.checkpoints import whole_weights
 from sage_select.runs import loader_of
 
 
@@ -62,7 +64,10 @@ def run(case: Case) -> None:
     """Train the contract's run, or go on with it, in this process."""
     model, pairs = policy(), dataset()
     reference = ReferenceStore(model, pairs, folder=case.folder / "reference")
-    loader = loader_of(config(), pairs, model, reference, batch_size=BATCH, show_progress=False)
+    log = SelectionLog(case.folder / "selection")
+    loader = loader_of(
+        config(), pairs, model, reference, batch_size=BATCH, log=log, show_progress=False
+    )
     loader.on_select = lambda k, kept: case.measures(k, pairs.take(kept.indices).ids, model)
     training = Training(LEARNING_RATE, BETA, warmup_share=0.0, weight_decay=0.0, max_grad_norm=1.0)
     module = Watched(loader, training)
@@ -71,7 +76,8 @@ def run(case: Case) -> None:
     )
     module.case = checkpoints.case = case
     selection = SageSelection(loader)
-    sharded = ModelParallelStrategy(data_parallel_size=case.world, tensor_parallel_size=1)
+    # whole checkpoints, which any number of processes reads under any strategy
+    sharded = ModelParallelStrategy(case.world, 1, save_distributed_checkpoint=False)
     elastic = case.world > 1
     trainer = Trainer(
         accelerator="cpu",
@@ -79,7 +85,7 @@ def run(case: Case) -> None:
         strategy={"single": "auto", "ddp": "ddp", "fsdp2": sharded}[case.strategy],
         plugins=[TorchElasticEnvironment() if elastic else LightningEnvironment()],
         max_epochs=1,
-        accumulate_grad_batches=min(2, BATCH // case.world),
+        accumulate_grad_batches=case.accumulation,
         callbacks=[selection, Watch(case), checkpoints],
         logger=False,
         enable_progress_bar=False,
@@ -87,10 +93,4 @@ def run(case: Case) -> None:
     )
     resumed = newest(case.folder / "checkpoints") if case.attempt else None
     trainer.fit(module, selection.batches, ckpt_path=resumed)
-    weights = {name: whole(x) for name, x in model.state_dict().items()}
-    case.finish(weights)
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of a weight that may be spread over processes."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    case.finish(whole_weights(model))

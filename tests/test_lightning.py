@@ -1,29 +1,24 @@
 """The Lightning host: what it trains, what it refuses, and what a resumed run goes on with."""
 
 import re
-import warnings
+import subprocess
+import sys
 from copy import deepcopy
-from functools import cache, partial
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from contract import BATCH, BETA, LEARNING_RATE, STEPS, config, dataset
+from conftest import ROOT
+from contract import BATCH, BETA, LEARNING_RATE, STEPS, dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-)
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-)
-from small_models import small_model
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning_worker import ODD, TRAINING, fit, known, loader, policy, saved, trainer
 
-from sage_select import PairLogps, Selection, measure, nca
+from sage_select import PairLogps, measure, nca
 from sage_select.adapters.lightning import (
     Batches,
     MicroBatch,
@@ -32,70 +27,8 @@ from sage_select.adapters.lightning import (
     held_out_batches,
 )
 from sage_select.adapters.plain import History, Training, train
-from sage_select.loader import SelectiveLoader
-from sage_select.runs import loader_of
 
-ODD = 46  # pairs, of which so many are kept that the last batch has three
-TRAINING = Training(learning_rate=LEARNING_RATE, beta=BETA, warmup_share=0.0, micro_batch_size=2)
-
-
-policy = partial(small_model, "qwen2")
-
-
-@cache
-def known() -> PairLogps:
-    return measure(policy(), dataset())
-
-
-class Selected(list[tuple[int, Selection]]):
-    """What was selected, in the order in which it was."""
-
-    def __call__(self, interval: int, selection: Selection) -> None:
-        self.append((interval, selection))
-
-
-def loader(
-    pairs: int = 48, *, reference: PairLogps | None = None, **options: Any
-) -> SelectiveLoader:
-    options = {"batch_size": BATCH, "show_progress": False, **options}
-    made = loader_of(
-        config(), dataset().take(range(pairs)), policy(), reference or known(), **options
-    )
-    made.on_select = Selected()
-    return made
-
-
-def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    options = {"max_epochs": 1, "accumulate_grad_batches": 2, **options}
-    return Trainer(callbacks=list(callbacks), **quiet, **options)
-
-
-def fit(
-    batches: SelectiveLoader,
-    *callbacks: Callback,
-    module: LightningModule | None = None,
-    collate: Any = None,
-    held_out: Any = None,
-    resume: Any = None,
-    **options: Any,
-) -> Trainer:
-    """A whole run, or what is left of it."""
-    selection = SageSelection(batches, collate=collate)
-    module = PreferenceModule(batches, TRAINING) if module is None else module
-    made = trainer(selection, *callbacks, **options)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You defined a `validation_step`")
-        made.fit(module, selection.batches, held_out, ckpt_path=resume)
-    return made
+WORKER = Path(__file__).with_name("lightning_worker.py")
 
 
 @cache
@@ -108,10 +41,6 @@ def plain(pairs: int = 48) -> tuple[dict[str, torch.Tensor], History]:
 
 def difference(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> float:
     return max(float((x - weights[name]).abs().max()) for name, x in model.state_dict().items())
-
-
-def saved(folder: Any, **options: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **options)
 
 
 class Logged(Callback):
@@ -407,3 +336,31 @@ def test_a_gradient_that_is_not_finite_names_the_rows():
     module = PreferenceModule(batches, Training(loss=broken))
     with pytest.raises(FloatingPointError, match=r"gradient of step 0 .* its rows are \[\d+"):
         fit(batches, module=module)
+
+
+@pytest.mark.slow
+def test_two_processes_whose_last_batch_leaves_one_without_a_pair(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(WORKER), "2", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = torch.load(tmp_path / "0.pt")
+    alone = loader(ODD)
+    module = PreferenceModule(alone, TRAINING)
+    held_out = held_out_batches(dataset().take(range(40, 48)))
+    best = saved(tmp_path, monitor="held_out/loss")
+    fit(alone, best, module=module, held_out=held_out, val_check_interval=8)
+    for strategy in ("ddp", "fsdp2"):
+        weights, score, found = report[strategy]
+        assert difference(alone.model, weights) < 1e-5
+        assert score == pytest.approx(found, abs=1e-6)
+        assert score == pytest.approx(float(best.best_model_score), abs=1e-4)
+    assert "Whole to shard" in report["whole"]
+    assert "call shard(model, mesh=" in report["whole"]
+    assert "cannot be dealt to 2 processes in 4 passes" in report["dealt"]

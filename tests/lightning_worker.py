@@ -1,0 +1,142 @@
+"""Runs on Lightning in one process; as a script, one process of several that do the same run."""
+
+import sys
+import warnings
+from copy import deepcopy
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import torch
+from contract import BATCH, BETA, LEARNING_RATE, config, dataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from small_models import small_model
+from torch.distributed.tensor import DTensor
+
+from sage_select import PairLogps, Selection, measure
+from sage_select.adapters.lightning import PreferenceModule, SageSelection, held_out_batches
+from sage_select.adapters.plain import Training
+from sage_select.checkpoints import whole_weights
+from sage_select.loader import SelectiveLoader
+from sage_select.processes import Processes
+from sage_select.runs import loader_of
+
+ODD = 46  # pairs, of which so many are kept that the last batch has three
+TRAINING = Training(learning_rate=LEARNING_RATE, beta=BETA, warmup_share=0.0, micro_batch_size=2)
+
+
+policy = partial(small_model, "qwen2")
+
+
+@cache
+def known() -> PairLogps:
+    return measure(policy(), dataset(), processes=Processes())
+
+
+class Selected(list[tuple[int, Selection]]):
+    """What was selected, in the order in which it was."""
+
+    def __call__(self, interval: int, selection: Selection) -> None:
+        self.append((interval, selection))
+
+
+def loader(
+    pairs: int = 48, *, reference: PairLogps | None = None, **options: Any
+) -> SelectiveLoader:
+    options = {"batch_size": BATCH, "show_progress": False, **options}
+    made = loader_of(
+        config(), dataset().take(range(pairs)), policy(), reference or known(), **options
+    )
+    made.on_select = Selected()
+    return made
+
+
+def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, **options}
+    return Trainer(callbacks=list(callbacks), **quiet | options)
+
+
+def fit(
+    batches: SelectiveLoader,
+    *callbacks: Callback,
+    module: LightningModule | None = None,
+    collate: Any = None,
+    held_out: Any = None,
+    resume: Any = None,
+    **options: Any,
+) -> Trainer:
+    """A whole run, or what is left of it."""
+    selection = SageSelection(batches, collate=collate)
+    module = PreferenceModule(batches, TRAINING) if module is None else module
+    made = trainer(selection, *callbacks, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You defined a `validation_step`")
+        made.fit(module, selection.batches, held_out, ckpt_path=resume)
+    return made
+
+
+def saved(folder: Any, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **options)
+
+
+class Sharded(Callback):
+    """Sees that weights are spread wherever a step begins, as no fallback to replicas would do."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert all(isinstance(x, DTensor) for x in pl_module.parameters())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.on_train_start(trainer, pl_module)
+
+
+class Whole(PreferenceModule):
+    """Forgets to shard."""
+
+    def configure_model(self) -> None:
+        pass
+
+
+def several(world: int, folder: Path) -> dict[str, Any]:
+    """The run whose last batch is short, on all strategies, and what is refused."""
+    parallel = partial(ModelParallelStrategy, world, 1)
+    options = {"devices": world, "accumulate_grad_batches": 2}
+    held_out = held_out_batches(dataset().take(range(40, 48)))
+    report: dict[str, Any] = {}
+    for strategy, made, watches in (("ddp", "ddp", ()), ("fsdp2", parallel(), (Sharded(),))):
+        batches = loader(ODD)
+        best = saved(folder / strategy, monitor="held_out/loss")
+        module = PreferenceModule(batches, TRAINING)
+        host = fit(
+            batches, best, *watches, module=module, strategy=made, held_out=held_out,
+            val_check_interval=8, **options,
+        )  # fmt: skip
+        weights = deepcopy(whole_weights(module.policy))
+        (found,) = host.validate(module, held_out, ckpt_path=best.best_model_path, verbose=False)
+        report[strategy] = weights, float(best.best_model_score), found["held_out/loss"]
+    for name, strategy, passes in (("whole", parallel(), 1), ("dealt", "ddp", 4)):
+        batches = loader(ODD)
+        asked = options | {"accumulate_grad_batches": passes}
+        try:
+            fit(batches, module=Whole(batches, TRAINING), strategy=strategy, **asked)
+        except (TypeError, ValueError) as error:
+            report[name] = str(error)
+    return report
+
+
+if __name__ == "__main__":
+    world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    report = several(world, folder)
+    torch.save(report, folder / f"{Processes.all().rank}.pt")
