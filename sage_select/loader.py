@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sage_select.audit import SelectionLog
 from sage_select.dataset import PreferenceDataset
 from sage_select.hashing import Int64Array, hash_order
+from sage_select.liveness import during
 from sage_select.pairs import Selection
 from sage_select.plan import Timeline
 from sage_select.processes import Processes
@@ -172,9 +173,10 @@ class SelectiveLoader:
         k = self._scored
         rows = self.timeline.plan.pools[k]
         pool = self.dataset.take(rows)
-        selection = self.selector.select(
-            self.model, pool, self.step, progress=self.timeline.plan.progress[k]
-        )
+        with during(f"interval {k}"):
+            selection = self.selector.select(
+                self.model, pool, self.step, progress=self.timeline.plan.progress[k]
+            )
         if len(selection) != self.timeline.kept_count[k]:
             raise ValueError(
                 f"SelectiveLoader: interval {k} should keep {self.timeline.kept_count[k]} of "

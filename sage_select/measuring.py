@@ -14,6 +14,7 @@ from sage_select.costs import BoolArray, book, recording
 from sage_select.dataset import PreferenceDataset, TokenSequence
 from sage_select.forward import autocast, forward_logps, known_shape, recomputes, undisturbed
 from sage_select.heads import head_of, text_config
+from sage_select.liveness import at, watched
 from sage_select.ops.token_logps import Implementation
 from sage_select.packing import Batch, pack, packed_attention, packs, pad
 from sage_select.pairs import PairLogps
@@ -75,19 +76,20 @@ def measure(
     def keep(places: list[int], found: Tensor) -> None:
         logps[places] = found
 
-    measure_sequences(
-        model,
-        distinct,
-        keep,
-        max_batch_tokens=max_batch_tokens,
-        layout=layout,
-        impl=impl,
-        mixed_precision=mixed_precision,
-        processes=processes,
-        show_progress=show_progress,
-    )
-    # each log-prob comes from one process and is zero in the others, so the sum changes no bit
-    logps = processes.total(logps.to(processes.device)).cpu()
+    with watched(processes):
+        measure_sequences(
+            model,
+            distinct,
+            keep,
+            max_batch_tokens=max_batch_tokens,
+            layout=layout,
+            impl=impl,
+            mixed_precision=mixed_precision,
+            processes=processes,
+            show_progress=show_progress,
+        )
+        # each log-prob comes from one process, and is zero in the others: the sum changes no bit
+        logps = processes.total(logps.to(processes.device)).cpu()
     return joined(pool, logps[distinct.of_pairs])
 
 
@@ -146,7 +148,9 @@ def measure_sequences(
         total = int(sum(distinct.lengths[b][new[b]].sum() for b in own))
         show = show_progress if processes.rank == 0 else False
         with _Rates(distinct, total, desc, show, processes.size) as rates:
-            for batch in own:
+            for i, batch in enumerate(own, 1):
+                first, last = distinct.rows(batch)
+                at(f"{desc}, batch {i} of {len(own)}, pairs in rows {first} to {last}")
                 waiting = [batch]
                 while waiting:
                     # parts, too, are composed before those that are known are left out
@@ -172,6 +176,7 @@ def measure_sequences(
             # every process makes as many forward calls, or the others would wait for its weights
             sequences = distinct.sequences([place for place in batches[-1] if new[place]])
             forward_logps(model, pack(sequences) if packed else pad(sequences), impl)
+    at(f"{desc}, done with {len(own)} batches")
 
 
 def _check_same(

@@ -69,6 +69,11 @@ class DistinctSequences:
         """The sequences at these places."""
         return self.pairs.sequences_at(self._first[list(places)])
 
+    def rows(self, places: Sequence[int]) -> tuple[int, int]:
+        """The first and the last dataset row, of those in which these sequences stand first."""
+        rows = self.pairs.index[self._first[list(places)] % len(self.pairs)]
+        return int(rows.min()), int(rows.max())
+
     def tokens(self, places: Sequence[int], *, packed: bool) -> int:
         """Tokens of a batch of these places: padding counts, and a shared prompt once."""
         lengths = self.lengths[list(places)]

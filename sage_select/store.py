@@ -40,6 +40,7 @@ from sage_select.fingerprints import (
     model_digest,
 )
 from sage_select.hashing import Float64Array, Int64Array
+from sage_select.liveness import watched
 from sage_select.measuring import joined, measure_sequences
 from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
@@ -180,8 +181,9 @@ class ReferenceStore:
         self._describe(self.model)
         distinct = distinct_sequences(wanted)
         found = np.flatnonzero(~np.isnan(_read_parts(self.folder).look_up(distinct.keys)))
-        self._measure(distinct, set(found.tolist()))
-        processes.wait()  # all have written
+        with watched(processes):
+            self._measure(distinct, set(found.tolist()))
+            processes.wait()  # all have written
         if processes.rank == 0:
             _merge(self.folder)
         self._logps = None  # what was written is read back

@@ -25,6 +25,7 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "ops.products": (0, {"torch"}),
     "processes": (0, {"torch"}),
     "wrappers": (0, {"torch"}),
+    "liveness": (1, {"torch"}),
     "ops.shards": (1, {"torch"}),
     "ops.kernels": (0, {"triton"}),
     "ops.tilings": (1, {"torch", "triton"}),

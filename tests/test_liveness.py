@@ -1,0 +1,80 @@
+"""Processes that are lost while they measure: real ones, killed or stopped."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT
+
+from sage_select.liveness import at, during, watched
+from sage_select.processes import Processes
+
+WORKER = Path(__file__).with_name("liveness_worker.py")
+
+
+@pytest.fixture
+def lonely(monkeypatch):
+    """A group of one process, so that there is something to watch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield Processes(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_an_error_inside_says_where_all_processes_were(lonely):
+    def fail():
+        with watched(lonely), during("interval 3"):
+            at("batch 2 of 7")
+            raise ValueError("overflow")
+
+    with pytest.raises(ValueError, match="overflow") as caught:
+        fail()
+    assert "process 0: interval 3, batch 2 of 7" in caught.value.__notes__[0]
+
+
+def test_signals_are_as_they_were_afterwards(lonely):
+    import signal
+
+    with watched(lonely):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_somebody_elses_signals_are_left_alone(lonely):
+    import signal
+
+    before = signal.signal(signal.SIGTERM, theirs := lambda *_: None)
+    try:
+        with watched(lonely):
+            assert signal.getsignal(signal.SIGTERM) is theirs
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_process_is_named_with_interval_and_pairs(how, strategy):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(WORKER), how, strategy],
+        env=os.environ | {"SAGE_SELECT_PATIENCE": "6", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode != 0
+    place = r"process 1: interval 1, scoring, batch \d of \d, pairs in rows \d to \d \(heard"
+    assert re.search(place, done.stderr), done.stderr[-3000:]
+    if how == "hangs":
+        assert re.search(r"process 1 has given no sign of life for \d+ s", done.stderr)
