@@ -1,0 +1,454 @@
+"""SAGE on TRL's DPOTrainer: what is trained, what is handed over, and what is refused."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed, so there is no DPOTrainer to attach to")
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from small_models import small_model
+from transformers import TrainerCallback
+from trl_host import SETTINGS, Batches
+from worlds import base
+
+from arithmetic import make_problems
+from sage_select import PreferenceDataset, SageConfig, measure
+from sage_select.adapters.trl import attach, pairs_of
+from sage_select.audit import SelectionLog
+from sage_select.config import ConfigError
+from sage_select.runs import loader_of
+
+OLD = trl.__version__.startswith("0.")
+PAIRS = 24
+WITHOUT_STRATA = {"refresh_steps": 3, "mix_start": [1.0], "mix_end": [1.0], "keep_end": 0.5}
+
+
+def described(**selection):
+    """12 pairs are kept of the first 12, then 6 of 12."""
+    return SageConfig(
+        strata={"by": "none"}, selection=WITHOUT_STRATA | selection, training={"epochs": 1}
+    )
+
+
+CONFIG = described()
+LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
+
+
+def records(count=PAIRS):
+    """Right solutions, and those of other problems to the same prompt."""
+    problems = make_problems(PAIRS + 1, seed=7, zipf=0.3)
+    return [
+        {"prompt": problem.prompt, "chosen": problem.solution, "rejected": other.solution}
+        for problem, other in pairwise(problems)
+    ][:count]
+
+
+def make(folder, rows=None, model=None, evaluated=None, callbacks=(), **settings):
+    """A trainer as users build it, with a tiny policy."""
+    model = small_model("qwen2") if model is None else model
+    adapted = hasattr(model, "peft_config")
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        "save_strategy": "no",
+    } | settings
+    return trl.DPOTrainer(
+        model=model,
+        ref_model=None if adapted else small_model("qwen2"),
+        args=trl.DPOConfig(output_dir=str(folder / "run"), **(SETTINGS | options)),
+        train_dataset=Dataset.from_list(records() if rows is None else rows),
+        eval_dataset=evaluated,
+        processing_class=base()[1],
+        callbacks=list(callbacks),
+    )
+
+
+class Seen:
+    """A trainer's run, watched: pairs by micro-batch, and updates before each pool is measured."""
+
+    def __init__(self, trainer, config=CONFIG, **options):
+        self.pairs = pairs_of(trainer)
+        self.loader = attach(trainer, config, show_progress=False, **options)
+        self.trained, self.measured, self.trainer = [], [], trainer
+        batches, compute_loss = Batches(self.pairs), trainer.compute_loss
+
+        def compute(model, inputs, *more, **named):
+            if model.training:
+                self.trained.append(batches.ids_of(inputs))
+            return compute_loss(model, inputs, *more, **named)
+
+        def select(interval, selection):
+            self.measured.append((trainer.state.global_step, selection))
+
+        trainer.compute_loss, self.loader.on_select = compute, select
+
+    def train(self, **options):
+        self.trainer.train(**options)
+        return self
+
+    @property
+    def logs(self):
+        return [log for log in self.trainer.state.log_history if "loss" in log]
+
+    @property
+    def weights(self):
+        return self.trainer.model.state_dict()
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without interruptions."""
+    return Seen(make(tmp_path_factory.mktemp("whole"))).train()
+
+
+def test_it_trains_on_what_is_selected(whole):
+    steps, selections = zip(*whole.measured, strict=True)
+    assert steps == (0, 3)
+    kept = [set(whole.pairs.take(s.indices).ids) for s in selections]
+    assert [len(ids) for ids in kept] == [12, 6]
+    assert [len(ids) for ids in whole.trained] == [2] * 8 + [1] * 2  # the last update is short
+    trained = [i for ids in whole.trained for i in ids]
+    assert set(trained[:12]) == kept[0]
+    assert set(trained[12:]) == kept[1]
+    assert whole.trainer.state.global_step == len(whole.loader) == 5
+
+
+def test_the_log_has_the_selection_and_an_exact_schedule(whole):
+    rates = [log["learning_rate"] for log in whole.logs]
+    np.testing.assert_allclose(rates, [1e-3 * (1 - step / 5) for step in range(5)])
+    assert [log["selection/interval"] for log in whole.logs] == [0, 0, 0, 1, 1]
+    assert whole.logs[-1]["selection/kept_share"] == 0.5
+    assert whole.logs[-1]["selection/tokens_scored"] > 0
+    np.testing.assert_allclose([log["epoch"] for log in whole.logs], np.arange(1, 6) / 5)
+    assert SelectionLog(whole.trainer.args.output_dir + "/selection").read().height == PAIRS
+
+
+def test_ids_are_those_of_the_text(whole):
+    ours = PreferenceDataset.from_records(records(), tokenizer=base()[1], max_length=64)
+    if not OLD:  # which does not keep the text
+        assert set(whole.pairs.ids) == set(ours.ids)
+    assert whole.pairs.sequences()[0].tokens.tolist() == ours.sequences()[0].tokens.tolist()
+
+
+def test_workers_change_nothing(whole, tmp_path):
+    seen = Seen(make(tmp_path, dataloader_num_workers=2)).train()
+    assert [step for step, _ in seen.measured] == [0, 3]
+    assert seen.trained == whole.trained
+    assert same(seen.weights, whole.weights)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.after
+
+
+@pytest.mark.parametrize(("after", "restores"), [(2, False), (3, True), (4, False)])
+def test_a_run_goes_on_where_it_was(whole, tmp_path, after, restores):
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    first = Seen(make(tmp_path, callbacks=[Stop(after)], **saves)).train()
+    saves |= {"restore_callback_states_from_checkpoint": restores}
+    second = Seen(make(tmp_path, **saves)).train(resume_from_checkpoint=True)
+    assert first.trained + second.trained == whole.trained
+    assert len(first.measured + second.measured) == 2  # nothing is scored again
+    assert same(second.weights, whole.weights)
+    assert second.logs[-1]["epoch"] == 1.0
+
+
+def test_reference_logps_are_the_stores(tmp_path):
+    trainer = make(tmp_path, evaluated=Dataset.from_list(records(3) + records(1)))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    if OLD:
+        theirs = trainer.compute_ref_log_probs(batch)
+    else:
+        theirs = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    pairs = pairs_of(trainer)
+    ours = measure(trainer.ref_model, pairs)
+    attach(trainer, CONFIG, show_progress=False)
+    given, evaluated = trainer.train_dataset, trainer.eval_dataset
+    assert given["ref_chosen_logps"][:] == ours.chosen.tolist()
+    assert given["ref_rejected_logps"][:] == ours.rejected.tolist()
+    assert evaluated["ref_chosen_logps"][:] == [*ours.chosen[:3].tolist(), ours.chosen[0].item()]
+    torch.testing.assert_close(theirs[1], ours.rejected[:2].float(), rtol=1e-5, atol=1e-4)
+    assert trainer.ref_model is None
+    with pytest.raises(ValueError, match="give this dataset to the trainer as one of its eval"):
+        trainer.evaluate(Dataset.from_list(records(2)) if not OLD else given.remove_columns(
+            ["ref_chosen_logps", "ref_rejected_logps"]))  # fmt: skip
+
+
+def test_a_lora_policy(tmp_path):
+    """The reference is the policy with its adapters off; it is scored with them on."""
+    trainer = make(tmp_path, model=get_peft_model(small_model("qwen2"), LORA)) if OLD else (
+        trl.DPOTrainer(small_model("qwen2"), args=make(tmp_path).args, peft_config=LORA,
+                       train_dataset=Dataset.from_list(records()), processing_class=base()[1])
+    )  # fmt: skip
+    seen, bare = Seen(trainer), measure(small_model("qwen2"), pairs_of_nothing(trainer))
+    assert trainer.train_dataset["ref_chosen_logps"][:] == bare.chosen.tolist()
+    select = seen.loader.on_select
+
+    def compared(interval, selection):
+        select(interval, selection)
+        if interval:
+            pool = seen.pairs.take(selection.pool)
+            assert torch.equal(measure(trainer.model, pool).chosen, selection.policy.chosen)
+            assert not torch.equal(selection.reference.chosen, selection.policy.chosen)
+            np.testing.assert_array_equal(
+                selection.reference.chosen.numpy(), bare.take(selection.pool).chosen.numpy()
+            )
+
+    seen.loader.on_select = compared
+    seen.train()
+    assert len(seen.measured) == 2
+
+
+def pairs_of_nothing(trainer):
+    """The trainer's pairs, once SAGE is attached."""
+    return trainer.get_train_dataloader().loader.dataset
+
+
+def test_a_lora_policy_that_was_trained_before(tmp_path):
+    """Its reference is a copy of its adapter, not the base model."""
+    model = get_peft_model(small_model("qwen2"), LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    settings = {}
+    if OLD:
+        settings = {"ref_adapter_name": "ref", "model_adapter_name": "default"}
+        model.add_adapter("ref", LORA)
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter.data.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+    trainer = make(tmp_path, model=model, **settings)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with_adapter = measure(model, pairs_of(trainer))
+    seen = Seen(trainer)
+    assert trainer.train_dataset["ref_chosen_logps"][:] == with_adapter.chosen.tolist()
+    assert model.active_adapter == "default"
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    seen.train()
+    assert abs(seen.logs[0]["rewards/chosen"]) < 1e-5  # policy and reference agree at first
+
+
+def test_rows_that_cannot_be_used(tmp_path):
+    """TRL drops some, the library sets others aside; the rest keep their ids."""
+    rows = [row | {"pair_id": f"pair {n}"} for n, row in enumerate(records())]
+    rows.insert(1, rows[1] | {"prompt": "1+1+" * 40 + "1?", "pair_id": "too long"})
+    rows.insert(5, rows[5] | {"rejected": rows[5]["chosen"], "pair_id": "the same"})
+    rows.append(rows[0])
+    trainer = make(tmp_path, rows)
+    with pytest.warns(UserWarning, match=r"[23] of 2[67] rows.*identical") as told:
+        pairs_of(trainer)
+    assert "duplicate pair" in str(told[0].message)
+    seen = Seen(trainer).train()
+    assert seen.pairs.ids.tolist() == [f"pair {n}" for n in range(PAIRS)]
+    assert {i for ids in seen.trained for i in ids} <= set(seen.pairs.ids)
+    assert sum(map(len, seen.trained)) == 18
+
+
+def test_evaluation_and_the_best_checkpoint(tmp_path):
+    """Where something is due with every epoch, an interval's end counts as one."""
+    evaluated = {name: Dataset.from_list(records(n)) for name, n in (("few", 3), ("more", 5))}
+    settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_more_loss", "loss_type": ["sigmoid"]}  # fmt: skip
+    seen = Seen(make(tmp_path, evaluated=evaluated, **settings)).train()
+    assert seen.logs[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    losses = {
+        log["step"]: log["eval_more_loss"]
+        for log in seen.trainer.state.log_history
+        if "eval_more_loss" in log
+    }
+    assert list(losses) == [3, 5]
+    best = min(losses, key=losses.get)
+    assert seen.trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    found = seen.trainer.evaluate()["eval_more_loss"]
+    assert found == pytest.approx(min(losses.values()), abs=1e-6)
+
+
+def test_precision_is_the_trainers(tmp_path):
+    seen = Seen(make(tmp_path, bf16=True)).train()
+    assert seen.loader.selector.mixed_precision == torch.bfloat16
+    assert np.isfinite([log["loss"] for log in seen.logs]).all()
+
+
+def test_a_loader_of_ones_own(whole, tmp_path):
+    trainer = make(tmp_path)
+    pairs = pairs_of(trainer)
+    reference = measure(trainer.ref_model, pairs)
+    own = loader_of(CONFIG, pairs, trainer.model, reference, batch_size=4, show_progress=False)
+    seen = Seen(trainer, own)
+    assert seen.loader is own
+    assert seen.train().trained == whole.trained
+    other = make(tmp_path, records()[::-1])
+    with pytest.raises(ValueError, match="not those of the trainer, token by token"):
+        attach(other, own)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """A trainer that every attempt to attach to fails."""
+    return make(tmp_path_factory.mktemp("untouched"))
+
+
+class Iterable:
+    column_names = ()
+    add_column = None
+
+
+REFUSED = [
+    ("args.num_train_epochs", 3, "set num_train_epochs=1, and how often pairs are traversed"),
+    ("args.max_steps", 7, "max_steps is 7, but the number of updates follows"),
+    ("args.accelerator_config.dispatch_batches", True, "leave dispatch_batches out"),
+    ("args.accelerator_config.split_batches", True, "leave split_batches out"),
+    ("args.auto_find_batch_size", True, "changes the pairs per update"),
+    ("args.group_by_length", True, "order pairs"),
+    ("args.train_sampling_strategy", "group_by_length", "order pairs"),
+    ("args._n_gpu", 2, "one process sees 2 GPUs"),
+    ("args.fp16", True, "set bf16=True, or neither"),
+    ("args.fsdp", "full_shard", "silently DDP on CPUs"),
+    ("is_fsdp_enabled", True, "use DDP, or FSDP2 by from_pretrained"),
+    ("is_deepspeed_enabled", True, "DeepSpeed is not supported"),
+    ("model._tp_size", 2, "tensor parallelism (tp_size=2) is not supported"),
+    ("train_dataset", Iterable(), "train_dataset is a Iterable, which has no length"),
+    ("_is_vision_dataset", True, "pairs with images are not supported"),
+    ("args.sync_ref_model", True, "set sync_ref_model=False"),
+    ("args.ld_alpha", 0.5, "leave ld_alpha out"),
+    ("args.precompute_ref_log_probs", True, "set precompute_ref_log_probs=False"),
+    ("args.use_liger_loss", True, "needs the reference model in every update"),
+    ("args.generate_during_eval", True, "needs the reference model in every evaluation"),
+    ("args.reference_free", True, "has no reference"),
+    ("state.global_step", 5, "attach before trainer.train()"),
+    ("data_collator", lambda rows: {"completion_mask": torch.ones(2, 9), "input_ids":
+     torch.ones(2, 9), "attention_mask": torch.ones(2, 9)}, "data_collator makes other tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "words"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_refused_with_the_fix(untouched, monkeypatch, name, value, words):
+    *path, last = name.split(".")
+    owner = untouched
+    for part in path:
+        owner = getattr(owner, part)
+    monkeypatch.setattr(owner, last, value, raising=False)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        attach(untouched, CONFIG)
+    assert words in str(error.value)
+    assert untouched.ref_model is not None
+    assert "ref_chosen_logps" not in getattr(untouched.train_dataset, "column_names", ())
+
+
+CONTRADICTIONS = [
+    ({"beta": 0.2}, "beta is 0.2, but the trainer's beta is 0.1"),
+    ({"training": {"batch_size": 16}}, "training.batch_size is 16, but the trainer's per_device"),
+    ({"training": {"micro_batch_size": 4}}, "per_device_train_batch_size is 2"),
+    ({"training": {"mixed_precision": "bfloat16"}}, "the trainer's bf16 is none"),
+    ({"training": {"learning_rate": 1e-5}}, "the trainer's learning_rate is 0.001"),
+    ({"training": {"loss": "dpo"}}, "the trainer's loss_type is ['nca_pair']"),
+    ({"data": {"max_length": 100}}, "the trainer's max_length is 64"),
+    ({"reference": {"model": "x"}}, "pass it to the trainer as ref_model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "words"), CONTRADICTIONS, ids=[r[1] for r in CONTRADICTIONS])
+def test_what_is_set_in_both_must_agree(untouched, sections, words):
+    with pytest.raises(ConfigError) as error:
+        attach(untouched, SageConfig(**sections))
+    assert words in str(error.value)
+
+
+def test_what_agrees_is_taken(tmp_path):
+    settings = {"batch_size": 4, "epochs": 1, "loss": "nca", "learning_rate": 1e-3}
+    config = SageConfig(
+        beta=0.1, strata={"by": "none"}, selection=WITHOUT_STRATA, training=settings
+    )
+    attach(make(tmp_path), config)
+
+
+def test_a_last_update_that_cannot_be_dealt(tmp_path):
+    trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match=r"last update has 2 pairs.*selection.multiple=4 in"):
+        attach(trainer, CONFIG)
+    assert len(attach(trainer, described(multiple=4))) == 4
+
+
+@pytest.mark.parametrize("version", ["0.23.1", "2.0.0"])
+def test_other_versions_are_refused(untouched, monkeypatch, version):
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=r"install one from 0.24 on and before 2.0"):
+        attach(untouched, CONFIG)
+
+
+def test_other_trainers_and_selections_are_refused(untouched):
+    with pytest.raises(TypeError, match="must be a DPOTrainer, got object"):
+        attach(object(), CONFIG)
+    with pytest.raises(TypeError, match="must be a SageConfig, or a SelectiveLoader"):
+        attach(untouched, "sage")
+
+
+def test_prompt_tuning_is_refused(tmp_path):
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    trainer = make(tmp_path, model=get_peft_model(small_model("qwen2"), prompts))
+    with pytest.raises(ValueError, match="prompt tuning puts tokens of its own"):
+        attach(trainer, CONFIG)
+
+
+@pytest.mark.skipif(not OLD, reason="newer versions average nothing but in the loss")
+def test_averaged_logps_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"install TRL 0.29 or newer"):
+        attach(make(tmp_path, loss_type=["ipo"]), CONFIG)
+
+
+def test_cutting_the_start_is_refused(tmp_path):
+    trainer = make(tmp_path, max_length=12, truncation_mode="keep_end")
+    with pytest.raises(ValueError, match=r"longer than max_length=12.*keep_start"):
+        attach(trainer, CONFIG)
+
+
+def test_an_attached_trainer_stays_as_it_is(whole, tmp_path):
+    with pytest.raises(ValueError, match="attached to this trainer already"):
+        attach(whole.trainer, CONFIG)
+    with pytest.raises(ValueError, match="has been trained already"):
+        whole.trainer.train()
+    trainer = make(tmp_path)
+    attach(trainer, CONFIG)
+    trainer.args.max_steps = 3
+    with pytest.raises(ValueError, match="leave max_steps out"):
+        trainer.train()
+    trainer.args.max_steps = -1
+    trainer.args.per_device_train_batch_size = 4
+    with pytest.raises(ValueError, match="the loader has 4 pairs per update"):
+        trainer.train()
+    trainer.args.per_device_train_batch_size = 2
+    trainer.train_dataset = trainer.train_dataset.select(range(4))
+    with pytest.raises(ValueError, match="not the one that SAGE was attached to"):
+        trainer.train()
+
+
+def test_a_checkpoint_without_a_selection_is_refused(tmp_path):
+    plain = make(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    plain.train()
+    trainer = make(tmp_path)
+    attach(trainer, CONFIG, show_progress=False)
+    with pytest.raises(ValueError, match="checkpoint of step 1 says nothing of a selection"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_another_number_of_pairs_per_update_is_refused(tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    Seen(make(tmp_path, callbacks=[Stop(1)], **saves)).train()
+    trainer = make(tmp_path, per_device_train_batch_size=1, **saves)
+    attach(trainer, CONFIG, show_progress=False)
+    with pytest.raises(ValueError, match="takes 4 pairs per optimizer step over all processes"):
+        trainer.train(resume_from_checkpoint=True)
