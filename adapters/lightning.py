@@ -114,7 +114,8 @@ class SageSelection(Callback):
 
     Strategies are those of one device, DDP, and FSDP2 (`ModelParallelStrategy`), with any number of
     processes that divides the loader's batches; a run that some number of them began, another goes
-    on with. FSDP2 shards the policy at its root, which is what scoring calls.
+    on with. FSDP2 shards the policy at its root, which is what scoring calls. The trainer's
+    `use_distributed_sampler` does not matter: batches are dealt to processes here.
 
     Args:
         loader: Batches over all processes. Its model is the Hugging Face model inside the
@@ -501,7 +502,7 @@ def _check_run(trainer: Any, loader: SelectiveLoader) -> None:
         (
             not 0 <= trainer.max_steps < steps,
             f"max_steps={trainer.max_steps}",
-            f"the run has {steps} steps; leave it out",
+            f"the run has {steps} steps; leave it out, and fast_dev_run likewise",
         ),
         (
             not trainer.overfit_batches,
@@ -521,9 +522,9 @@ def _check_run(trainer: Any, loader: SelectiveLoader) -> None:
         (
             size % (passes * processes) == 0,
             f"accumulate_grad_batches={passes}",
-            f"the loader's {size} pairs per optimizer step cannot be dealt to {processes} "
-            f"processes in {passes} passes; choose it so that {processes} x "
-            "accumulate_grad_batches divides them, or make a loader with another batch size",
+            f"the loader's {size} pairs per optimizer step cannot be dealt evenly to processes x "
+            f"passes = {processes} x {passes}; choose it so that the product divides them, or make "
+            "a loader with another batch size",
         ),
     ):
         if not fits:
