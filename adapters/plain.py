@@ -299,6 +299,20 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Put the whole model where any other program can read it, whatever it is wrapped in.
+
+    Args:
+        model: A Hugging Face model, in all processes that share it.
+        folder: Where process 0 writes it.
+    """
+    weights = whole_weights(model)
+    if Processes.all().rank == 0:
+        inner: Any = unwrapped(model)
+        inner.save_pretrained(folder, state_dict=weights)
+    Processes.all().wait()
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Compute each layer of a Hugging Face model again in the backward pass, from now on.
 

@@ -1,7 +1,8 @@
 """Train on all pairs, in a plain PyTorch loop.
 
 Its twin `plain_sage.py` trains on the pairs that SAGE selects; the difference between the two files
-is all that selection asks of you.
+is all that selection asks of you. With several processes the policy is sharded over them (FSDP2):
+`torchrun --nproc-per-node 8 examples/plain_sage.py ...`.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_select import PreferenceDataset, ReferenceStore
-from sage_select.adapters.plain import Training, train
+from sage_select.adapters.plain import Training, save_pretrained, shard, train
 from sage_select.loader import ShuffledLoader
+from sage_select.processes import Processes, join
 
 
 def main() -> None:
@@ -30,17 +32,20 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5, help="paper, 1.5B-7B: 5e-7")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
     parser.add_argument("--limit", type=int, help="use this many pairs only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+    device = join(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+    if Processes.all().size > 1:
+        shard(model)
 
     dataset = PreferenceDataset.read(args.pairs, tokenizer=tokenizer, max_length=args.max_length)
-    print(dataset.waterfall())
+    show(dataset.waterfall())
     rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
 
     # measured once and kept: a resumed run, or the next one, measures nothing
@@ -68,9 +73,15 @@ def main() -> None:
     )
     before, after = history.evaluations[0], history.evaluations[-1]
     for name in ("loss", "accuracy", "likelihood_accuracy", "margin"):
-        print(f"held-out {name:20} {before[name]:8.4f} -> {after[name]:8.4f}")
-    model.save_pretrained(Path(args.folder) / "model")
+        show(f"held-out {name:20} {before[name]:8.4f} -> {after[name]:8.4f}")
+    save_pretrained(model, Path(args.folder) / "model")
     tokenizer.save_pretrained(Path(args.folder) / "model")
+
+
+def show(text: str) -> None:
+    """Once, however many processes there are."""
+    if Processes.all().rank == 0:
+        print(text)
 
 
 if __name__ == "__main__":

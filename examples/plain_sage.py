@@ -1,7 +1,8 @@
 """Train on the pairs that SAGE selects, in a plain PyTorch loop.
 
 Its twin `plain_full.py` trains on all pairs; the difference between the two files is all that
-selection asks of you.
+selection asks of you. With several processes the policy is sharded over them (FSDP2):
+`torchrun --nproc-per-node 8 examples/plain_sage.py ...`.
 """
 
 import argparse
@@ -12,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_select import Linear, PreferenceDataset, ReferenceStore, Selector, Timeline, sage
-from sage_select.adapters.plain import Training, train
+from sage_select.adapters.plain import Training, save_pretrained, shard, train
 from sage_select.audit import SelectionLog
 from sage_select.loader import SelectiveLoader
 from sage_select.plan import plan_run, strata_from_judgments, strata_from_values
+from sage_select.processes import Processes, join
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5, help="paper, 1.5B-7B: 5e-7")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
     parser.add_argument("--limit", type=int, help="use this many pairs only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--refresh-steps", type=int, default=25, help="candidate batches per pool")
@@ -40,10 +42,13 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+    device = join(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+    if Processes.all().size > 1:
+        shard(model)
 
     dataset = PreferenceDataset.read(args.pairs, tokenizer=tokenizer, max_length=args.max_length)
-    print(dataset.waterfall())
+    show(dataset.waterfall())
     rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
 
     # difficulty: a judge's labels where the file has them, else its margin (easy where it is wide)
@@ -71,7 +76,7 @@ def main() -> None:
 
     # of each pool, keep the highest scores under the policy as it is by then (Eq. 8-9)
     timeline = Timeline(plan, keep=Linear(1.0, 0.4), batch_size=args.batch_size)
-    print(plan, timeline.total_steps, "steps", sep="\n")
+    show(f"{plan}\n{timeline.total_steps} steps")
     selector = Selector(sage, timeline.keep, reference, timeline.progress)
     loader = SelectiveLoader(
         selector,
@@ -99,9 +104,15 @@ def main() -> None:
     )
     before, after = history.evaluations[0], history.evaluations[-1]
     for name in ("loss", "accuracy", "likelihood_accuracy", "margin"):
-        print(f"held-out {name:20} {before[name]:8.4f} -> {after[name]:8.4f}")
-    model.save_pretrained(Path(args.folder) / "model")
+        show(f"held-out {name:20} {before[name]:8.4f} -> {after[name]:8.4f}")
+    save_pretrained(model, Path(args.folder) / "model")
     tokenizer.save_pretrained(Path(args.folder) / "model")
+
+
+def show(text: str) -> None:
+    """Once, however many processes there are."""
+    if Processes.all().rank == 0:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,57 @@ class SelectionLog:
         return pl.concat(tables)
 
 
+def flips(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
+    """Where two runs of the same plan kept different pairs, interval by interval.
+
+    Whole runs on different numbers of processes, hosts or devices differ by rounding, which adds
+    up; pairs near the cut may then fall on either side.
+
+    Args:
+        one: The log of a run.
+        other: The log of another.
+
+    Returns:
+        One row per interval that both have: `interval`, `kept`, `flipped` (pairs that `one` kept
+        and `other` dropped; as many went the other way), and `distance`: how far the flipped
+        pairs' scores were from the cut at most, as a share of it; null where none flipped or the
+        scores did not decide.
+
+    Raises:
+        ValueError: If an interval has other candidates in the two.
+
+    Example:
+        >>> import tempfile
+        >>> log = SelectionLog(tempfile.mkdtemp())
+        >>> flips(log, log).height
+        0
+    """
+    ours, theirs = one.read(), other.read()
+    shared = set(ours["interval"]) & set(theirs["interval"])
+    ours, theirs = (log.filter(pl.col("interval").is_in(shared)) for log in (ours, theirs))
+    keys = ["interval", "pair_id"]
+    both = ours.join(theirs, on=keys, how="full", coalesce=True, suffix="_other")
+    alone = both.filter(pl.col("kept").is_null() | pl.col("kept_other").is_null())
+    for interval in alone["interval"].sort()[:1]:
+        raise ValueError(
+            f"flips: the two runs have other candidates in interval {interval}; compare runs of "
+            "the same pairs, plan and seed"
+        )
+    decided = pl.col("rule") == "score"
+    cut = pl.col("score").filter(pl.col("kept") & decided).min()
+    gone = pl.col("kept") & ~pl.col("kept_other")
+    moved = pl.col("kept") != pl.col("kept_other")
+    return (
+        both.group_by("interval")
+        .agg(
+            pl.col("kept").sum(),
+            gone.sum().alias("flipped"),
+            ((pl.col("score").filter(moved & decided) - cut).abs() / cut).max().alias("distance"),
+        )
+        .sort("interval")
+    )
+
+
 _SCHEMA: dict[str, pl.DataType] = {
     "schema_version": pl.Int32(),
     "run": pl.String(),

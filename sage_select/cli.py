@@ -569,6 +569,32 @@ def train(
             typer.echo(f"the best by {by} on held-out pairs in {folder / 'best-model'}")
 
 
+@app.command()
+def flips(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    other: Annotated[Path, typer.Argument(help="The folder of another run of the same plan.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare what two runs kept: other processes, hosts or devices round otherwise."""
+    with _reported(as_json):
+        from sage_select.audit import SelectionLog
+        from sage_select.audit import flips as count_flips
+
+        logs = []
+        for folder in (run, other):
+            if not (folder / "selection").is_dir():
+                raise FileNotFoundError(f"flips: there is no selection log in {folder}")
+            logs.append(SelectionLog(folder / "selection"))
+        table = count_flips(*logs)
+        kept, flipped = int(table["kept"].sum()), int(table["flipped"].sum())
+        if as_json:
+            _print_json({"kept": kept, "flipped": flipped, "intervals": table.to_dicts()})
+            return
+        heads = ("interval", "kept", "flipped", "distance from the cut")
+        _console().print(_table("kept by one run and not by the other", *heads, rows=table.rows()))
+        typer.echo(f"{flipped:,} of {kept:,} kept pairs flipped")
+
+
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Put a model where any other program can read it."""
     model.save_pretrained(folder)

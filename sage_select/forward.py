@@ -13,7 +13,7 @@ from sage_select.costs import Shape, Work, book, recording, shape_of
 from sage_select.heads import head_of, of_transformers
 from sage_select.ops.token_logps import Implementation, sequence_logps
 from sage_select.packing import Batch, Packing, attention_for, exclusive
-from sage_select.wrappers import is_sharded, unwrapped
+from sage_select.wrappers import computes_in, is_sharded, unwrapped
 
 
 def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto") -> Tensor:
@@ -110,7 +110,7 @@ def precision_of(model: nn.Module) -> torch.dtype:
     device = device_of(model).type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return next(model.parameters()).dtype
+    return computes_in(model)
 
 
 _shapes: WeakKeyDictionary[nn.Module, Shape] = WeakKeyDictionary()

@@ -100,10 +100,11 @@ class _Watch:
         assert processes.group is not None
         self.rank, self.size = processes.rank, processes.size
         self.place, self.progress = "beginning", 0
-        default = dist.distributed_c10d._get_default_store()
+        c10d: Any = dist.distributed_c10d
+        default = c10d._get_default_store()
         # a connection of its own: another thread may be waiting on the first one
         store = default.clone() if hasattr(default, "clone") else default
-        self._store = dist.PrefixStore(f"sage_select/{processes.group.group_name}", store)
+        self._store = c10d.PrefixStore(f"sage_select/{processes.group.group_name}", store)
         self._signs = 0
         self._heard = {rank: (time.monotonic(), _Sign()) for rank in range(self.size)}
         self._got_on = time.monotonic()

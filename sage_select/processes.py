@@ -1,5 +1,6 @@
 """The processes of a run, and what they say to each other: all of them, in the same order."""
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,33 @@ from torch.distributed import ProcessGroup
 # PyTorch 2.13 has new names for these, and warns of the old ones
 gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def join(device: str = "auto") -> torch.device:
+    """Join the processes that a launcher such as torchrun has started; alone there are none.
+
+    Args:
+        device: "cuda", of which each process takes its own, "cpu", or "auto" for what there is.
+
+    Returns:
+        This process's device.
+
+    Example:
+        >>> join("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = torch.device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return own
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    if not dist.is_initialized():
+        # gloo beside nccl, for the small numbers that live on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    return own
 
 
 class Processes(NamedTuple):

@@ -26,6 +26,7 @@ from sage_select.pairs import (
 from sage_select.plan import kept_count
 from sage_select.ranking import top
 from sage_select.rows import all_different
+from sage_select.wrappers import computes_in, unwrapped
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,10 @@ def log_ratio_spread(policy: PairLogps, reference: PairLogps) -> float:
 
 
 def _precision(model: Any) -> torch.dtype:
-    """Dtype of a model's weights; fp32 for a policy that is no torch module."""
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    first = next(parameters, None)
-    return torch.float32 if first is None else first.dtype
+    """Dtype in which a model computes; fp32 for a policy that is no torch module."""
+    if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
+        return torch.float32
+    return computes_in(unwrapped(model))
 
 
 def _looks_at_logps(score: Score, policy: PairLogps, reference: PairLogps) -> bool:

@@ -52,6 +52,7 @@ from sage_select.sequences import (
     sequence_keys,
 )
 from sage_select.trials import Layout
+from sage_select.wrappers import computes_in
 
 WRITE_EVERY = 5.0  # seconds between parts: what a kill can lose
 ROUNDING = 3  # a change of the code that rounds log-probs otherwise needs a new number
@@ -217,7 +218,7 @@ class ReferenceStore:
         weight = next(model.parameters())
         config: Any = getattr(model, "config", None)
         return {
-            "dtype": str(weight.dtype),
+            "dtype": str(computes_in(model)),
             "mixed_precision": str(self._measures["mixed_precision"]),
             "device": weight.device.type,
             "attention": str(getattr(config, "_attn_implementation", "")),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -49,6 +50,14 @@ def is_spread(model: nn.Module) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether every process must take part in each forward pass."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def computes_in(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's weights where it computes: shards may be cast when gathered."""
+    cast = None
+    if isinstance(model, FSDPModule):
+        cast = model._get_fsdp_state()._mp_policy.param_dtype
+    return cast or next(model.parameters()).dtype
 
 
 def whole(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One process of several that measure together: leaves what it found in a folder."""
 
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from small_models import few_pairs, small_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sage_select import Constant, ReferenceStore, Selector, measure, nca, sage
 from sage_select.adapters.plain import Training, train
 from sage_select.fingerprints import model_digest
+from sage_select.forward import precision_of
 from sage_select.measuring import pair_logps, updating
 from sage_select.processes import Processes
 
@@ -27,14 +29,14 @@ def replicated(name: str) -> nn.Module:
     return DistributedDataParallel(small_model(name))
 
 
-def sharded(name: str, *, head_apart: bool = False) -> nn.Module:
+def sharded(name: str, *, head_apart: bool = False, **options) -> nn.Module:
     model = small_model(name)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
     if head_apart:
         fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, **options)
     return model
 
 
@@ -97,6 +99,12 @@ def refusals() -> dict[str, str]:
             return str(error)
         return "nothing"
 
+    half = sharded("llama", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reference = measure(half, pairs)
+        selector = Selector(sage, Constant(0.5), reference, lambda step: 0.0)
+        rule = selector.select(half, pairs, step=0).rule
     broken = small_model("llama")
     with torch.no_grad():
         broken.model.embed_tokens.weight[pairs.take([2]).sequences()[1].tokens[-2]] = torch.nan
@@ -107,6 +115,7 @@ def refusals() -> dict[str, str]:
         refused = str(error)
     return {
         "training": refused,
+        "cast shards": f"{precision_of(half)} {rule} {[str(w.message)[:40] for w in said]}",
         "other pools": told(model, pairs.take([0, 1, 2] if rank else [0, 1])),
         "other budgets": told(model, pairs, max_batch_tokens=BUDGET + rank),
         "not finite": told(broken, pairs, max_batch_tokens=BUDGET),

@@ -554,3 +554,14 @@ def test_what_computes_the_head_is_the_same_for_all_that_measure():
     assert asked.items() <= measure_of(config).keywords.items()
     training = training_of(config)
     assert {name: getattr(training, name) for name in asked} == asked
+
+
+def test_flips_between_a_run_and_itself(tmp_path):
+    from test_loader import decision
+
+    log = SelectionLog(tmp_path / "selection")
+    log.write(0, decision([3, 2, 1], 2), [*"abc"])
+    assert told("flips", tmp_path, tmp_path)["flipped"] == 0
+    assert "0 of 2 kept pairs flipped" in sage_select("flips", tmp_path, tmp_path).stdout
+    error = sage_select("flips", tmp_path, tmp_path / "none", code=3).stderr
+    assert "there is no selection log in" in error

@@ -12,12 +12,18 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from sage_select.audit import SelectionLog
+from sage_select.audit import SelectionLog, flips
 
 
-def example(script: str, *arguments: object, threads: int = 1) -> str:
+def example(script: str, *arguments: object, threads: int = 1, world: int = 1) -> str:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
+        [
+            sys.executable,
+            *(torchrun if world > 1 else []),
+            ROOT / "examples" / script,
+            *map(str, arguments),
+        ],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
@@ -97,6 +103,34 @@ def test_the_full_twin_and_a_file_with_judgments(data, tmp_path):
                 "--max-length", 96, "--folder", tmp_path / script, *extra)  # fmt: skip
         metrics = pl.read_ndjson(tmp_path / script / "metrics.jsonl")
         assert np.isfinite(metrics["loss"].to_numpy()).all()
+
+
+@pytest.mark.slow
+def test_sage_on_two_processes(tmp_path):
+    """Under torchrun the policy is sharded, and what is kept and learnt is the same."""
+    from worlds import arithmetic_pairs
+
+    from arithmetic import BASE
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, arithmetic_pairs()[:48])))
+    outputs = [
+        example(
+            "plain_sage.py", "--pairs", path, "--model", BASE, "--tokenizer", BASE / "tokenizer",
+            "--max-length", 64, "--batch-size", 4, "--micro-batch-size", 2, "--refresh-steps", 3,
+            "--learning-rate", 1e-3, "--device", "cpu", "--folder", tmp_path / str(world),
+            world=world,
+        )
+        for world in (1, 2)
+    ]  # fmt: skip
+    assert outputs[0].count("held-out loss") == outputs[1].count("held-out loss") == 1
+    alone, together = (pl.read_ndjson(tmp_path / str(world) / "metrics.jsonl") for world in (1, 2))
+    assert together["loss"].to_list() == pytest.approx(alone["loss"].to_list(), abs=1e-3)
+    logs = [SelectionLog(tmp_path / str(world) / "selection") for world in (1, 2)]
+    assert flips(*logs)["flipped"].sum() == 0
+    models = [load_file(tmp_path / str(w) / "model" / "model.safetensors") for w in (1, 2)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.allclose(models[0][n], models[1][n], atol=2e-3) for n in models[0])
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ LEVELS: dict[str, tuple[int, set[str]]] = {
     "adapters": (10, set()),
     "adapters.plain": (11, {"torch", "transformers"}),
     "adapters.lightning": (12, {"lightning", "torch", "transformers"}),
+    "adapters.trl": (13, {"numpy", "torch", "transformers", "trl"}),
     "runs": (12, {"numpy", "torch", "transformers"}),
     "forecast": (13, {"numpy", "torch", "transformers"}),
     "doctor": (14, PURE),

@@ -19,7 +19,7 @@ from sage_select import (
     plan_pools,
     sage,
 )
-from sage_select.audit import SCHEMA_VERSION, SelectionLog
+from sage_select.audit import SCHEMA_VERSION, SelectionLog, flips
 from sage_select.loader import SelectiveLoader, ShuffledLoader, dealt
 from sage_select.processes import Processes
 
@@ -323,3 +323,35 @@ def test_what_was_not_scored_is_null(tmp_path):
     log = SelectionLog(tmp_path)
     log.write(0, selection(), ["a", "b", "c"])
     assert log.read()["score"].null_count() == log.read()["rank"].null_count() == 3
+
+
+def decision(scores, count):
+    order = np.argsort(-np.array(scores), kind="stable")
+    kept = np.isin(np.arange(len(scores)), order[:count])
+    pool = np.arange(len(scores))
+    return Selection(order[:count], pool, np.array(scores, float), kept, step=0, progress=0.0)
+
+
+def test_flips_between_two_runs_are_counted_and_placed(tmp_path):
+    logs = [SelectionLog(tmp_path / name) for name in "ab"]
+    for interval, (one, other) in enumerate([
+        ([4, 3, 2, 1], [4, 3, 2, 1]),
+        ([4, 2.02, 2, 1], [4, 1.99, 2, 1]),
+    ]):  # fmt: skip
+        for log, scores in zip(logs, (one, other), strict=True):
+            log.write(interval, decision(scores, 2), [*"wxyz"])
+    logs[0].write(2, decision([1, 2], 1), [*"wx"])  # the other run is not there yet
+    found = flips(*logs)
+    assert found["interval"].to_list() == [0, 1]
+    assert found["flipped"].to_list() == [0, 1]
+    assert found["kept"].to_list() == [2, 2]
+    assert found["distance"][0] is None
+    assert found["distance"][1] == pytest.approx(0.02 / 2.02)
+
+
+def test_flips_between_runs_of_other_pairs_are_refused(tmp_path):
+    logs = [SelectionLog(tmp_path / name) for name in "ab"]
+    for log, ids in zip(logs, ("wx", "wy"), strict=True):
+        log.write(0, decision([1, 2], 1), [*ids])
+    with pytest.raises(ValueError, match="other candidates in interval 0"):
+        flips(*logs)
