@@ -3,13 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format docs clean
+MATRIX := build/matrix
+ENDS := oldest newest
+
+.PHONY: demo test test-matrix lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# The two ends of the supported range of TRL, each in an environment of its own.
+test-matrix: $(ENDS:%=$(MATRIX)/%/installed)
+	@for end in $(ENDS); do \
+		$(MATRIX)/$$end/bin/python -c 'import transformers, trl; \
+			print(f"trl {trl.__version__}, transformers {transformers.__version__}")' || exit 1; \
+		$(MATRIX)/$$end/bin/python -m pytest tests/test_trl.py || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,3 +45,11 @@ $(INSTALLED): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
+
+$(MATRIX)/%/installed: constraints-oldest.txt pyproject.toml
+	test -x $(MATRIX)/$*/bin/python || $(PYTHON) -m venv $(MATRIX)/$*
+	$(MATRIX)/$*/bin/python -m pip install --quiet torch==2.13.0
+	$(MATRIX)/$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		$(if $(filter oldest,$*),--constraint constraints-oldest.txt) torch==2.13.0 \
+		--editable '.[trl]' hypothesis peft pytest pytest-timeout
+	touch $@

@@ -584,7 +584,8 @@ def _head_is_left_behind(model: Any) -> bool:
         for module in (model, *ends):
             if isinstance(module, FSDPModule):
                 module.unshard()
-        return ends[0].weight.data_ptr() != ends[1].weight.data_ptr()
+        together: bool = ends[0].weight.data_ptr() == ends[1].weight.data_ptr()
+        return not together
 
 
 def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
