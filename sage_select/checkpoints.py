@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sage_select.cache import flush
 from sage_select.processes import Processes
+from sage_select.wrappers import unwrapped
 
 UNREADABLE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, CheckpointException)
 
@@ -118,6 +119,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    first: dict[int, str] = {}
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
+        if name in weights:  # tied weights stay one tensor
+            weights[name] = weights[first.setdefault(id(parameter), name)]
     return weights
 
 

@@ -340,7 +340,7 @@ def check_updates(
         np.flatnonzero(pairs.sequence_lengths == pairs.sequence_lengths.max())[:1]
     )
     model = unwrapped(model)
-    with autocast(model, mixed_precision):
+    with resharded(model), autocast(model, mixed_precision):
         check_head(model, longest[0], impl, again=False)
         packs_exactly(model, longest, layout, impl)
 

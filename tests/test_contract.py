@@ -46,15 +46,26 @@ def killed(strategy: str) -> Attempts:
     return Attempts(f"{strategy}, killed", (*kills, (strategy, world, None)))
 
 
-def elastic(strategy: str, world: int) -> Attempts:
-    return Attempts(f"fsdp2, then {strategy} {world}", (("fsdp2", 2, 4), (strategy, world, None)))
+def elastic(begun: str, strategy: str, world: int) -> Attempts:
+    """Killed in the middle of an interval, and resumed on another number of processes."""
+    name = f"{begun} {WORLDS[begun]}, then {strategy} {world}"
+    return Attempts(name, ((begun, WORLDS[begun], 4), (strategy, world, None)))
 
 
+EVERY = (
+    *(run(strategy) for run in (whole, killed) for strategy in WORLDS),
+    elastic("fsdp2", "single", 1),
+    elastic("fsdp2", "fsdp2", 4),
+)
 HOSTS = {
-    "plain": (
-        *(run(strategy) for run in (whole, killed) for strategy in WORLDS),
-        elastic("single", 1),
-        elastic("fsdp2", 4),
+    "plain": EVERY,
+    "lightning": EVERY,
+    "trl": (  # transformers itself resumes no model that it has sharded
+        *map(whole, WORLDS),
+        killed("single"),
+        killed("ddp"),
+        elastic("ddp", "single", 1),
+        elastic("ddp", "ddp", 4),
     ),
 }
 RUNS = [(host, run.name) for host, runs in HOSTS.items() for run in runs]
@@ -180,6 +191,8 @@ def test_a_killed_run_ends_with_the_same_bits(outcome, host, name):
 @runs
 def test_kept_sets_and_curves_are_those_of_one_plain_process(outcome, host, name):
     """From the same weights every host keeps the same; over a run rounding adds up."""
+    if (host, name) == ("trl", "fsdp2"):
+        pytest.skip("transformers shards no tied head, so this policy has one of its own")
     run, alone = outcome(host, name), outcome("plain", "single")
     assert run.kept == alone.kept
     assert np.abs(run.losses() - alone.losses()).max() < 1e-3
