@@ -151,8 +151,10 @@ def attach(
     known = measured(pairs) if reference is None else reference.take(loader.dataset.index)
     loader.selector = replace(loader.selector, reference=known)
     rows = pairs.column("source_row").to_numpy()
-    trainer.train_dataset = _with_logps(trainer.train_dataset, known, rows[known.index.numpy()])
-    trainer.eval_dataset = _evaluated(trainer, measured)
+    train = _with_logps(trainer.train_dataset, known, rows[known.index.numpy()])
+    evaluated = _evaluated(trainer, measured)
+    # from here on nothing fails: a trainer is attached to, or as it was
+    trainer.train_dataset, trainer.eval_dataset = train, evaluated
     _use_logps(trainer)
     batches = _Batches(trainer, loader, rows)
     trainer.get_train_dataloader = batches.dataloader
@@ -624,6 +626,11 @@ def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
         "leave it out",
     )
     yield (
+        setting("include_tokens_per_second"),
+        "include_tokens_per_second reads all batches before the first update",
+        "leave it out",
+    )
+    yield (
         args.n_gpu > 1,
         f"one process sees {args.n_gpu} GPUs and would use DataParallel",
         "launch with torchrun or accelerate, one process per GPU, or set CUDA_VISIBLE_DEVICES",
@@ -657,6 +664,15 @@ def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
     yield (
         not hasattr(data, "add_column") or not hasattr(data, "__len__"),
         f"train_dataset is a {type(data).__name__}, which has no length and no rows to select",
+        "pass a datasets.Dataset",
+    )
+    given = trainer.eval_dataset
+    yield (
+        any(
+            part is not None and not hasattr(part, "__len__")
+            for part in (given.values() if isinstance(given, dict) else [given])
+        ),
+        "eval_dataset has no length, and its reference log-probs are measured beforehand",
         "pass a datasets.Dataset",
     )
     images = "image" in data.column_names or "images" in data.column_names
@@ -694,9 +710,9 @@ def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
         yield (setting(name), f"{name} {why}", f"set {name}=False")
     if attached:
         return
-    given = [n for n in ("ref_chosen_logps", "ref_rejected_logps") if n in data.column_names]
     yield (
-        args.precompute_ref_log_probs or given,
+        args.precompute_ref_log_probs
+        or {"ref_chosen_logps", "ref_rejected_logps"} & set(data.column_names),
         "the trainer has reference log-probs of its own (precompute_ref_log_probs, or columns "
         "ref_chosen_logps and ref_rejected_logps), and they may be rounded otherwise",
         "set precompute_ref_log_probs=False and leave the columns out: attach measures and keeps "
