@@ -324,7 +324,7 @@ def _agreed(config: SageConfig, trainer: Any) -> SageConfig:
             args.per_device_train_batch_size,
         ),
         "training.mixed_precision": (
-            "bf16",
+            "mixed precision",
             "none" if precision is None else names[precision],
         ),
         "training.learning_rate": ("learning_rate", args.learning_rate),
@@ -462,7 +462,8 @@ def _use_logps(trainer: Any) -> None:
 
 
 def _precision(trainer: Any) -> torch.dtype | None:
-    return torch.bfloat16 if trainer.args.bf16 else None
+    """The accelerator's, which a launcher may have set whatever the arguments say."""
+    return torch.bfloat16 if trainer.accelerator.mixed_precision == "bf16" else None
 
 
 def _losses(args: Any) -> list[str]:
@@ -636,7 +637,8 @@ def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
         "launch with torchrun or accelerate, one process per GPU, or set CUDA_VISIBLE_DEVICES",
     )
     yield (
-        args.fp16,
+        trainer.accelerator.mixed_precision not in ("no", "bf16"),
+        f"mixed precision is {trainer.accelerator.mixed_precision}, and only bf16 is supported: "
         "fp16 leaves updates out where gradients overflow, and the selection counts them",
         "set bf16=True, or neither",
     )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,9 +282,12 @@ def test_evaluation_and_the_best_checkpoint(tmp_path):
     assert found == pytest.approx(min(losses.values()), abs=1e-6)
 
 
-def test_precision_is_the_trainers(tmp_path):
-    seen = Seen(make(tmp_path, bf16=True)).train()
-    assert seen.loader.selector.mixed_precision == torch.bfloat16
+@pytest.mark.parametrize(("argument", "launcher"), [(True, "no"), (False, "bf16"), (False, "no")])
+def test_precision_is_the_trainers(tmp_path, monkeypatch, argument, launcher):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    seen = Seen(make(tmp_path, bf16=argument)).train()
+    expected = torch.bfloat16 if argument or launcher == "bf16" else None
+    assert seen.loader.selector.mixed_precision == expected
     assert np.isfinite([log["loss"] for log in seen.logs]).all()
 
 
@@ -311,6 +315,7 @@ class Iterable:
     add_column = None
 
 
+FP16 = SimpleNamespace(mixed_precision="fp16", parallelism_config=None)
 REFUSED = [
     ("args.num_train_epochs", 3, "set num_train_epochs=1, and how often pairs are traversed"),
     ("args.max_steps", 7, "max_steps is 7, but the number of updates follows"),
@@ -321,7 +326,7 @@ REFUSED = [
     ("args.train_sampling_strategy", "group_by_length", "order pairs"),
     ("args.include_tokens_per_second", True, "reads all batches before the first update"),
     ("args._n_gpu", 2, "one process sees 2 GPUs"),
-    ("args.fp16", True, "set bf16=True, or neither"),
+    ("accelerator", FP16, "set bf16=True, or neither"),
     ("args.fsdp", "full_shard", "silently DDP on CPUs"),
     ("is_fsdp_enabled", True, "use DDP, or FSDP2 by from_pretrained"),
     ("is_deepspeed_enabled", True, "DeepSpeed is not supported"),
@@ -360,7 +365,7 @@ CONTRADICTIONS = [
     ({"beta": 0.2}, "beta is 0.2, but the trainer's beta is 0.1"),
     ({"training": {"batch_size": 16}}, "training.batch_size is 16, but the trainer's per_device"),
     ({"training": {"micro_batch_size": 4}}, "per_device_train_batch_size is 2"),
-    ({"training": {"mixed_precision": "bfloat16"}}, "the trainer's bf16 is none"),
+    ({"training": {"mixed_precision": "bfloat16"}}, "the trainer's mixed precision is none"),
     ({"training": {"learning_rate": 1e-5}}, "the trainer's learning_rate is 0.001"),
     ({"training": {"loss": "dpo"}}, "the trainer's loss_type is ['nca_pair']"),
     ({"data": {"max_length": 100}}, "the trainer's max_length is 64"),
