@@ -26,7 +26,7 @@ from sage_select.checkpoints import (
     save_checkpoint,
     whole_weights,
 )
-from sage_select.costs import Ledger, append_costs, phase, read_costs
+from sage_select.costs import Ledger, append_costs, phase, read_costs, side_by_side
 from sage_select.dataset import PreferenceDataset
 from sage_select.forward import autocast
 from sage_select.hashing import Int64Array
@@ -479,12 +479,14 @@ class _Run:
             self._write_costs()
             self.interval = interval
         for name, work in spent.items():
-            self.history.costs.add(name, work)
             self.unwritten.add(name, work)
 
     def _write_costs(self) -> None:
+        spent = side_by_side(self.processes.each(self.unwritten))
         if self.folder is not None and self.processes.rank == 0:
-            append_costs(self.folder / "costs.jsonl", self.unwritten, self.interval)
+            append_costs(self.folder / "costs.jsonl", spent, self.interval)
+        for name, work in spent.items():
+            self.history.costs.add(name, work)
         self.unwritten = Ledger()
 
     def checkpoint(self) -> None:

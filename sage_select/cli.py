@@ -467,7 +467,10 @@ def train(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train with selection, on one device; killed at any moment, it resumes to the same bits.
+    """Train with selection; killed at any moment, it resumes to the same bits.
+
+    On one device, or under torchrun on many (training.strategy):
+    torchrun --nproc-per-node 8 --no-python sage-select train run.yaml
 
     The run folder gets the configuration, metrics, evaluations, the selection log, checkpoints,
     the best weights and the trained model.
@@ -475,34 +478,47 @@ def train(
     with _reported(as_json):
         import torch
 
-        from sage_select.adapters.plain import load_best
+        from sage_select.adapters.plain import load_best, save_pretrained
         from sage_select.adapters.plain import train as train_plain
         from sage_select.audit import SelectionLog
-        from sage_select.costs import Ledger, append_costs
+        from sage_select.costs import Ledger, append_costs, side_by_side
         from sage_select.forecast import compared, cost_of
         from sage_select.loader import SelectiveLoader
+        from sage_select.processes import Processes, join
         from sage_select.runs import (
+            device_of,
             load_model,
             load_tokenizer,
             open_reference,
             prepare,
             selector_of,
+            spread,
             training_of,
         )
 
         config = _read_config(config_file, overrides)
         folder = config.run_folder
         training = training_of(config)
+        join(device_of(config.model.device).type)
+        processes = Processes.all()
+        first = processes.rank == 0  # the one that speaks and writes
+        quiet = quiet or not first
         run = prepare(config, show_progress=_bars(quiet))
-        typer.echo(f"{run.dataset.waterfall()}\n{run.timeline.plan}", err=True)
-        _keep_config(config, folder, resume)
-        held = _lock(folder)
-        typer.echo(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}", err=True)
+        held = None
+        if first:
+            typer.echo(f"{run.dataset.waterfall()}\n{run.timeline.plan}", err=True)
+            _keep_config(config, folder, resume)
+            held = _lock(folder)
+            typer.echo(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}", err=True)
+        processes.wait()
         torch.manual_seed(config.seed)
         model = load_model(config)
         with Ledger() as spent:
             reference = open_reference(run, policy=model, show_progress=_bars(quiet))
-        append_costs(folder / "costs.jsonl", spent)
+        spent = side_by_side(processes.each(spent))
+        if first:
+            append_costs(folder / "costs.jsonl", spent)
+        model = spread(model, config.training.strategy)
         selector = selector_of(run, reference, show_progress=_bars(quiet))
         loader = SelectiveLoader(
             selector,
@@ -524,7 +540,13 @@ def train(
             show_progress=_bars(quiet),
         )
         tokenizer = load_tokenizer(config)
-        _save(model, tokenizer, folder / "model")
+
+        def save(name: str) -> None:
+            save_pretrained(model, folder / name)
+            if first:
+                _save_tokenizer(tokenizer, folder / name)
+
+        save("model")
         records = history.evaluations or history.steps
         told: dict[str, Any] = {
             "folder": str(folder),
@@ -535,8 +557,11 @@ def train(
         }
         if history.evaluations:
             told["best"] = load_best(model, folder)
-            _save(model, tokenizer, folder / "best-model")
-        held.close()
+            save("best-model")
+        if not first:
+            return
+        if held is not None:
+            held.close()
         if as_json:
             _print_json(told)
             return
@@ -595,9 +620,8 @@ def flips(
         typer.echo(f"{flipped:,} of {kept:,} kept pairs flipped")
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Put a model where any other program can read it."""
-    model.save_pretrained(folder)
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Put a tokenizer beside its model, where any other program can read both."""
     tokenizer.save_pretrained(folder)
     mask = os.umask(0)
     os.umask(mask)

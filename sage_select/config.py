@@ -223,7 +223,7 @@ class TrainingSection(_Section):
     batch_size: Count = 16
     """Pairs per optimizer step."""
     micro_batch_size: Count | None = None
-    """Pairs per forward and backward pass; by default the whole batch."""
+    """Pairs per process, forward and backward pass; by default all that it has of a batch."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Decay of the learning rate over the exact total of steps."""
     warmup_share: Share = 0.1
@@ -234,6 +234,8 @@ class TrainingSection(_Section):
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["none", "bfloat16"] = "none"
     """Autocast dtype of the body; the head, the loss and the sums stay in fp32 or wider."""
+    strategy: Literal["fsdp2", "ddp"] = "fsdp2"
+    """How several processes have the policy, sharded over them or replicated in each."""
     activation_checkpointing: bool = False
     """Whether to compute each layer again in the backward pass, for less memory."""
     compile_model: bool = False
@@ -423,6 +425,7 @@ _NO_MATTER = {
     "model": ["device"],
     "scoring": ["max_batch_tokens", "impl", "layout"],
     "training": [
+        "strategy",
         "activation_checkpointing",
         "compile_model",
         "micro_batch_size",

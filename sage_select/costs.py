@@ -84,6 +84,22 @@ class Ledger(dict[str, Work]):
         self[name] = self.get(name, Work()) + work
 
 
+def side_by_side(ledgers: list[Ledger]) -> Ledger:
+    """What several processes did at the same time: the sum of their work, in the longest's time.
+
+    Example:
+        >>> one, other = Ledger(scoring=Work(needed=2.0, seconds=3.0)), Ledger()
+        >>> side_by_side([one, one, other])["scoring"].needed
+        4.0
+    """
+    together = Ledger()
+    for name in dict.fromkeys(name for ledger in ledgers for name in ledger):
+        works = [ledger[name] for ledger in ledgers if name in ledger]
+        longest = max(work.seconds for work in works)
+        together[name] = replace(sum(works, Work()), seconds=longest)
+    return together
+
+
 def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> None:
     """Add a line for each phase to a file of costs; an interval may have several."""
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")

@@ -1,7 +1,7 @@
 """The processes of a run, and what they say to each other: all of them, in the same order."""
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from torch.distributed import ProcessGroup
 # PyTorch 2.13 has new names for these, and warns of the old ones
 gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+T = TypeVar("T")
 
 
 def join(device: str = "auto") -> torch.device:
@@ -102,6 +104,14 @@ class Processes(NamedTuple):
         gather(every, own, group=self.group)
         said: list[list[int]] = every.view(-1, len(facts)).tolist()
         return said
+
+    def each(self, thing: T) -> list[T]:
+        """What every process has of something, by rank."""
+        if self.group is None:
+            return [thing]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, thing, group=self.group)
+        return every
 
     def gathered(self, x: Tensor, counts: list[int]) -> Tensor:
         """The rows of all processes, by rank."""

@@ -12,9 +12,10 @@ from warnings import warn
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sage_select.adapters.plain import Training
+from sage_select.adapters.plain import Training, shard
 from sage_select.audit import SelectionLog
 from sage_select.config import ConfigError, SageConfig
 from sage_select.dataset import PreferenceDataset
@@ -30,6 +31,7 @@ from sage_select.plan import (
     strata_from_judgments,
     strata_from_values,
 )
+from sage_select.processes import Processes
 from sage_select.schedules import Constant, Linear
 from sage_select.scores import SCORES
 from sage_select.selector import Selector
@@ -228,6 +230,13 @@ def load_model(config: SageConfig, name: str | None = None, *, reference: bool =
     if device is not None:
         return model.to(device_of(device, "reference.device"))
     return model.to(device_of(config.model.device))
+
+
+def spread(model: nn.Module, strategy: str) -> nn.Module:
+    """The policy as several processes have it, by `training.strategy`; as it is in one alone."""
+    if Processes.all().size == 1:
+        return model
+    return shard(model) if strategy == "fsdp2" else DistributedDataParallel(model)
 
 
 def device_of(name: str, setting: str = "model.device") -> torch.device:

@@ -4,8 +4,10 @@ A host is a function `(Case) -> None` that trains in the processes it is called 
 written down as it happens, one file per process and attempt, so that a killed process has left it.
 """
 
+import hashlib
 import json
 import os
+import random
 import signal
 from collections.abc import Iterable
 from copy import deepcopy
@@ -14,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from worlds import arithmetic_pairs, base
 
@@ -90,6 +93,7 @@ class Case:
     attempt: int = 0
     die_after: int | None = None
     updates: int = field(default=0, init=False)
+    generator: str = field(default_factory=lambda: _generator(), init=False)
 
     @property
     def per_process(self) -> int:
@@ -110,12 +114,14 @@ class Case:
     def watch(self, optimizer: torch.optim.Optimizer, *, already: int = 0) -> None:
         """Count and note updates; call it once the optimizer is there, and its state restored."""
         self.updates = already
+        self.generator = _generator()
 
         def before(optimizer: Any, *_: Any) -> None:
             self.note("update", learning_rate=float(optimizer.param_groups[0]["lr"]))
 
         def after(*_: Any) -> None:
             self.updates += 1
+            self.generator = _generator()
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
@@ -133,6 +139,8 @@ class Case:
             training=all(module.training for module in model.modules()),
             gradients=any(p.grad is not None for p in model.parameters()),
             trainable=all(p.requires_grad for p in model.parameters()),
+            generator_before=self.generator,
+            generator=_generator(),
         )
 
     def dies_now(self) -> bool:
@@ -153,3 +161,9 @@ def trace(folder: Path, attempt: int, rank: int) -> list[dict[str, Any]]:
     """What a process of an attempt wrote down."""
     path = folder / f"trace-{attempt}-{rank}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _generator() -> str:
+    """What the global generators would give next, in short."""
+    state = torch.get_rng_state().numpy().tobytes() + str(random.getstate()).encode()
+    return hashlib.blake2b(state + str(np.random.get_state()).encode()).hexdigest()[:16]

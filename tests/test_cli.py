@@ -222,6 +222,34 @@ def test_train_and_resume(config):
     assert "training.epochs was 1, is 2" in other.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_train_on_two_processes(config, strategy):
+    """Under torchrun: one of them speaks and writes, and costs are those of both."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["--no-python", Path(sys.executable).with_name("sage-select"), "train", config]
+    options = ["--json", "--quiet", "--set", f"training.strategy={strategy}"]
+    done = subprocess.run(
+        [*launch, *command, *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = json.loads(done.stdout)
+    assert done.stderr.count("rows read") == 1
+    check_costs(together["cost"], told("plan", config)["cost"]["flops"])
+    shutil.move("run", "together")
+    alone = told("train", config)
+    assert together["steps"] == alone["steps"]
+    assert together["last"]["loss"] == pytest.approx(alone["last"]["loss"], abs=1e-3)
+    assert told("flips", "run", "together")["flipped"] == 0
+    resumed = told("train", config, "--resume", "--set", "folder=together")
+    assert resumed["last"] == together["last"]
+
+
 def check_costs(cost, forecast):
     """What was forecast beside what was booked: for the run, and interval by interval."""
     assert set(cost["phases"]) == {"reference", "scoring", "training", "evaluation"}

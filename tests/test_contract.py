@@ -3,6 +3,7 @@ resumed on other numbers of processes. What passed stands in docs/hosts.md, made
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +29,12 @@ class Attempts:
 
     name: str
     attempts: tuple[tuple[str, int, int | None], ...]
+
+    @property
+    def described(self) -> str:
+        """In words, for people."""
+        words = [f"{s} {w}" if s != "single" else "one" for s, w, _ in self.attempts]
+        return ", then ".join(dict.fromkeys(words)) + (", killed" if len(self.attempts) > 1 else "")
 
     @property
     def as_options(self) -> list[dict]:
@@ -138,63 +145,114 @@ def outcome(tmp_path_factory):
     return lambda host, name: of_host(host)[name]
 
 
-@runs
-def test_it_ends_as_it_should(outcome, host, name):
-    run = outcome(host, name)
+# The laws. Each takes a run and how to get at others of the same host, or of the plain loop.
+
+
+def it_ends_as_it_should(run, of):
     said = "\n".join(p.read_text()[-2000:] for p in run.folder.glob("output-*.txt"))
     for (_, world, dies), codes in zip(run.run.attempts, run.codes, strict=True):
         assert codes == ([0] if dies is None else [-9]) * world, said
 
 
-@runs
-def test_pools_are_measured_after_exactly_the_steps_before(outcome, host, name):
-    measured = outcome(host, name).events("measure")
+def pools_are_measured_after_exactly_the_steps_before(run, of):
+    measured = run.events("measure")
     assert [event["interval"] for event in measured] == list(range(len(FIRST_STEPS)))
     assert tuple(event["step"] for event in measured) == FIRST_STEPS
 
 
-@runs
-def test_measuring_leaves_the_model_as_it_was(outcome, host, name):
-    for event in outcome(host, name).events("measure"):
+def mode_gradients_and_generators_are_left_alone(run, of):
+    for event in run.events("measure", rank=None):
         assert event["training"]
         assert event["trainable"]
         assert not event["gradients"]
+        assert event["generator"] == event["generator_before"]
 
 
-@runs
-def test_each_kept_pair_is_trained_exactly_once_across_processes(outcome, host, name):
-    run = outcome(host, name)
+def each_kept_pair_is_trained_once_across_processes(run, of):
     trained = Counter(i for event in run.events("train", rank=None) for i in event["ids"])
     assert trained == Counter(i for ids in run.kept.values() for i in ids)
     assert tuple(len(run.kept[k]) for k in range(len(KEPT))) == KEPT
 
 
-@runs
-def test_totals_and_learning_rates_are_exact(outcome, host, name):
-    updates = outcome(host, name).events("update")
+def totals_and_learning_rates_are_exact(run, of):
+    updates = run.events("update")
     assert [event["step"] for event in updates] == list(range(STEPS))
     assert [event["learning_rate"] for event in updates] == pytest.approx(learning_rates())
 
 
-@runs
-def test_a_killed_run_ends_with_the_same_bits(outcome, host, name):
-    run = outcome(host, name)
-    strategies = {attempt[:2] for attempt in run.run.attempts}
-    if len(run.run.attempts) == 1 or len(strategies) > 1:
+def killed_and_resumed_it_ends_with_the_same_bits(run, of):
+    if len(run.run.attempts) == 1 or len({attempt[:2] for attempt in run.run.attempts}) > 1:
         pytest.skip("it was not killed, or resumed on other processes")
-    undisturbed = outcome(host, run.run.attempts[0][0])
+    undisturbed = of(run.run.attempts[0][0])
     assert run.kept == undisturbed.kept
     for key, weight in undisturbed.weights.items():
         assert torch.equal(weight, run.weights[key]), key
 
 
-@runs
-def test_kept_sets_and_curves_are_those_of_one_plain_process(outcome, host, name):
+def it_keeps_and_learns_what_one_plain_process_does(run, of):
     """From the same weights every host keeps the same; over a run rounding adds up."""
-    if (host, name) == ("trl", "fsdp2"):
+    alone = of("single", host="plain")
+    if run.weights.keys() != alone.weights.keys():
         pytest.skip("transformers shards no tied head, so this policy has one of its own")
-    run, alone = outcome(host, name), outcome("plain", "single")
     assert run.kept == alone.kept
     assert np.abs(run.losses() - alone.losses()).max() < 1e-3
     for key, weight in alone.weights.items():
         assert torch.allclose(run.weights[key], weight, atol=2e-3), key
+
+
+LAWS = (
+    it_ends_as_it_should,
+    pools_are_measured_after_exactly_the_steps_before,
+    each_kept_pair_is_trained_once_across_processes,
+    totals_and_learning_rates_are_exact,
+    mode_gradients_and_generators_are_left_alone,
+    killed_and_resumed_it_ends_with_the_same_bits,
+    it_keeps_and_learns_what_one_plain_process_does,
+)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@runs
+def test_the_contract(outcome, host, name, law):
+    law(outcome(host, name), lambda other, host=host: outcome(host, other))
+
+
+def test_the_table_in_the_docs_is_what_passed(outcome):
+    """To write it anew: SAGE_SELECT_WRITE_DOCS=1, and this file's tests."""
+    heads = ["host", "processes", *(law.__name__.replace("_", " ") for law in LAWS)]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for host, name in RUNS:
+        cells = [host, outcome(host, name).run.described]
+        for law in LAWS:
+            try:
+                law(outcome(host, name), lambda other, host=host: outcome(host, other))
+                cells.append("yes")
+            except pytest.skip.Exception:
+                cells.append("-")
+            except AssertionError:
+                cells.append("**no**")
+        lines.append(f"| {' | '.join(cells)} |")
+    table, path = "\n".join(lines) + "\n", ROOT / "docs" / "contract.md"
+    if os.environ.get("SAGE_SELECT_WRITE_DOCS"):
+        path.write_text(table)
+    assert path.read_text() == table
+
+
+def test_the_laws_can_fail(outcome, tmp_path):
+    """A run that is told otherwise than it was breaks each of them."""
+    run = outcome("plain", "single, killed")
+    shutil.copytree(run.folder, tmp_path / "run")
+    spoiled = Outcome(tmp_path / "run", run.run, [[0]] * 3)
+    for path in spoiled.folder.glob("trace-*.jsonl"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            event["step"] += event["event"] == "measure"
+            event["ids"] = event.get("ids", [])[1:]
+            event["learning_rate"] = 0.5
+            event["gradients"] = True
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    weights = {name: weight + 0.1 for name, weight in run.weights.items()}
+    torch.save(weights, spoiled.folder / "weights.pt")
+    for law in LAWS:
+        with pytest.raises(AssertionError):
+            law(spoiled, lambda other, host="plain": outcome(host, other))

@@ -95,7 +95,7 @@ def run(case: Case) -> None:
         output_dir=str(case.folder / "run"),
         per_device_train_batch_size=case.per_process,
         per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2,
+        gradient_accumulation_steps=case.accumulation,
         save_strategy="no" if fsdp2 else "steps",  # transformers resumes no model it has sharded
         save_steps=SAVE_EVERY,
         eval_strategy="steps",
