@@ -7,6 +7,9 @@ them, `rng-*.pt` each one's generators. What one number of processes wrote, anot
 
 import pickle
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -84,7 +87,9 @@ def load_newest(
             run: dict[str, Any] = torch.load(path / "run.pt", weights_only=True)
             weights, moments = get_state_dict(model, optimizer)
             state = {"model": weights, "optimizer": moments}
-            state_dict_loader.load(state, checkpoint_id=path, no_dist=Processes.all().group is None)
+            with _quiet():
+                alone = Processes.all().group is None
+                state_dict_loader.load(state, checkpoint_id=path, no_dist=alone)
         except UNREADABLE as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             warn(f"train: {path} cannot be read, trying an older one: {reason}", stacklevel=4)
@@ -129,6 +134,14 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def load_whole(model: nn.Module, weights: dict[str, Any]) -> None:
     """Put what `whole_weights` gave into a model, in whatever way it is spread over processes."""
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warning that there is one process, when there is meant to be one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _restore_generators(path: Path) -> None:

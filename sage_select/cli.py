@@ -1,4 +1,4 @@
-"""The command line: `sage-select plan | score | select | train | store | doctor | config`.
+"""The command line: `sage-select plan | score | select | train | flips | store | doctor | config`.
 
 What a person reads goes to stdout as tables, what a script reads as JSON (`--json`); progress,
 warnings and errors go to stderr. Exit codes: 0 done, 1 a fault of the library's own, 2 a wrong

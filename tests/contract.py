@@ -11,7 +11,7 @@ import random
 import signal
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from worlds import arithmetic_pairs, base
 
-from sage_select import Linear, PreferenceDataset, SageConfig
+from sage_select import Linear, PairLogps, PreferenceDataset, SageConfig
+from sage_select.loader import SelectiveLoader
 
 PAIRS = 48
 BATCH = 4  # pairs per optimizer step over all processes
@@ -93,7 +94,7 @@ class Case:
     attempt: int = 0
     die_after: int | None = None
     updates: int = field(default=0, init=False)
-    generator: str = field(default_factory=lambda: _generator(), init=False)
+    generator: str = field(default="", init=False)
 
     @property
     def per_process(self) -> int:
@@ -114,17 +115,25 @@ class Case:
     def watch(self, optimizer: torch.optim.Optimizer, *, already: int = 0) -> None:
         """Count and note updates; call it once the optimizer is there, and its state restored."""
         self.updates = already
-        self.generator = _generator()
 
         def before(optimizer: Any, *_: Any) -> None:
             self.note("update", learning_rate=float(optimizer.param_groups[0]["lr"]))
 
         def after(*_: Any) -> None:
             self.updates += 1
-            self.generator = _generator()
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
+
+    def watch_generators(self, loader: SelectiveLoader) -> None:
+        """Look at the global generators before each pass over a pool."""
+        measure = loader.selector.measure
+
+        def watched(model: Any, pool: Any) -> PairLogps:
+            self.generator = _generator()
+            return measure(model, pool)
+
+        loader.selector = replace(loader.selector, measure=watched)
 
     def trains(self, ids: Iterable[str], losses: Iterable[float] = ()) -> None:
         """Note that these pairs go forward and backward now, in this process."""
@@ -139,9 +148,9 @@ class Case:
             training=all(module.training for module in model.modules()),
             gradients=any(p.grad is not None for p in model.parameters()),
             trainable=all(p.requires_grad for p in model.parameters()),
-            generator_before=self.generator,
-            generator=_generator(),
+            generators_moved=self.generator not in ("", _generator()),
         )
+        self.generator = ""
 
     def dies_now(self) -> bool:
         """Whether it is time to; call it when a checkpoint is on disk."""
@@ -166,4 +175,4 @@ def trace(folder: Path, attempt: int, rank: int) -> list[dict[str, Any]]:
 def _generator() -> str:
     """What the global generators would give next, in short."""
     state = torch.get_rng_state().numpy().tobytes() + str(random.getstate()).encode()
-    return hashlib.blake2b(state + str(np.random.get_state()).encode()).hexdigest()[:16]
+    return hashlib.blake2b(state + str(np.random.get_state()).encode()).hexdigest()[:16]  # noqa: NPY002

@@ -68,6 +68,7 @@ def run(case: Case) -> None:
     loader = loader_of(
         config(), pairs, model, reference, batch_size=BATCH, log=log, show_progress=False
     )
+    case.watch_generators(loader)
     loader.on_select = lambda k, kept: case.measures(k, pairs.take(kept.indices).ids, model)
     training = Training(LEARNING_RATE, BETA, warmup_share=0.0, weight_decay=0.0, max_grad_norm=1.0)
     module = Watched(loader, training)

@@ -28,6 +28,8 @@ def run(case: Case) -> None:
     log = SelectionLog(case.folder / "selection")
     loader = loader_of(config(), pairs, model, reference, batch_size=4, log=log)
 
+    case.watch_generators(loader)
+
     def on_select(interval, selection):
         case.measures(interval, pairs.take(selection.indices).ids.tolist(), unwrapped(model))
 

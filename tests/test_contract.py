@@ -103,6 +103,11 @@ class Outcome:
         return {k: sorted(ids) for k, ids in log.group_by("interval").agg("pair_id").iter_rows()}
 
     @property
+    def said(self) -> str:
+        """What its processes printed."""
+        return "\n".join(p.read_text()[-2000:] for p in sorted(self.folder.glob("output-*.txt")))
+
+    @property
     def weights(self) -> dict[str, torch.Tensor]:
         return torch.load(self.folder / "weights.pt")
 
@@ -149,9 +154,8 @@ def outcome(tmp_path_factory):
 
 
 def it_ends_as_it_should(run, of):
-    said = "\n".join(p.read_text()[-2000:] for p in run.folder.glob("output-*.txt"))
     for (_, world, dies), codes in zip(run.run.attempts, run.codes, strict=True):
-        assert codes == ([0] if dies is None else [-9]) * world, said
+        assert codes == ([0] if dies is None else [-9]) * world, run.said
 
 
 def pools_are_measured_after_exactly_the_steps_before(run, of):
@@ -165,7 +169,7 @@ def mode_gradients_and_generators_are_left_alone(run, of):
         assert event["training"]
         assert event["trainable"]
         assert not event["gradients"]
-        assert event["generator"] == event["generator_before"]
+        assert not event["generators_moved"]
 
 
 def each_kept_pair_is_trained_once_across_processes(run, of):
@@ -192,12 +196,12 @@ def killed_and_resumed_it_ends_with_the_same_bits(run, of):
 def it_keeps_and_learns_what_one_plain_process_does(run, of):
     """From the same weights every host keeps the same; over a run rounding adds up."""
     alone = of("single", host="plain")
-    if run.weights.keys() != alone.weights.keys():
+    if "an untied head" in run.said:
         pytest.skip("transformers shards no tied head, so this policy has one of its own")
     assert run.kept == alone.kept
-    assert np.abs(run.losses() - alone.losses()).max() < 1e-3
+    assert np.abs(run.losses() - alone.losses()).max() < 1e-4
     for key, weight in alone.weights.items():
-        assert torch.allclose(run.weights[key], weight, atol=2e-3), key
+        assert torch.allclose(run.weights[key], weight, atol=1e-3), key
 
 
 LAWS = (
@@ -217,10 +221,28 @@ def test_the_contract(outcome, host, name, law):
     law(outcome(host, name), lambda other, host=host: outcome(host, other))
 
 
-def test_the_table_in_the_docs_is_what_passed(outcome):
-    """To write it anew: SAGE_SELECT_WRITE_DOCS=1, and this file's tests."""
-    heads = ["host", "processes", *(law.__name__.replace("_", " ") for law in LAWS)]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+PAGE = """# The contract
+
+{numbers} laws hold for a small run of SAGE, {steps} updates in four intervals, on every host. The
+tests train it in real processes (gloo, on a CPU), and this page is what they write: it is compared
+with every run of them.
+
+{laws}
+
+| host | processes | {columns} |
+|---|---|{rule}
+{rows}
+
+A dash: the law says nothing here. Runs that are killed die by SIGKILL in the middle of an interval,
+and those that go on with as many processes a second time, at a boundary. Transformers resumes no
+model that it has sharded itself, and shards no tied head, so that the policy of that run has one of
+its own.
+"""
+
+
+def page(outcome) -> str:
+    """The page of the documentation, from what passes now."""
+    rows = []
     for host, name in RUNS:
         cells = [host, outcome(host, name).run.described]
         for law in LAWS:
@@ -231,11 +253,24 @@ def test_the_table_in_the_docs_is_what_passed(outcome):
                 cells.append("-")
             except AssertionError:
                 cells.append("**no**")
-        lines.append(f"| {' | '.join(cells)} |")
-    table, path = "\n".join(lines) + "\n", ROOT / "docs" / "contract.md"
+        rows.append(f"| {' | '.join(cells)} |")
+    said = [law.__name__.replace("_", " ").capitalize() for law in LAWS]
+    return PAGE.format(
+        numbers={7: "Seven"}[len(LAWS)],
+        steps=STEPS,
+        laws="\n".join(f"{n}. {law}." for n, law in enumerate(said, 1)),
+        columns=" | ".join(map(str, range(1, len(LAWS) + 1))),
+        rule="---|" * len(LAWS),
+        rows="\n".join(rows),
+    )
+
+
+def test_the_table_in_the_docs_is_what_passed(outcome):
+    """To write it anew: SAGE_SELECT_WRITE_DOCS=1, and this file's tests."""
+    path, made = ROOT / "docs" / "contract.md", page(outcome)
     if os.environ.get("SAGE_SELECT_WRITE_DOCS"):
-        path.write_text(table)
-    assert path.read_text() == table
+        path.write_text(made)
+    assert path.read_text() == made
 
 
 def test_the_laws_can_fail(outcome, tmp_path):

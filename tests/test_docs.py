@@ -20,8 +20,11 @@ from sage_select.cli import app
 from sage_select.records import checked_pair
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = "\n".join(path.read_text() for path in sorted((ROOT / "examples").glob("*.py")))
 BLOCK = re.compile(r"^```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-NOT_RUN = ("pip install ", "make ", "diff ", "python examples/")  # installs, or runs for minutes
+NOT_RUN = (  # installs, runs for minutes, or wants several devices
+    "pip install ", "make ", "diff ", "python examples/", "torchrun ", "accelerate ", "srun "
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -46,6 +49,9 @@ def test_code_blocks(page, monkeypatch, tmp_path):
                     run_in_shell(line, tmp_path)
             case "json":
                 checked_pair(json.loads(text))
+            case "diff":
+                for line in re.findall(r"^\+ *(.+)", text, re.MULTILINE):
+                    assert line in EXAMPLES, line
             case "{toctree}" | "{eval-rst}":  # the site's own, see below
                 pass
             case _:

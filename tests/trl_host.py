@@ -41,6 +41,7 @@ def sharded(folder: Path, world: int) -> Any:
     """
     from transformers.distributed import DistributedConfig
 
+    print("this policy has an untied head")
     model = policy()
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -126,6 +127,7 @@ def run(case: Case) -> None:
         return loss
 
     trainer.compute_loss = noted
+    case.watch_generators(loader)
     loader.on_select = lambda interval, selection: case.measures(
         interval, pairs.take(selection.indices).ids.tolist(), trainer.model
     )
