@@ -10,6 +10,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+FOREIGN = ("DataParallel", "DeepSpeedEngine")  # wrappers whose forward is not one pass of the model
+
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(model)`, whose code does not see hooks."""
@@ -28,7 +30,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     inner: Any = uncompiled(model)
     while True:
-        if isinstance(inner, FullyShardedDataParallel) or type(inner).__name__ == "DataParallel":
+        if isinstance(inner, FullyShardedDataParallel) or type(inner).__name__ in FOREIGN:
             raise TypeError(
                 f"measure: {type(inner).__name__} is not supported; shard with "
                 "torch.distributed.fsdp.fully_shard (FSDP2), or replicate with "
@@ -99,17 +101,20 @@ def _check_weights(model: nn.Module) -> None:
         if hasattr(parameter, "ds_id"):
             raise TypeError(
                 "measure: DeepSpeed's ZeRO stage 3 is not supported, since weights are gathered "
-                "module by module; use stage 2, or FSDP2"
+                "module by module; use FSDP2"
             )
-        if isinstance(parameter, DTensor) and not isinstance(model, FSDPModule):
+        if not isinstance(parameter, DTensor):
+            continue
+        if not isinstance(model, FSDPModule):
             raise TypeError(
                 f"measure: {name} is a DTensor, but {type(model).__name__} is not sharded by "
                 "fully_shard at its root; tensor parallelism is not supported. Call "
                 "fully_shard(model) on the root, too"
             )
-        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 2:
+        replicas = all(placement.is_replicate() for placement in parameter.placements[:-1])
+        if parameter.device_mesh.ndim > 2 or not replicas:
             raise TypeError(
-                f"measure: {name} is spread over a mesh of {parameter.device_mesh.ndim} "
-                "dimensions; FSDP2 with or without replicas is supported"
+                f"measure: {name} is spread as {parameter.placements} over a mesh of "
+                f"{parameter.device_mesh.ndim} dimensions; FSDP2 with or without replicas is "
+                "supported, tensor parallelism is not"
             )
-        break

@@ -29,9 +29,10 @@ def replicated(name: str) -> nn.Module:
     return DistributedDataParallel(small_model(name))
 
 
-def sharded(name: str, *, head_apart: bool = False, **options) -> nn.Module:
+def sharded(name: str, *, head_apart: bool = False, replicas: bool = False, **options) -> nn.Module:
     model = small_model(name)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2) if replicas and world > 1 else (world,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     if head_apart:
@@ -44,6 +45,7 @@ STRATEGIES = {
     "DDP": lambda: replicated("llama"),
     "FSDP2": lambda: sharded("llama"),
     "FSDP2, tied": lambda: sharded("qwen2"),
+    "FSDP2, two replicas": lambda: sharded("llama", replicas=True),
     "FSDP2, head apart": lambda: sharded("llama", head_apart=True),
 }
 

@@ -1,0 +1,80 @@
+"""Ways to spread a model that cannot be measured, each refused before anything runs."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_models import small_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from sage_select import measure
+from sage_select.wrappers import unwrapped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """This process alone, so that there are meshes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tensor_parallel(model: nn.Module, mesh) -> nn.Module:
+    for layer in model.model.layers:
+        parallelize_module(layer.mlp, mesh, {"up_proj": ColwiseParallel()})
+    return model
+
+
+def both(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    fully_shard(tensor_parallel(model, mesh["tensor"]), mesh=mesh["data"])
+    return model
+
+
+def stage_three(model: nn.Module) -> nn.Module:
+    next(model.parameters()).ds_id = 0  # what DeepSpeed marks a gathered weight with
+    return model
+
+
+def layers_alone(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+DeepSpeedEngine = type("DeepSpeedEngine", (nn.Sequential,), {})
+REFUSED = {
+    "FSDP1": (
+        lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        r"FullyShardedDataParallel is not supported; shard with .*fully_shard \(FSDP2\)",
+    ),
+    "DataParallel": (nn.DataParallel, "DataParallel is not supported"),
+    "DeepSpeed": (DeepSpeedEngine, "DeepSpeedEngine is not supported"),
+    "ZeRO 3": (stage_three, "ZeRO stage 3 is not supported"),
+    "tensor parallel": (
+        lambda model: tensor_parallel(model, init_device_mesh("cpu", (1,))),
+        "up_proj.weight is a DTensor, but .* tensor parallelism is not supported",
+    ),
+    "tensor parallel and FSDP2": (both, "up_proj.weight is spread as .*tensor parallelism is not"),
+    "layers without a root": (layers_alone, r"Call fully_shard\(model\) on the root, too"),
+}
+
+
+@pytest.mark.parametrize(("spread", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(spread, words, pairs):
+    with pytest.raises(TypeError, match=words):
+        measure(spread(small_model("llama")), pairs)
+
+
+def test_replicas_of_shards_are_not_refused():
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
+    model = small_model("llama")
+    fully_shard(model, mesh=mesh)
+    assert unwrapped(model) is model
