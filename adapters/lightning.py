@@ -39,7 +39,7 @@ from sage_select.packing import packed_attention, packs
 from sage_select.pairs import PairLogps
 from sage_select.processes import Processes
 from sage_select.store import ReferenceStore
-from sage_select.wrappers import is_sharded, resharded, whole
+from sage_select.wrappers import is_sharded, whole
 
 AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The trainer's precisions that are supported, with the autocast dtype of each."""
@@ -344,14 +344,13 @@ class PreferenceModule(LightningModule):
         if settings.compile_model:
             self.policy.base_model.compile()  # type: ignore[union-attr]
         self.policy.train()  # Lightning leaves modes as they are, and from_pretrained evaluates
-        with resharded(self.policy):  # a checkpoint may be restored next
-            check_updates(
-                self.policy,
-                self.loader.dataset,
-                layout=settings.layout,
-                impl=settings.impl,
-                mixed_precision=self._mixed_precision,
-            )
+        check_updates(
+            self.policy,
+            self.loader.dataset,
+            layout=settings.layout,
+            impl=settings.impl,
+            mixed_precision=self._mixed_precision,
+        )
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The mean loss of a micro-batch."""
