@@ -26,9 +26,13 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import get_scheduler
 
-from sage_select.adapters.plain import Training, checkpoint_activations, shard
+from sage_select.adapters.plain import (
+    Training,
+    checkpoint_activations,
+    optimizer_of,
+    shard,
+)
 from sage_select.dataset import PreferenceDataset
 from sage_select.forward import autocast
 from sage_select.hashing import Int64Array
@@ -319,18 +323,7 @@ class PreferenceModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a schedule over the exact total of steps."""
-        settings, steps = self.settings, len(self.loader)
-        optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-        )
-        scheduler = get_scheduler(
-            settings.schedule,
-            optimizer,
-            num_warmup_steps=round(settings.warmup_share * steps),
-            num_training_steps=steps,
-        )
+        optimizer, scheduler = optimizer_of(self.policy, self.settings, len(self.loader))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

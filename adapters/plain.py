@@ -228,6 +228,24 @@ def train(
     return run.history
 
 
+def optimizer_of(
+    model: nn.Module, training: Training, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and the schedule of its learning rate over so many steps."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    scheduler = get_scheduler(
+        training.schedule,
+        optimizer,
+        num_warmup_steps=round(training.warmup_share * steps),
+        num_training_steps=steps,
+    )
+    return optimizer, scheduler
+
+
 def add_gradients(
     model: nn.Module,
     pairs: PreferenceDataset,
@@ -381,17 +399,7 @@ class _Run:
         self.interval = 0
         self.unwritten = Ledger()  # costs of the interval that are not on disk
         self.tokens_trained = 0
-        self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-        )
-        self.scheduler = get_scheduler(
-            training.schedule,
-            self.optimizer,
-            num_warmup_steps=round(training.warmup_share * len(loader)),
-            num_training_steps=len(loader),
-        )
+        self.optimizer, self.scheduler = optimizer_of(model, training, len(loader))
 
     def update(self, batch: PreferenceDataset, reference: Reference) -> dict[str, float]:
         """One optimizer step on a batch, in micro-batches whose gradients add up."""

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,31 @@ settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
 ROOT = Path(__file__).parents[1]
+
+
+def launched(
+    *command: object,
+    processes: int = 1,
+    fails: bool = False,
+    cwd: Path = ROOT,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """A script run to its end in processes of its own, under torchrun where they are several.
+
+    It fails the test if its exit code says otherwise than `fails`.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=500,
+        check=False,
+    )
+    assert (done.returncode != 0) is fails, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="session", autouse=True)

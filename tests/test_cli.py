@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, launched
 from typer.testing import CliRunner
 from worlds import arithmetic_pairs
 
@@ -226,18 +226,9 @@ def test_train_and_resume(config):
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_train_on_two_processes(config, strategy):
     """Under torchrun: one of them speaks and writes, and costs are those of both."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["--no-python", Path(sys.executable).with_name("sage-select"), "train", config]
     options = ["--json", "--quiet", "--set", f"training.strategy={strategy}"]
-    done = subprocess.run(
-        [*launch, *command, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched(*command, *options, processes=2, cwd=config.parent)
     together = json.loads(done.stdout)
     assert done.stderr.count("rows read") == 1
     check_costs(together["cost"], told("plan", config)["cost"]["flops"])

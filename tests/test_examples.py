@@ -1,37 +1,20 @@
 import difflib
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launched
 from safetensors.torch import load_file
 
 from sage_select.audit import SelectionLog, flips
 
 
 def example(script: str, *arguments: object, threads: int = 1, world: int = 1) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(torchrun if world > 1 else []),
-            ROOT / "examples" / script,
-            *map(str, arguments),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    path = ROOT / "examples" / script
+    return launched(path, *arguments, processes=world, OMP_NUM_THREADS=str(threads)).stdout
 
 
 def test_the_twins_differ_in_selection_alone():

@@ -1,8 +1,6 @@
 """The Lightning host: what it trains, what it refuses, and what a resumed run goes on with."""
 
 import re
-import subprocess
-import sys
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launched
 from contract import BATCH, BETA, LEARNING_RATE, STEPS, dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
@@ -338,25 +336,10 @@ def test_a_gradient_that_is_not_finite_names_the_rows():
         fit(batches, module=module)
 
 
-def launched(script: Path, *arguments: object) -> str:
-    """What a script prints under torchrun, with two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_the_example(tmp_path):
     script = ROOT / "examples" / "lightning_sage.py"
-    output = launched(script, "--strategy", "fsdp2", "--folder", tmp_path)
+    output = launched(script, "--strategy", "fsdp2", "--folder", tmp_path, processes=2).stdout
     before, after = re.findall(r"held-out loss +([\d.]+) -> +([\d.]+)", output)[0]
     assert float(before) == pytest.approx(1.3863, abs=1e-4)
     assert float(after) < float(before)
@@ -365,7 +348,7 @@ def test_the_example(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_whose_last_batch_leaves_one_without_a_pair(tmp_path):
-    launched(WORKER, 2, tmp_path)
+    launched(WORKER, 2, tmp_path, processes=2)
     report = torch.load(tmp_path / "0.pt")
     alone = loader(ODD)
     module = PreferenceModule(alone, TRAINING)

@@ -1,15 +1,12 @@
 """Processes that are lost while they measure: real ones, killed or stopped."""
 
-import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import launched
 
 from sage_select.liveness import at, during, watched
 from sage_select.processes import Processes
@@ -63,17 +60,7 @@ def test_somebody_elses_signals_are_left_alone(lonely):
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_lost_process_is_named_with_interval_and_pairs(how, strategy):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(WORKER), how, strategy],
-        env=os.environ | {"SAGE_SELECT_PATIENCE": "6", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode != 0
+    done = launched(WORKER, how, strategy, processes=2, fails=True, SAGE_SELECT_PATIENCE="6")
     place = r"process 1: interval 1, scoring, batch \d of \d, pairs in rows \d to \d \(heard"
     assert re.search(place, done.stderr), done.stderr[-3000:]
     if how == "hangs":

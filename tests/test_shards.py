@@ -1,14 +1,12 @@
 """A vocabulary that is spread over processes: real ones, under torchrun with gloo."""
 
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import launched
 from shard_worker import OPTIONS, TOKENS, bounds, problem
 
 from sage_select import token_logps
@@ -35,16 +33,7 @@ def run(tmp_path_factory):
     @cache
     def of(world: int) -> list[dict]:
         folder = tmp_path_factory.mktemp(f"world{world}")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*launch, f"--nproc-per-node={world}", str(WORKER), str(folder)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launched(WORKER, folder, processes=world)
         return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
     return of

@@ -1,8 +1,5 @@
 """SAGE on TRL's DPOTrainer: what is trained, what is handed over, and what is refused."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,7 +9,7 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed, so there is no DPOTrainer to attach to")
 import trl
-from conftest import ROOT
+from conftest import ROOT, launched
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from small_models import small_model
@@ -470,14 +467,6 @@ def test_another_number_of_pairs_per_update_is_refused(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_example(tmp_path, processes):
     script = [ROOT / "examples" / "trl_sage.py", "--problems", "60", "--folder", tmp_path / "run"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), *script],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched(*script, processes=processes)
     before, after = done.stdout.split("held-out loss")[1].split()[:3:2]
     assert float(after) < float(before) == pytest.approx(2 * np.log(2), abs=1e-3)
