@@ -11,8 +11,8 @@ ENDS := oldest newest
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+test: $(INSTALLED)  # as many files at once as there are cores, at most four
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 # The two ends of the supported range of TRL, each in an environment of its own.
 test-matrix: $(ENDS:%=$(MATRIX)/%/installed)

@@ -22,18 +22,18 @@ ROOT = Path(__file__).parents[1]
 
 def launched(
     *command: object,
-    processes: int = 1,
+    processes: int | None = None,
     fails: bool = False,
     cwd: Path = ROOT,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """A script run to its end in processes of its own, under torchrun where they are several.
+    """A script run to its end, alone, or under torchrun with so many processes.
 
     It fails the test if its exit code says otherwise than `fails`.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), *map(str, command)],
+        [sys.executable, *(launch if processes else []), *map(str, command)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,

@@ -32,7 +32,10 @@ def replicated(name: str) -> nn.Module:
 def sharded(name: str, *, head_apart: bool = False, replicas: bool = False, **options) -> nn.Module:
     model = small_model(name)
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, world // 2) if replicas and world > 1 else (world,))
+    mesh = init_device_mesh("cpu", (world,))
+    if replicas and world > 1:
+        names = ("replicas", "shards")
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     if head_apart:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sage_select.audit import SelectionLog, flips
 
 
-def example(script: str, *arguments: object, threads: int = 1, world: int = 1) -> str:
+def example(script: str, *arguments: object, threads: int = 1, world: int | None = None) -> str:
     path = ROOT / "examples" / script
     return launched(path, *arguments, processes=world, OMP_NUM_THREADS=str(threads)).stdout
 
@@ -102,7 +102,7 @@ def test_sage_on_two_processes(tmp_path):
             "plain_sage.py", "--pairs", path, "--model", BASE, "--tokenizer", BASE / "tokenizer",
             "--max-length", 64, "--batch-size", 4, "--micro-batch-size", 2, "--refresh-steps", 3,
             "--learning-rate", 1e-3, "--device", "cpu", "--folder", tmp_path / str(world),
-            world=world,
+            world=world if world > 1 else None,
         )
         for world in (1, 2)
     ]  # fmt: skip

@@ -464,7 +464,7 @@ def test_another_number_of_pairs_per_update_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [None, 2])
 def test_the_example(tmp_path, processes):
     script = [ROOT / "examples" / "trl_sage.py", "--problems", "60", "--folder", tmp_path / "run"]
     done = launched(*script, processes=processes)
