@@ -30,6 +30,7 @@ from sage_select.costs import Ledger, append_costs, phase, read_costs, side_by_s
 from sage_select.dataset import PreferenceDataset
 from sage_select.forward import autocast
 from sage_select.hashing import Int64Array
+from sage_select.liveness import at, watched
 from sage_select.loader import SelectiveLoader, dealt, describe
 from sage_select.losses import nca
 from sage_select.measuring import check_updates, measure, pair_logps, updating
@@ -204,13 +205,14 @@ def train(
     if loader.step == 0:
         run.evaluate(held_out, reference)
     batches = iter(loader)
-    with progress_bar(
+    bar = progress_bar(
         len(loader),
         "training",
         "steps",
         initial=loader.step,
         show=show_progress if run.processes.rank == 0 else False,
-    ) as bar:
+    )
+    with watched(run.processes), bar:
         while loader.step < len(loader):
             with Ledger() as spent:  # the loader scores where an interval begins
                 metrics = run.update(dataset.take(next(batches)), reference)
@@ -407,6 +409,7 @@ class _Run:
         parts: list[Tensor] = []
         passes = dealt(batch.index, processes, training.micro_batch_size or len(batch))
         for i, rows in enumerate(passes):
+            at(f"step {self.loader.step}, pass {i + 1} of {len(passes)}")
             # a process without a pair makes the pass all the same, for nothing: others wait for it
             pairs = batch.take(rows if len(rows) else batch.index[:1])
             # gradients are averaged over processes
@@ -499,6 +502,7 @@ class _Run:
 
     def checkpoint(self) -> None:
         """Put on disk all that a resumed run needs, and drop the oldest checkpoints."""
+        at(f"checkpoint of step {self.loader.step}")
         self._write_costs()
         if self.folder is None:
             return

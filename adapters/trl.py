@@ -496,8 +496,8 @@ def _check_fits(loader: SelectiveLoader, trainer: Any) -> None:
     last = loader.timeline.total_kept % batch
     if last % share:
         raise ValueError(
-            f"attach: the run's last update has {last} pairs, which {processes} processes with "
-            f"{args.gradient_accumulation_steps} accumulation steps cannot share evenly; keep "
+            f"attach: the run's last update has {last} pairs, which processes x accumulation steps "
+            f"= {processes} x {args.gradient_accumulation_steps} cannot share evenly; keep "
             f"multiples of {share}: selection.multiple={share} in the configuration, or "
             f"multiple={share} for Timeline and Selector"
         )

@@ -68,7 +68,8 @@ class SelectionLog:
         if self._run != run:
             raise FileExistsError(
                 f"SelectionLog: {self.folder} holds the decisions of another run (other pairs, "
-                "plan, schedule, score or seeds); give each run a folder of its own"
+                "plan, schedule, batch size, score or seeds); give each run a folder of its own "
+                "(with TRL, another output_dir)"
             )
 
     def read(self) -> pl.DataFrame:

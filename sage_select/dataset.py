@@ -254,10 +254,15 @@ class PreferenceDataset:
         if len(pairs) == 0:
             fields = ", ".join(fields_of(tables[0])) or "none"
             reasons = dict(Counter(set_aside["reason"].to_list()).most_common())
+            cut = all("truncation" in reason for reason in reasons)
             raise ValueError(
-                f"PreferenceDataset: none of the {total} rows can be used: {reasons}; the first "
-                f"has the fields {fields}; columns={{'prompt': ...}} (data.columns in a "
-                "configuration) says where ours have other names"
+                f"PreferenceDataset: none of the {total} rows can be used: {reasons}; "
+                + (
+                    f"raise max_length (data.max_length in a configuration), it is {max_length}"
+                    if cut
+                    else f"the first has the fields {fields}; columns={{'prompt': ...}} "
+                    "(data.columns in a configuration) says where ours have other names"
+                )
             )
         return cls(np.arange(len(pairs)), set_aside, max_length, pairs)
 

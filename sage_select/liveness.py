@@ -1,4 +1,4 @@
-"""Signs of life: processes that measure together know where each of them is.
+"""Signs of life: processes that measure or train together know where each of them is.
 
 A process that dies or hangs leaves the others waiting for it, inside a collective call where they
 can say nothing. So each has a thread that tells the others, once a second, what its process is
@@ -70,7 +70,7 @@ def watched(processes: Processes) -> Iterator[None]:
         yield
     except RuntimeError:
         # a lost connection, perhaps: said at once, for whoever has launched us may end us now
-        sys.stderr.write(f"measure: {watch.account()}\n")
+        sys.stderr.write(f"sage-select: {watch.account()}\n")
         sys.stderr.flush()
         raise
     except Exception as error:
@@ -135,15 +135,20 @@ class _Watch:
 
     def account(self) -> str:
         """Where every process was when it was last heard of."""
-        now = time.monotonic()
         self._exchange()
+        now = time.monotonic()
         lines = [
             f"  process {rank}: {sign.place}"
             + ("" if rank == self.rank else f" (heard of {now - heard:.0f} s ago)")
             for rank, (heard, sign) in sorted(self._heard.items())
         ]
         return "\n".join(
-            [f"process {self.rank} of {self.size} was measuring; where they were:", *lines]
+            [
+                f"this is process {self.rank} of {self.size}; where they were:",
+                *lines,
+                "  which of them ended first, and why, their launcher says; a run goes on from its "
+                "newest checkpoint",
+            ]
         )
 
     def _look(self) -> None:
@@ -151,7 +156,10 @@ class _Watch:
             woken, _, _ = select.select([self._over], [], [], EVERY)
             if woken:
                 if os.read(self._over, 1)[0] == signal.SIGTERM:
-                    self._end("the run was told to stop (SIGTERM)", 128 + signal.SIGTERM)
+                    self._end(
+                        "told to stop (SIGTERM), as when another process has died",
+                        128 + signal.SIGTERM,
+                    )
                 return
             self._exchange()
             if reason := self._lost():
@@ -197,6 +205,6 @@ class _Watch:
 
     def _end(self, reason: str, code: int) -> None:
         """End the process: its main thread waits for what will not come, and cannot be told."""
-        sys.stderr.write(f"measure: {reason}\n{self.account()}\n")
+        sys.stderr.write(f"sage-select: {reason}\n{self.account()}\n")
         sys.stderr.flush()
         os._exit(code)

@@ -166,8 +166,8 @@ class Selector:
                 f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are alike "
                 f"(spread {signal:.2g} nats, floor {self.noise_floor:g}), so a score can rank by "
                 f"length alone; {count} pairs are kept at random, by the hash of their ids. "
-                "Start the keep schedule at 1.0, or set no_signal='score' "
-                "(selection.no_signal in a configuration) to rank all the same",
+                f"{self._remedy(progress)}, or set no_signal='score' (selection.no_signal in a "
+                "configuration) to rank all the same",
                 stacklevel=2,
             )
         ranked_by = scores if rule == "score" else np.zeros_like(scores)
@@ -186,6 +186,11 @@ class Selector:
             policy=policy,
             reference=reference,
         )
+
+    def _remedy(self, progress: float) -> str:
+        if self.keep(progress) < 1:
+            return "Start the keep schedule at 1.0"
+        return f"The keep ratio is 1.0, but counts are rounded down to multiples of {self.multiple}"
 
     def _count(self, progress: float, size: int) -> int:
         return kept_count(self.keep(progress), size, self.multiple)

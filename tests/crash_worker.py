@@ -66,7 +66,7 @@ def die_in_torch_save(nth: int) -> None:
 
     def save(state: object, path: Path) -> None:
         real(state, path)
-        if next(calls) == nth:
+        if isinstance(path, Path) and next(calls) == nth:  # checkpoints are made of others, too
             os.truncate(path, path.stat().st_size // 2)
             die()
 
