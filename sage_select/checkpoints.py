@@ -53,10 +53,9 @@ def save_checkpoint(
         partial.mkdir()
     processes.wait()
     weights, moments = get_state_dict(model, optimizer)
-    alone = processes.group is None
-    state_dict_saver.save(
-        {"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=alone
-    )
+    state = {"model": weights, "optimizer": moments}
+    with _quiet():
+        state_dict_saver.save(state, checkpoint_id=partial, no_dist=processes.group is None)
     own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     torch.save(own, partial / f"rng-{processes.rank}.pt")
     if processes.rank == 0:
