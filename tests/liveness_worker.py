@@ -12,6 +12,7 @@ from measure_worker import BUDGET, STRATEGIES
 from small_models import few_pairs
 
 from sage_select import Linear, Selector, Timeline, measure, measuring, plan_pools, sage
+from sage_select.adapters import plain
 from sage_select.loader import SelectiveLoader
 from sage_select.schedules import Constant
 
@@ -33,9 +34,19 @@ real, calls = measuring.forward_logps, iter(range(100))
 
 def forward(*args):
     if dist.get_rank() == 1 and next(calls) == 1:
-        os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
+        os.kill(os.getpid(), {"hangs": signal.SIGSTOP}.get(how, signal.SIGKILL))
     return real(*args)
 
 
+if how == "dies in an update":
+    made = iter(range(100))
+
+    def forward_pairs(*args, **options):
+        if dist.get_rank() == 1 and next(made) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measuring.pair_logps(*args, **options)
+
+    plain.pair_logps = forward_pairs
+    plain.train(model, loader, pairs, selector.reference, plain.Training(learning_rate=1e-3))
 for _ in loader:
     measuring.forward_logps = forward

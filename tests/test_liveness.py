@@ -65,3 +65,9 @@ def test_a_lost_process_is_named_with_interval_and_pairs(how, strategy):
     assert re.search(place, done.stderr), done.stderr[-3000:]
     if how == "hangs":
         assert re.search(r"process 1 has given no sign of life for \d+ s", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_process_lost_in_an_update_is_told_with_the_step():
+    done = launched(WORKER, "dies in an update", "DDP", processes=2, fails=True)
+    assert re.search(r"process 1: step 2, pass 1 of 1 \(heard", done.stderr), done.stderr[-3000:]
