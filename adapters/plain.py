@@ -201,7 +201,13 @@ def train(
     if training.activation_checkpointing:
         checkpoint_activations(unwrapped(model))
     model.train()
-    check_updates(model, dataset, layout=training.layout, mixed_precision=training.mixed_precision)
+    check_updates(
+        model,
+        dataset,
+        layout=training.layout,
+        impl=training.impl,
+        mixed_precision=training.mixed_precision,
+    )
     if loader.step == 0:
         run.evaluate(held_out, reference)
     batches = iter(loader)

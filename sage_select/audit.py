@@ -139,7 +139,7 @@ def flips(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
         .agg(
             pl.col("kept").sum(),
             gone.sum().alias("flipped"),
-            ((pl.col("score").filter(moved & decided) - cut).abs() / cut).max().alias("distance"),
+            ((pl.col("score").filter(moved & decided) - cut) / cut).abs().max().alias("distance"),
         )
         .sort("interval")
     )

@@ -56,7 +56,9 @@ def save_checkpoint(
     state = {"model": weights, "optimizer": moments}
     with _quiet():
         state_dict_saver.save(state, checkpoint_id=partial, no_dist=processes.group is None)
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():  # of this process's device: another machine may have fewer
+        own["cuda"] = torch.cuda.get_rng_state()
     torch.save(own, partial / f"rng-{processes.rank}.pt")
     if processes.rank == 0:
         torch.save(run, partial / "run.pt")
@@ -148,5 +150,5 @@ def _restore_generators(path: Path) -> None:
         return
     own = torch.load(path, weights_only=True)
     torch.set_rng_state(own["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(own["cuda"])
+    if torch.cuda.is_available() and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"])

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from sage_select.processes import Processes
 
 EVERY = 1.0  # seconds between signs
+STOP = 0  # no signal's number
 GONE = (RuntimeError,)  # whoever kept the signs is: all that is known is what was
 
 
@@ -109,8 +110,8 @@ class _Watch:
         self._heard = {rank: (time.monotonic(), _Sign()) for rank in range(self.size)}
         self._got_on = time.monotonic()
         self._over, self._wake = os.pipe()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._signals: tuple[Any, int] | None = None
+        self._thread = threading.Thread(target=self._look, name="sage-select watch", daemon=True)
+        self._takes_signals = False
 
     def start(self) -> None:
         """Begin to watch."""
@@ -118,17 +119,20 @@ class _Watch:
         unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if unhandled and threading.current_thread() is threading.main_thread():
             # a launcher ends those that are left when one has died, before they could say a word
-            handler = signal.signal(signal.SIGTERM, lambda *_: None)
-            self._signals = handler, signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+            theirs = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+            if theirs != -1:  # an event loop waits for signals there
+                signal.set_wakeup_fd(theirs)
+            else:
+                signal.signal(signal.SIGTERM, lambda *_: None)
+                self._takes_signals = True
         self._thread.start()
 
     def stop(self) -> None:
         """Watch no more."""
-        if self._signals is not None:
-            handler, wake = self._signals
-            signal.set_wakeup_fd(wake)
-            signal.signal(signal.SIGTERM, handler)
-        os.write(self._wake, b"\0")
+        if self._takes_signals:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.write(self._wake, bytes([STOP]))
         self._thread.join()
         os.close(self._over)
         os.close(self._wake)
@@ -154,13 +158,11 @@ class _Watch:
     def _look(self) -> None:
         while True:
             woken, _, _ = select.select([self._over], [], [], EVERY)
-            if woken:
-                if os.read(self._over, 1)[0] == signal.SIGTERM:
-                    self._end(
-                        "told to stop (SIGTERM), as when another process has died",
-                        128 + signal.SIGTERM,
-                    )
+            said = os.read(self._over, 1)[0] if woken else None
+            if said == STOP:
                 return
+            if said == signal.SIGTERM:  # other signals are none of ours
+                self._end("told to stop (SIGTERM), as when another process has died", 128 + said)
             self._exchange()
             if reason := self._lost():
                 self._end(reason, 1)

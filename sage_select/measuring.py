@@ -22,7 +22,7 @@ from sage_select.processes import Processes
 from sage_select.progress import progress_bar
 from sage_select.sequences import DistinctSequences, distinct_sequences
 from sage_select.trials import Layout, check_head, is_out_of_memory, packs_exactly
-from sage_select.wrappers import is_sharded, resharded, uncompiled, unwrapped
+from sage_select.wrappers import checked, is_sharded, resharded, uncompiled, unwrapped
 
 
 def measure(
@@ -126,7 +126,7 @@ def measure_sequences(
         show_progress: False for no progress bar.
     """
     processes = Processes.all() if processes is None else processes
-    model = unwrapped(model)
+    model = checked(model)
     new = np.ones(len(distinct), dtype=bool)
     new[list(known)] = False
     _check_same(processes, distinct, new, max_batch_tokens)
@@ -339,7 +339,7 @@ def check_updates(
     longest = pairs.sequences_at(
         np.flatnonzero(pairs.sequence_lengths == pairs.sequence_lengths.max())[:1]
     )
-    model = unwrapped(model)
+    model = checked(model)
     with resharded(model), autocast(model, mixed_precision):
         check_head(model, longest[0], impl, again=False)
         packs_exactly(model, longest, layout, impl)
@@ -362,7 +362,7 @@ def response_logps(
     """
     if not sequences:
         return torch.zeros(0, dtype=torch.float64)
-    through, model = uncompiled(model), unwrapped(model)
+    through, model = uncompiled(model), checked(model)
     check_head(model, sequences[0], impl, again=False)
     packed = packs_exactly(model, sequences, layout, impl)
     if packed and torch.is_grad_enabled() and recomputes(model) and not packs(model):

@@ -25,8 +25,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     forward passes with gradients go through what `uncompiled` gives.
 
     Raises:
-        TypeError: If weights are not whole inside the model's own forward, in a way that this
-            library knows how to get at.
+        TypeError: If it is in a wrapper whose forward is not the model's own.
     """
     inner: Any = uncompiled(model)
     while True:
@@ -39,9 +38,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, DistributedDataParallel):
             break
         inner = uncompiled(inner.module)
-    _check_weights(inner)
     module: nn.Module = inner
     return module
+
+
+def checked(model: nn.Module) -> nn.Module:
+    """What `unwrapped` gives, once all its weights are known to be where the library looks.
+
+    Raises:
+        TypeError: If they are sharded in another way than by FSDP2.
+    """
+    model = unwrapped(model)
+    _check_weights(model)
+    return model
 
 
 def is_spread(model: nn.Module) -> bool:

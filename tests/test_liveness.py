@@ -1,7 +1,11 @@
 """Processes that are lost while they measure: real ones, killed or stopped."""
 
+import os
 import re
+import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -37,8 +41,6 @@ def test_an_error_inside_says_where_all_processes_were(lonely):
 
 
 def test_signals_are_as_they_were_afterwards(lonely):
-    import signal
-
     with watched(lonely):
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -46,14 +48,35 @@ def test_signals_are_as_they_were_afterwards(lonely):
 
 
 def test_somebody_elses_signals_are_left_alone(lonely):
-    import signal
-
     before = signal.signal(signal.SIGTERM, theirs := lambda *_: None)
     try:
         with watched(lonely):
             assert signal.getsignal(signal.SIGTERM) is theirs
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_other_signals_do_not_end_the_watch(lonely):
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with watched(lonely):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+            assert any(thread.name == "sage-select watch" for thread in threading.enumerate())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_event_loop_keeps_its_signals(lonely):
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno())
+        try:
+            with watched(lonely):
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        finally:
+            assert signal.set_wakeup_fd(-1) == theirs.fileno()
 
 
 @pytest.mark.slow

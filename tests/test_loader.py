@@ -337,16 +337,18 @@ def test_flips_between_two_runs_are_counted_and_placed(tmp_path):
     for interval, (one, other) in enumerate([
         ([4, 3, 2, 1], [4, 3, 2, 1]),
         ([4, 2.02, 2, 1], [4, 1.99, 2, 1]),
+        ([-1, -2, -2.02, -3], [-1, -2.03, -2.02, -3]),
     ]):  # fmt: skip
         for log, scores in zip(logs, (one, other), strict=True):
             log.write(interval, decision(scores, 2), [*"wxyz"])
-    logs[0].write(2, decision([1, 2], 1), [*"wx"])  # the other run is not there yet
+    logs[0].write(3, decision([1, 2], 1), [*"wx"])  # the other run is not there yet
     found = flips(*logs)
-    assert found["interval"].to_list() == [0, 1]
-    assert found["flipped"].to_list() == [0, 1]
-    assert found["kept"].to_list() == [2, 2]
+    assert found["interval"].to_list() == [0, 1, 2]
+    assert found["flipped"].to_list() == [0, 1, 1]
+    assert found["kept"].to_list() == [2, 2, 2]
     assert found["distance"][0] is None
     assert found["distance"][1] == pytest.approx(0.02 / 2.02)
+    assert found["distance"][2] == pytest.approx(0.02 / 2)
 
 
 def test_flips_between_runs_of_other_pairs_are_refused(tmp_path):
