@@ -86,6 +86,8 @@ class Watch(TrainerCallback):
 
     def on_save(self, *_: Any, **__: Any) -> None:
         if self.case.dies_now():
+            if self.case.world > 1:
+                torch.distributed.barrier()  # the first process is still writing
             self.case.die()
 
 
