@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_select import PreferenceDataset, ReferenceStore
 from sage_select.adapters.plain import Training, save_pretrained, shard, train
 from sage_select.loader import ShuffledLoader
-from sage_select.processes import Processes, join
+from sage_select.processes import Processes, join, leave
 
 
 def main() -> None:
@@ -86,3 +86,4 @@ def show(text: str) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

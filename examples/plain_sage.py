@@ -17,7 +17,7 @@ from sage_select.adapters.plain import Training, save_pretrained, shard, train
 from sage_select.audit import SelectionLog
 from sage_select.loader import SelectiveLoader
 from sage_select.plan import plan_run, strata_from_judgments, strata_from_values
-from sage_select.processes import Processes, join
+from sage_select.processes import Processes, join, leave
 
 
 def main() -> None:
@@ -117,3 +117,4 @@ def show(text: str) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

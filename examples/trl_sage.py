@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from arithmetic import load_base, make_pairs, make_problems
 from sage_select import SageConfig
 from sage_select.adapters.trl import attach
+from sage_select.processes import leave
 
 BATCH = 8  # pairs per update, whatever the number of processes
 
@@ -75,3 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

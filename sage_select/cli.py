@@ -476,122 +476,137 @@ def train(
     the best weights and the trained model.
     """
     with _reported(as_json):
-        import torch
-
-        from sage_select.adapters.plain import load_best, save_pretrained
-        from sage_select.adapters.plain import train as train_plain
-        from sage_select.audit import SelectionLog
-        from sage_select.costs import Ledger, append_costs, side_by_side
-        from sage_select.forecast import compared, cost_of
-        from sage_select.loader import SelectiveLoader
-        from sage_select.processes import Processes, join
-        from sage_select.runs import (
-            device_of,
-            load_model,
-            load_tokenizer,
-            open_reference,
-            prepare,
-            selector_of,
-            spread,
-            training_of,
-        )
+        from sage_select.processes import leave
 
         config = _read_config(config_file, overrides)
-        folder = config.run_folder
-        training = training_of(config)
-        join(device_of(config.model.device).type)
-        processes = Processes.all()
-        first = processes.rank == 0  # the one that speaks and writes
-        quiet = quiet or not first
-        run = prepare(config, show_progress=_bars(quiet))
-        held = None
-        if first:
-            typer.echo(f"{run.dataset.waterfall()}\n{run.timeline.plan}", err=True)
-            _keep_config(config, folder, resume)
-            held = _lock(folder)
-            typer.echo(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}", err=True)
-        processes.wait()
-        torch.manual_seed(config.seed)
-        model = load_model(config)
-        with Ledger() as spent:
-            reference = open_reference(run, policy=model, show_progress=_bars(quiet))
-        spent = side_by_side(processes.each(spent))
-        if first:
-            append_costs(folder / "costs.jsonl", spent)
-        model = spread(model, config.training.strategy)
-        selector = selector_of(run, reference, show_progress=_bars(quiet))
-        loader = SelectiveLoader(
-            selector,
-            run.timeline,
-            run.pairs,
-            model,
-            seed=config.seed,
-            log=SelectionLog(folder / "selection"),
-        )
-        history = train_plain(
-            model,
-            loader,
-            run.dataset,
-            reference,
-            training,
-            held_out=run.held_out,
-            folder=folder,
-            resume=resume,
-            show_progress=_bars(quiet),
-        )
-        tokenizer = load_tokenizer(config)
-
-        def save(name: str) -> None:
-            save_pretrained(model, folder / name)
-            if first:
-                _save_tokenizer(tokenizer, folder / name)
-
-        save("model")
-        records = history.evaluations or history.steps
-        told: dict[str, Any] = {
-            "folder": str(folder),
-            "steps": len(history.steps),
-            "first": records[0],
-            "last": records[-1],
-            "cost": compared(cost_of(run), history.costs),
-        }
-        if history.evaluations:
-            told["best"] = load_best(model, folder)
-            save("best-model")
-        if not first:
+        told = _train(config, resume, quiet)
+        leave()
+        if told is None:  # another process speaks
             return
-        if held is not None:
-            held.close()
         if as_json:
             _print_json(told)
-            return
-        columns = [name for name in ("first", "best", "last") if name in told]
-        rows = [
-            (name, *(told[column][name] for column in columns))
-            for name in told["last"]
-            if all(name in told[column] for column in columns)
-        ]
-        title = "held-out pairs" if history.evaluations else "batches"
-        _console().print(_table(title, "metric", *columns, rows=rows))
-        rows = [
-            (
-                name,
-                *(work[flops] / 1e12 for flops in ("forecast", "needed", "executed")),
-                work["executed_tokens"] / 1e6,
-                work["seconds"],
-            )
-            for name, work in told["cost"]["phases"].items()
-        ]
-        heads = ("phase", "TFLOP forecast", "needed", "executed", "million tokens", "seconds")
-        _console().print(_table("\ncost", *heads, rows=rows))
-        typer.echo(
-            "at these speeds selection takes less time than training on everything where it keeps "
-            f"less than {told['cost']['break_even']:.2f} of its candidates"
+        else:
+            _tell_training(told, config)
+
+
+def _train(config: "SageConfig", resume: bool, quiet: bool) -> dict[str, Any] | None:
+    """Train as configured; the first process returns what there is to say."""
+    import torch
+
+    from sage_select.adapters.plain import load_best, save_pretrained
+    from sage_select.adapters.plain import train as train_plain
+    from sage_select.audit import SelectionLog
+    from sage_select.costs import Ledger, append_costs, side_by_side
+    from sage_select.forecast import compared, cost_of
+    from sage_select.loader import SelectiveLoader
+    from sage_select.processes import Processes, join
+    from sage_select.runs import (
+        device_of,
+        load_model,
+        load_tokenizer,
+        open_reference,
+        prepare,
+        selector_of,
+        spread,
+        training_of,
+    )
+
+    folder = config.run_folder
+    training = training_of(config)
+    join(device_of(config.model.device).type)
+    processes = Processes.all()
+    first = processes.rank == 0  # the one that speaks and writes
+    quiet = quiet or not first
+    run = prepare(config, show_progress=_bars(quiet))
+    held = None
+    if first:
+        typer.echo(f"{run.dataset.waterfall()}\n{run.timeline.plan}", err=True)
+        _keep_config(config, folder, resume)
+        held = _lock(folder)
+        typer.echo(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}", err=True)
+    processes.wait()
+    torch.manual_seed(config.seed)
+    model = load_model(config)
+    with Ledger() as spent:
+        reference = open_reference(run, policy=model, show_progress=_bars(quiet))
+    spent = side_by_side(processes.each(spent))
+    if first:
+        append_costs(folder / "costs.jsonl", spent)
+    model = spread(model, config.training.strategy)
+    selector = selector_of(run, reference, show_progress=_bars(quiet))
+    loader = SelectiveLoader(
+        selector,
+        run.timeline,
+        run.pairs,
+        model,
+        seed=config.seed,
+        log=SelectionLog(folder / "selection"),
+    )
+    history = train_plain(
+        model,
+        loader,
+        run.dataset,
+        reference,
+        training,
+        held_out=run.held_out,
+        folder=folder,
+        resume=resume,
+        show_progress=_bars(quiet),
+    )
+    tokenizer = load_tokenizer(config)
+
+    def save(name: str) -> None:
+        save_pretrained(model, folder / name)
+        if first:
+            _save_tokenizer(tokenizer, folder / name)
+
+    save("model")
+    records = history.evaluations or history.steps
+    told: dict[str, Any] = {
+        "folder": str(folder),
+        "steps": len(history.steps),
+        "first": records[0],
+        "last": records[-1],
+        "cost": compared(cost_of(run), history.costs),
+    }
+    if history.evaluations:
+        told["best"] = load_best(model, folder)
+        save("best-model")
+    if held is not None:
+        held.close()
+    return told if first else None
+
+
+def _tell_training(told: dict[str, Any], config: "SageConfig") -> None:
+    """What training came to, as tables."""
+    columns = [name for name in ("first", "best", "last") if name in told]
+    rows = [
+        (name, *(told[column][name] for column in columns))
+        for name in told["last"]
+        if all(name in told[column] for column in columns)
+    ]
+    title = "held-out pairs" if "best" in told else "batches"
+    _console().print(_table(title, "metric", *columns, rows=rows))
+    rows = [
+        (
+            name,
+            *(work[flops] / 1e12 for flops in ("forecast", "needed", "executed")),
+            work["executed_tokens"] / 1e6,
+            work["seconds"],
         )
-        typer.echo(f"the model after the last step stands in {folder / 'model'}")
-        if history.evaluations:
-            by = config.training.best_by
-            typer.echo(f"the best by {by} on held-out pairs in {folder / 'best-model'}")
+        for name, work in told["cost"]["phases"].items()
+    ]
+    heads = ("phase", "TFLOP forecast", "needed", "executed", "million tokens", "seconds")
+    _console().print(_table("\ncost", *heads, rows=rows))
+    typer.echo(
+        "at these speeds selection takes less time than training on everything where it keeps "
+        f"less than {told['cost']['break_even']:.2f} of its candidates"
+    )
+    folder = config.run_folder
+    typer.echo(f"the model after the last step stands in {folder / 'model'}")
+    if "best" in told:
+        by = config.training.best_by
+        typer.echo(f"the best by {by} on held-out pairs in {folder / 'best-model'}")
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """The processes of a run, and what they say to each other: all of them, in the same order."""
 
+import gc
 import os
+import time
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -40,6 +42,21 @@ def join(device: str = "auto") -> torch.device:
         # gloo beside nccl, for the small numbers that live on the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     return own
+
+
+def leave() -> None:
+    """Part from the other processes, as the last thing that a program does; alone there are none.
+
+    Without it a process that has done all its work can still end in an abort: a thread of gloo
+    frees its last tensor after Python is gone (PyTorch's issue 190489).
+
+    Example:
+        >>> leave()
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # the threads end with the last reference to the group,
+        time.sleep(0.1)  # and where somebody keeps one, can free here what they have
 
 
 class Processes(NamedTuple):

@@ -22,7 +22,7 @@ from sage_select.adapters.lightning import PreferenceModule, SageSelection, held
 from sage_select.adapters.plain import Training
 from sage_select.checkpoints import whole_weights
 from sage_select.loader import SelectiveLoader
-from sage_select.processes import Processes
+from sage_select.processes import Processes, leave
 from sage_select.runs import loader_of
 
 ODD = 46  # pairs, of which so many are kept that the last batch has three
@@ -140,3 +140,4 @@ if __name__ == "__main__":
     world, folder = int(sys.argv[1]), Path(sys.argv[2])
     report = several(world, folder)
     torch.save(report, folder / f"{Processes.all().rank}.pt")
+    leave()

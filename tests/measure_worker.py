@@ -20,7 +20,7 @@ from sage_select.adapters.plain import Training, train
 from sage_select.fingerprints import model_digest
 from sage_select.forward import precision_of
 from sage_select.measuring import pair_logps, updating
-from sage_select.processes import Processes
+from sage_select.processes import Processes, leave
 
 BUDGET = 40  # tokens, so that there are more batches than processes, and not a multiple of them
 
@@ -135,4 +135,4 @@ if __name__ == "__main__":
     if dist.get_world_size() > 1:
         report["refusals"] = refusals()
     torch.save(report, folder / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

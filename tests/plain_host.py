@@ -73,5 +73,3 @@ def run(case: Case) -> None:
         show_progress=False,
     )
     case.finish(whole_weights(model))
-    if case.world > 1:
-        dist.destroy_process_group()

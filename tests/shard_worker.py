@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard as Rows
 
 from sage_select import token_logps
 from sage_select.ops.shards import Shard
+from sage_select.processes import leave
 
 VOCABULARY, HIDDEN, TOKENS = 301, 24, 13
 
@@ -145,4 +146,4 @@ if __name__ == "__main__":
     if world > 1:
         report["refusals"] = refusals(rank, world)
     torch.save(report, Path(sys.argv[1]) / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()

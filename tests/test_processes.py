@@ -1,6 +1,8 @@
 """Processes that measure and update together: real ones, under torchrun with gloo."""
 
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +21,13 @@ WORKER = Path(__file__).with_name("measure_worker.py")
 pytestmark = pytest.mark.slow
 processes = pytest.mark.parametrize("world", [1, 2, 4])
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def test_processes_that_leave_end_well():
+    # without leave() about half of them are aborted
+    command = [sys.executable, WORKER.with_name("leaving_worker.py"), "6", "leaves"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.split() == ["0"], done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,45 @@
+"""Two processes that exchange something and end at once, again and again.
+
+Prints how often one of them was aborted.
+"""
+
+import os
+import socket
+import sys
+
+import torch
+import torch.distributed as dist
+
+from sage_select.processes import leave
+
+
+def exchange(rank: int, port: int, leaves: bool) -> None:
+    sys.setswitchinterval(
+        10
+    )  # seconds, so that gloo's threads wait for Python as on a busy machine
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    sys.group = dist.group.WORLD  # somebody often still has it
+    for _ in range(50):
+        every = [torch.empty(100_000) for _ in range(2)]
+        dist.all_gather(every, torch.ones(100_000), async_op=True).wait()
+    if leaves:
+        leave()
+
+
+def main(trials: int, leaves: bool) -> None:
+    aborted = 0
+    for _ in range(trials):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(2):
+            if (pid := os.fork()) == 0:
+                return exchange(rank, port, leaves)  # and end as Python does
+            children.append(pid)
+        aborted += max(os.waitpid(pid, 0)[1] for pid in children) != 0
+    print(aborted)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2] == "leaves")
