@@ -15,13 +15,12 @@ from warnings import warn
 import numpy as np
 import numpy.typing as npt
 import torch
-import trl
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from sage_select.adapters.trl_support import check_host, check_settings, losses_of
 from sage_select.audit import SelectionLog
 from sage_select.config import ConfigError, SageConfig
 from sage_select.dataset import PreferenceDataset
@@ -31,9 +30,7 @@ from sage_select.pairs import PairLogps, Reference
 from sage_select.processes import Processes
 from sage_select.runs import DTYPES, Run, loader_of, measure_of, store_of
 from sage_select.sequences import sequence_keys
-from sage_select.wrappers import is_sharded, resharded
 
-OLDEST, BEFORE = (0, 24), (2, 0)
 SIDES = ("prompt", "chosen", "rejected")
 LOSSES = {"nca": "nca_pair", "dpo": "sigmoid"}  # our names of TRL's losses
 UNKNOWN = PairLogps(*[torch.zeros(0, dtype=torch.int64)] * 5)  # a reference not measured yet
@@ -338,7 +335,7 @@ def _agreed(config: SageConfig, trainer: Any) -> SageConfig:
                 f"attach: {setting} is {ours}, but the trainer's {name} is {value}; leave "
                 f"{setting} out of the configuration, or make them agree"
             )
-    loss, losses = _set(config, "training.loss"), _losses(args)
+    loss, losses = _set(config, "training.loss"), losses_of(args)
     if loss is not None and [LOSSES.get(loss)] != losses:
         raise ConfigError(
             f"attach: training.loss is {loss}, but the trainer's loss_type is {losses}; leave "
@@ -466,10 +463,6 @@ def _precision(trainer: Any) -> torch.dtype | None:
     return torch.bfloat16 if trainer.accelerator.mixed_precision == "bf16" else None
 
 
-def _losses(args: Any) -> list[str]:
-    return [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-
-
 def _global_batch(trainer: Any) -> int:
     """Pairs per update, over all processes."""
     args = trainer.args
@@ -553,176 +546,8 @@ def _check_trainer(trainer: Any, *, attached: bool = False) -> None:
         TypeError: If it is not a DPOTrainer.
         ValueError: If a setting does not fit, with the fix.
     """
-    version = tuple(int(part) for part in trl.__version__.split(".")[:2])
-    if not OLDEST <= version < BEFORE:
-        raise ImportError(
-            f"attach: TRL {trl.__version__} is not supported; install one from "
-            f"{'.'.join(map(str, OLDEST))} on and before {'.'.join(map(str, BEFORE))}"
-        )
-    if not isinstance(trainer, trl.DPOTrainer):
-        raise TypeError(
-            f"attach: the trainer must be a DPOTrainer, got {type(trainer).__name__}; for a loop "
-            "of your own, iterate a SelectiveLoader"
-        )
+    check_host(trainer)
     is_attached = isinstance(getattr(trainer.get_train_dataloader, "__self__", None), _Batches)
     if is_attached and not attached:
         raise ValueError("attach: SAGE is attached to this trainer already; build a new trainer")
-    for wrong, what, fix in _refusals(trainer, attached):
-        if wrong:
-            raise ValueError(f"attach: {what}; {fix}")
-    if _head_is_left_behind(trainer.model):
-        raise ValueError(
-            "attach: the policy's head is tied to its embedding, and this version of transformers "
-            "shards them apart, so that the head would stay as it was loaded; use DDP, or load a "
-            "copy with config.tie_word_embeddings=False and a head of its own"
-        )
-
-
-def _head_is_left_behind(model: Any) -> bool:
-    """Whether a head that is tied to the embedding is another tensor where weights are whole."""
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if not is_sharded(model) or ends[0].weight is not ends[1].weight:
-        return False
-    with resharded(model):
-        for module in (model, *ends):
-            if isinstance(module, FSDPModule):
-                module.unshard()
-        together: bool = ends[0].weight.data_ptr() == ends[1].weight.data_ptr()
-        return not together
-
-
-def _refusals(trainer: Any, attached: bool) -> Iterator[tuple[Any, str, str]]:
-    """What is not supported: whether it is there, what it is, and what to do."""
-    args, data = trainer.args, trainer.train_dataset
-
-    def setting(name: str) -> Any:
-        return getattr(args, name, None)  # versions have different ones
-
-    yield (
-        args.num_train_epochs != 1,
-        f"num_train_epochs is {args.num_train_epochs:g}, and the selection's batches are one epoch",
-        "set num_train_epochs=1, and how often pairs are traversed with "
-        "SageConfig(training={'epochs': ...})",
-    )
-    yield (
-        args.max_steps > 0,
-        f"max_steps is {args.max_steps}, but the number of updates follows from the selection",
-        "leave max_steps out",
-    )
-    for name in ("dispatch_batches", "split_batches"):
-        yield (
-            getattr(args.accelerator_config, name),
-            f"accelerator_config has {name}, but each process takes its own share of a batch",
-            f"leave {name} out",
-        )
-    yield (
-        setting("auto_find_batch_size"),
-        "auto_find_batch_size changes the pairs per update while it runs",
-        "set per_device_train_batch_size to what fits, and leave it out",
-    )
-    yield (
-        setting("group_by_length") or setting("train_sampling_strategy") not in (None, "random"),
-        "the trainer is told to order pairs (group_by_length or train_sampling_strategy), but the "
-        "selection does",
-        "leave it out",
-    )
-    yield (
-        setting("include_tokens_per_second"),
-        "include_tokens_per_second reads all batches before the first update",
-        "leave it out",
-    )
-    yield (
-        args.n_gpu > 1,
-        f"one process sees {args.n_gpu} GPUs and would use DataParallel",
-        "launch with torchrun or accelerate, one process per GPU, or set CUDA_VISIBLE_DEVICES",
-    )
-    yield (
-        trainer.accelerator.mixed_precision not in ("no", "bf16"),
-        f"mixed precision is {trainer.accelerator.mixed_precision}, and only bf16 is supported: "
-        "fp16 leaves updates out where gradients overflow, and the selection counts them",
-        "set bf16=True, or neither",
-    )
-    yield (
-        trainer.is_deepspeed_enabled,
-        "DeepSpeed is not supported",
-        "use DDP, or FSDP2 by from_pretrained(..., distributed_config=DistributedConfig(fsdp_size="
-        "...))",
-    )
-    yield (
-        trainer.is_fsdp_enabled or setting("fsdp"),
-        "FSDP by accelerate (fsdp=...) is not supported, and is silently DDP on CPUs",
-        "use DDP, or FSDP2 by from_pretrained(..., distributed_config=DistributedConfig(fsdp_size="
-        "...))",
-    )
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    for kind, name in (("tensor", "tp"), ("context", "cp"), ("sequence", "sp")):
-        own = getattr(trainer.model, "_tp_size", None) if name == "tp" else None
-        size = max(getattr(parallel, f"{name}_size", None) or 1, own or 1)
-        yield (
-            size > 1,
-            f"{kind} parallelism ({name}_size={size}) is not supported",
-            f"set {name}_size=1 and use data parallelism",
-        )
-    yield (
-        not hasattr(data, "add_column") or not hasattr(data, "__len__"),
-        f"train_dataset is a {type(data).__name__}, which has no length and no rows to select",
-        "pass a datasets.Dataset",
-    )
-    given = trainer.eval_dataset
-    yield (
-        any(
-            part is not None and not hasattr(part, "__len__")
-            for part in (given.values() if isinstance(given, dict) else [given])
-        ),
-        "eval_dataset has no length, and its reference log-probs are measured beforehand",
-        "pass a datasets.Dataset",
-    )
-    images = "image" in data.column_names or "images" in data.column_names
-    yield (
-        getattr(trainer, "_is_vision_dataset", False) or images,
-        "pairs with images are not supported, since they cannot be measured",
-        "use pairs of text",
-    )
-    adapters = getattr(trainer.model, "peft_config", {}).values()
-    yield (
-        any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters),
-        "prompt tuning puts tokens of its own into a sequence, and cannot be measured",
-        "use LoRA, or train all weights",
-    )
-    yield (
-        args.sync_ref_model,
-        "sync_ref_model moves the reference, but its log-probs are measured once",
-        "set sync_ref_model=False",
-    )
-    yield (
-        setting("ld_alpha") is not None,
-        f"ld_alpha is {setting('ld_alpha')}, for which a response's summed log-prob is not enough",
-        "leave ld_alpha out",
-    )
-    yield (
-        "ipo" in _losses(args) and hasattr(trainer, "ref_adapter_name"),  # TRL before 0.29
-        f"the ipo loss of TRL {trl.__version__} averages log-probs, and would not the reference's",
-        "install TRL 0.29 or newer, or use another loss",
-    )
-    for name, why in (
-        ("use_liger_loss", "needs the reference model in every update"),
-        ("generate_during_eval", "needs the reference model in every evaluation"),
-        ("reference_free", "has no reference, which the score compares with"),
-    ):
-        yield (setting(name), f"{name} {why}", f"set {name}=False")
-    if attached:
-        return
-    yield (
-        args.precompute_ref_log_probs
-        or {"ref_chosen_logps", "ref_rejected_logps"} & set(data.column_names),
-        "the trainer has reference log-probs of its own (precompute_ref_log_probs, or columns "
-        "ref_chosen_logps and ref_rejected_logps), and they may be rounded otherwise",
-        "set precompute_ref_log_probs=False and leave the columns out: attach measures and keeps "
-        "them",
-    )
-    yield (
-        trainer.state.global_step > 0,
-        f"the trainer has made {trainer.state.global_step} updates, so its policy may be no "
-        "reference any more",
-        "attach before trainer.train(); a resumed run attaches before it, too",
-    )
+    check_settings(trainer, attached=attached)
