@@ -19,6 +19,9 @@ from sage_select.selector import Selector
 
 State = dict[str, Any]
 
+EXCERPT = 32  # pairs by which a reference is known again
+ROUNDING = 0.01  # of their log-probs: what devices and precisions differ by, and policies do not
+
 
 class SelectiveLoader:
     """A sized iterable over a run: each item is one batch of dataset rows, int64.
@@ -150,6 +153,7 @@ class SelectiveLoader:
             "scored": self._scored,
             "rows": self._to_come().tolist(),
             "tokens_scored": self.tokens_scored,
+            "reference": self._reference_logps(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -157,9 +161,10 @@ class SelectiveLoader:
 
         Raises:
             ValueError: If the state belongs to other pairs, another plan, schedule, batch size,
-                seed or selector.
+                seed, selector or reference.
         """
         _check_same_run(state, self._run, self.timeline.batch_size)
+        _check_same_reference(state.get("reference", []), self._reference_logps())
         self.step = self._first = state["step"]
         self._scored = state["scored"]
         self._rows = np.asarray(state["rows"], dtype=np.int64)
@@ -168,6 +173,14 @@ class SelectiveLoader:
     def _to_come(self) -> Int64Array:
         """Rows that are decided and not yet handed out."""
         return self._rows[(self.step - self._first) * self.timeline.batch_size :]
+
+    def _reference_logps(self) -> list[float]:
+        """Of the first few pairs; nothing where the reference does not know them (yet)."""
+        try:
+            logps = self.selector.reference.take(self.timeline.plan.pools[0][:EXCERPT])
+        except (KeyError, ValueError):
+            return []
+        return [*logps.chosen.tolist(), *logps.rejected.tolist()]
 
     def _begin_interval(self) -> None:
         k = self._scored
@@ -321,4 +334,17 @@ def _check_same_run(state: State, run: str, batch_size: int) -> None:
             "load_state_dict: this state belongs to another run: the pairs, the plan, the keep "
             "schedule, the batch size, the score or a seed differ; resume with the same, or start "
             "a new run"
+        )
+
+
+def _check_same_reference(saved: list[float], now: list[float]) -> None:
+    """A policy that has been trained is easily taken for the reference where a run goes on."""
+    if not saved or not now:
+        return
+    differ, size = np.abs(np.subtract(now, saved)).sum(), np.abs(saved).sum()
+    if differ > ROUNDING * size:
+        raise ValueError(
+            "load_state_dict: the reference is another than the run's: its log-probs of "
+            f"{len(saved) // 2} pairs differ by {differ:,.1f} nats of {size:,.1f}; measure it with "
+            "the model that the run began with, not with one of its checkpoints"
         )

@@ -1,6 +1,5 @@
 """The processes of a run, and what they say to each other: all of them, in the same order."""
 
-import gc
 import os
 import time
 from typing import Any, NamedTuple, TypeVar
@@ -47,16 +46,16 @@ def join(device: str = "auto") -> torch.device:
 def leave() -> None:
     """Part from the other processes, as the last thing that a program does; alone there are none.
 
-    Without it a process that has done all its work can still end in an abort: a thread of gloo
-    frees its last tensor after Python is gone (PyTorch's issue 190489).
+    Without it a process that has done all its work can still end in an abort, or not at all: a
+    thread of gloo frees its last tensor while Python, which it needs for that, is on its way out
+    (PyTorch's issue 190489).
 
     Example:
         >>> leave()
     """
     if dist.is_available() and dist.is_initialized():
+        time.sleep(0.5)  # nothing says when those threads are done; this is long for them
         dist.destroy_process_group()
-        gc.collect()  # the threads end with the last reference to the group,
-        time.sleep(0.1)  # and where somebody keeps one, can free here what they have
 
 
 class Processes(NamedTuple):

@@ -9,16 +9,17 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from sage_select.processes import leave
 
 
 def exchange(rank: int, port: int, leaves: bool) -> None:
-    sys.setswitchinterval(
-        10
-    )  # seconds, so that gloo's threads wait for Python as on a busy machine
+    # in seconds: gloo's threads wait for Python as long as they may on a busy machine
+    sys.setswitchinterval(10)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    sys.group = dist.group.WORLD  # somebody often still has it
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    model.itself = model  # the group goes with it, when garbage is collected
     for _ in range(50):
         every = [torch.empty(100_000) for _ in range(2)]
         dist.all_gather(every, torch.ones(100_000), async_op=True).wait()

@@ -213,6 +213,29 @@ def test_a_state_of_another_selector_is_refused(pairs):
             other.load_state_dict(state)
 
 
+def test_a_reference_that_was_measured_with_a_trained_policy_is_refused(pairs):
+    timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
+    began = replace(
+        loader_of(pairs, timeline, Policy()).selector, reference=Policy().measure(pairs)
+    )
+
+    def loader(selector, chosen: float):
+        moved = began.reference._replace(chosen=began.reference.chosen * chosen)
+        return SelectiveLoader(replace(selector, reference=moved), timeline, pairs, Policy())
+
+    state = loader(began, 1.0).state_dict()
+    loader(began, 1.001).load_state_dict(state)  # another device rounds otherwise
+    with pytest.raises(
+        ValueError, match=r"the reference is another .* of 25 pairs differ by 7\.6 nats of 152"
+    ):
+        loader(began, 1.1).load_state_dict(state)
+    # one that is not measured yet is compared with nothing, and neither is an older state
+    unknown = replace(began, reference=began.reference.take([]))
+    SelectiveLoader(unknown, timeline, pairs, Policy()).load_state_dict(state)
+    del state["reference"]
+    loader(began, 1.1).load_state_dict(state)
+
+
 def test_a_plan_that_was_not_put_on_its_rows_is_refused(pairs):
     part = pairs.take(np.arange(50, 100))
     plan = plan_pools([0] * 50, Constant((1.0,)), 4)
