@@ -42,6 +42,13 @@ class Policy:
         return pair_logps(pool.index, chosen, -chosen, pool.chosen_tokens, pool.rejected_tokens)
 
 
+class Unmeasured:
+    """As a store is that several processes have not filled yet."""
+
+    def take(self, rows):
+        raise ValueError("log-probs are missing")
+
+
 def reference(size: int):
     zero, two = torch.zeros(size), torch.full((size,), 2)
     return pair_logps(range(size), zero, zero, two, two)
@@ -230,8 +237,9 @@ def test_a_reference_that_was_measured_with_a_trained_policy_is_refused(pairs):
     ):
         loader(began, 1.1).load_state_dict(state)
     # one that is not measured yet is compared with nothing, and neither is an older state
-    unknown = replace(began, reference=began.reference.take([]))
-    SelectiveLoader(unknown, timeline, pairs, Policy()).load_state_dict(state)
+    for unknown in (began.reference.take([]), Unmeasured()):
+        selector = replace(began, reference=unknown)
+        SelectiveLoader(selector, timeline, pairs, Policy()).load_state_dict(state)
     del state["reference"]
     loader(began, 1.1).load_state_dict(state)
 
