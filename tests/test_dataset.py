@@ -518,11 +518,11 @@ def test_what_has_not_changed_is_not_tokenised_again(counted, tokenizer, tmp_pat
     assert read() == []
     rows.append({"prompt": "9?", "chosen": "1", "rejected": "2"})
     assert read() == [11]  # the last chunk alone
+    before = {*(tmp_path / "cache").glob("*.arrow")}
     assert read(max_length=63) == [CHUNK_ROWS, CHUNK_ROWS, 11]
-    (
-        spoiled := max((tmp_path / "cache").glob("*.arrow"), key=lambda p: p.stat().st_mtime)
-    ).write_bytes(b"spoiled")
-    assert sum(read(max_length=63)) == 11, spoiled
+    written = {*(tmp_path / "cache").glob("*.arrow")} - before
+    min(written, key=lambda file: file.stat().st_size).write_bytes(b"spoiled")
+    assert read(max_length=63) == [11]
 
 
 def test_a_changed_template_or_vocabulary_is_tokenised_again(counted, data, tmp_path):

@@ -374,9 +374,9 @@ def test_nobody_there(few):
 
 
 def test_no_answer_in_time(still, few):
-    slow = Records(lambda request, reply, number: time.sleep(0.6) or reply)
+    slow = Records(lambda request, reply, number: time.sleep(2.0) or reply)
     words = PAIR + r"POST .*/completions: ReadTimeout \(attempt 2 of 2\); .* a longer timeout"
-    fails(still, few, words, slow, ConnectionError, settings={"timeout": 0.2, "retries": 1})
+    fails(still, few, words, slow, ConnectionError, settings={"timeout": 1.0, "retries": 1})
 
 
 @pytest.fixture
