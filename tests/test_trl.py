@@ -168,6 +168,16 @@ def test_a_run_goes_on_where_it_was(whole, tmp_path, after, restores):
     assert second.logs[-1]["epoch"] == 1.0
 
 
+def test_a_trained_policy_is_no_reference_of_a_run_that_goes_on(tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    first = make(tmp_path, callbacks=[Stop(2)], **saves)
+    Seen(first).train()
+    again = make(tmp_path, **saves)
+    again.ref_model = first.model  # as where the trainer is built from a checkpoint
+    with pytest.raises(ValueError, match="the reference is another than the run's"):
+        Seen(again).train(resume_from_checkpoint=True)
+
+
 def test_reference_logps_are_the_stores(tmp_path):
     trainer = make(tmp_path, evaluated=Dataset.from_list(records(3) + records(1)))
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
