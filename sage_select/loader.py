@@ -20,7 +20,8 @@ from sage_select.selector import Selector
 State = dict[str, Any]
 
 EXCERPT = 32  # pairs by which a reference is known again
-ROUNDING = 0.01  # of their log-probs: what devices and precisions differ by, and policies do not
+# what devices and precisions differ by on average, and policies do not, once they have moved
+ROUNDING, NATS = 0.01, 0.1  # a share of a log-prob, and as much more
 
 
 class SelectiveLoader:
@@ -341,10 +342,10 @@ def _check_same_reference(saved: list[float], now: list[float]) -> None:
     """A policy that has been trained is easily taken for the reference where a run goes on."""
     if not saved or not now:
         return
-    differ, size = np.abs(np.subtract(now, saved)).sum(), np.abs(saved).sum()
-    if differ > ROUNDING * size:
+    differ, size = np.abs(np.subtract(now, saved)).mean(), np.abs(saved).mean()
+    if differ > ROUNDING * size + NATS:
         raise ValueError(
             "load_state_dict: the reference is another than the run's: its log-probs of "
-            f"{len(saved) // 2} pairs differ by {differ:,.1f} nats of {size:,.1f}; measure it with "
-            "the model that the run began with, not with one of its checkpoints"
+            f"{len(saved) // 2} pairs differ by {differ:.2f} nats of {size:.2f} on average; "
+            "measure it with the model that the run began with, not with one of its checkpoints"
         )

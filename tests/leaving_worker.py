@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sage_select.processes import leave
 
 
-def exchange(rank: int, port: int, leaves: bool) -> None:
+def exchange(rank: int, port: int) -> None:
     # in seconds: gloo's threads wait for Python as long as they may on a busy machine
     sys.setswitchinterval(10)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -23,11 +23,10 @@ def exchange(rank: int, port: int, leaves: bool) -> None:
     for _ in range(50):
         every = [torch.empty(100_000) for _ in range(2)]
         dist.all_gather(every, torch.ones(100_000), async_op=True).wait()
-    if leaves:
-        leave()
+    leave()
 
 
-def main(trials: int, leaves: bool) -> None:
+def main(trials: int) -> None:
     aborted = 0
     for _ in range(trials):
         with socket.socket() as free:
@@ -36,11 +35,11 @@ def main(trials: int, leaves: bool) -> None:
         children = []
         for rank in range(2):
             if (pid := os.fork()) == 0:
-                return exchange(rank, port, leaves)  # and end as Python does
+                return exchange(rank, port)  # and end as Python does
             children.append(pid)
         aborted += max(os.waitpid(pid, 0)[1] for pid in children) != 0
     print(aborted)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "leaves")
+    main(int(sys.argv[1]))

@@ -164,7 +164,7 @@ def pools_are_measured_after_exactly_the_steps_before(run, of):
     assert tuple(event["step"] for event in measured) == FIRST_STEPS
 
 
-def mode_gradients_and_generators_are_left_alone(run, of):
+def mode_and_gradients_and_generators_are_left_alone(run, of):
     for event in run.events("measure", rank=None):
         assert event["training"]
         assert event["trainable"]
@@ -209,7 +209,7 @@ LAWS = (
     pools_are_measured_after_exactly_the_steps_before,
     each_kept_pair_is_trained_once_across_processes,
     totals_and_learning_rates_are_exact,
-    mode_gradients_and_generators_are_left_alone,
+    mode_and_gradients_and_generators_are_left_alone,
     killed_and_resumed_it_ends_with_the_same_bits,
     it_keeps_and_learns_what_one_plain_process_does,
 )

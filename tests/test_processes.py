@@ -25,7 +25,7 @@ strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 
 def test_processes_that_leave_end_well():
     # without leave() about a third of them are aborted
-    command = [sys.executable, WORKER.with_name("leaving_worker.py"), "8", "leaves"]
+    command = [sys.executable, WORKER.with_name("leaving_worker.py"), "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.split() == ["0"], done.stderr
 
