@@ -33,17 +33,17 @@ from sage_select.adapters.plain import (
     optimizer_of,
     shard,
 )
-from sage_select.dataset import PreferenceDataset
-from sage_select.forward import autocast
-from sage_select.hashing import Int64Array
-from sage_select.loader import SelectiveLoader, dealt
-from sage_select.measuring import check_updates, measure, pair_logps, updating
+from sage_select.arrays import Int64Array
+from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
-from sage_select.packing import packed_attention, packs
+from sage_select.models.forward import autocast
+from sage_select.models.packing import packed_attention, packs
+from sage_select.models.reader import check_updates, measure, pair_logps, updating
+from sage_select.models.wrappers import is_sharded, whole
 from sage_select.pairs import PairLogps
-from sage_select.processes import Processes
-from sage_select.store import ReferenceStore
-from sage_select.wrappers import is_sharded, whole
+from sage_select.references.store import ReferenceStore
+from sage_select.selecting.loader import SelectiveLoader, dealt
+from sage_select.system.processes import Processes
 
 AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The trainer's precisions that are supported, with the autocast dtype of each."""

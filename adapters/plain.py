@@ -17,8 +17,24 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import get_scheduler
 
-from sage_select.cache import replace_durably
-from sage_select.checkpoints import (
+from sage_select.arrays import Int64Array
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.losses import nca
+from sage_select.metrics import preference_metrics
+from sage_select.models.forward import autocast
+from sage_select.models.reader import check_updates, measure, pair_logps, updating
+from sage_select.models.trials import Layout
+from sage_select.models.wrappers import exchanging, is_spread, unwrapped, whole
+from sage_select.ops.token_logps import Implementation
+from sage_select.pairs import PairLogps, Reference
+from sage_select.selecting.loader import SelectiveLoader, dealt
+from sage_select.system.files import replace_durably
+from sage_select.system.heartbeats import at, watched
+from sage_select.system.identity import describe
+from sage_select.system.ledger import Ledger, append_costs, phase, read_costs, side_by_side
+from sage_select.system.processes import Processes
+from sage_select.system.progress_bars import progress_bar
+from sage_select.training.checkpoints import (
     checkpoints,
     drop_old,
     load_newest,
@@ -26,21 +42,6 @@ from sage_select.checkpoints import (
     save_checkpoint,
     whole_weights,
 )
-from sage_select.costs import Ledger, append_costs, phase, read_costs, side_by_side
-from sage_select.dataset import PreferenceDataset
-from sage_select.forward import autocast
-from sage_select.hashing import Int64Array
-from sage_select.liveness import at, watched
-from sage_select.loader import SelectiveLoader, dealt, describe
-from sage_select.losses import nca
-from sage_select.measuring import check_updates, measure, pair_logps, updating
-from sage_select.metrics import preference_metrics
-from sage_select.ops.token_logps import Implementation
-from sage_select.pairs import PairLogps, Reference
-from sage_select.processes import Processes
-from sage_select.progress import progress_bar
-from sage_select.trials import Layout
-from sage_select.wrappers import exchanging, is_spread, unwrapped, whole
 
 
 class Loader(Protocol):

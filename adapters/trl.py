@@ -21,15 +21,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sage_select.adapters.trl_support import check_host, check_settings, losses_of
-from sage_select.audit import SelectionLog
-from sage_select.config import ConfigError, SageConfig
-from sage_select.dataset import PreferenceDataset
-from sage_select.fingerprints import has_adapters
-from sage_select.loader import SelectiveLoader, dealt
+from sage_select.app.config import ConfigError, SageConfig
+from sage_select.app.run import DTYPES, Run, loader_of, measure_of, store_of
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.models.fingerprints import has_adapters
+from sage_select.models.sequences import sequence_keys
 from sage_select.pairs import PairLogps, Reference
-from sage_select.processes import Processes
-from sage_select.runs import DTYPES, Run, loader_of, measure_of, store_of
-from sage_select.sequences import sequence_keys
+from sage_select.selecting.loader import SelectiveLoader, dealt
+from sage_select.selecting.log import SelectionLog
+from sage_select.system.processes import Processes
 
 SIDES = ("prompt", "chosen", "rejected")
 LOSSES = {"nca": "nca_pair", "dpo": "sigmoid"}  # our names of TRL's losses

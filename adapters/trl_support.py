@@ -6,7 +6,7 @@ from typing import Any
 import trl
 from torch.distributed.fsdp import FSDPModule
 
-from sage_select.wrappers import is_sharded, resharded
+from sage_select.models.wrappers import is_sharded, resharded
 
 OLDEST, BEFORE = (0, 24), (2, 0)
 

@@ -43,10 +43,11 @@ from sage_select import (
     strata_from_judgments,
 )
 from sage_select.adapters.plain import Training, train
-from sage_select.audit import SelectionLog
-from sage_select.loader import SelectiveLoader, ShuffledLoader
-from sage_select.plan import STRATA, plan_run
+from sage_select.plan import plan_run
 from sage_select.scores import random as random_score
+from sage_select.selecting.loader import SelectiveLoader, ShuffledLoader
+from sage_select.selecting.log import SelectionLog
+from sage_select.strata import STRATA
 
 BATCH_SIZE = 16
 # As in the paper, the schedule's mean is the strata's own shares, so that every pair is dealt once

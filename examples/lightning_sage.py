@@ -20,8 +20,8 @@ from arithmetic import load_base, make_pairs, make_problems
 from sage_select import PreferenceDataset, ReferenceStore, SageConfig
 from sage_select.adapters.lightning import PreferenceModule, SageSelection, held_out_batches
 from sage_select.adapters.plain import Training
-from sage_select.processes import leave
-from sage_select.runs import loader_of
+from sage_select.app.run import loader_of
+from sage_select.system.processes import leave
 
 
 def main() -> None:

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
-UInt64Array = npt.NDArray[np.uint64]
+from sage_select.arrays import Int64Array, UInt64Array
 
 
 def keyed_hash(ids: npt.ArrayLike, *key: int | str) -> UInt64Array:

@@ -1,136 +1,20 @@
 """Plans: which pairs are candidates when, dealt before the run starts, exact to the pair."""
 
-import operator
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import floor
+from dataclasses import dataclass, replace
 from typing import Literal
 from warnings import warn
 
 import numpy as np
 import numpy.typing as npt
 
-from sage_select.hashing import (
-    Float64Array,
-    Int64Array,
-    UInt64Array,
-    hash_order,
-    id_words,
-    keyed_hash,
-)
+from sage_select.arrays import Float64Array, Int64Array, UInt64Array, all_different, checked_rows
+from sage_select.hashing import hash_order, id_words, keyed_hash
 from sage_select.pairs import Schedule
 from sage_select.quotas import fit_totals, round_keeping_totals
-from sage_select.rows import all_different, checked_rows
-
-STRATA = ("easy", "medium", "hard")
-
-TIED_SHARE = 0.1  # of the pairs, with one value on both sides of a cut, before that is pointed out
 
 ProgressRule = Literal["inclusive", "k_over_K"]
 OnInfeasible = Literal["rebalance", "error"]
 Scope = Literal["run", "epoch", "single_pass"]
-
-
-def strata_from_judgments(clarity: npt.ArrayLike, rejected_score: npt.ArrayLike) -> Int64Array:
-    """Difficulty strata from a judge's two labels (section 3.2).
-
-    easy: clarity high and score <= 2; medium: clarity medium and score 2 or 3; hard: the rest.
-
-    Args:
-        clarity: [N], how clearly the chosen response is preferred: high, medium or low, any case.
-        rejected_score: [N], quality of the rejected response, a whole number from 1 to 5.
-
-    Returns:
-        int64 [N]: 0 easy, 1 medium, 2 hard.
-
-    Raises:
-        ValueError: If a pair is not judged, or a label is none of these.
-
-    Example:
-        >>> strata_from_judgments(["High", "medium", "low"], [1, 3, 2]).tolist()
-        [0, 1, 2]
-    """
-    given = np.asarray(clarity, dtype=object)
-    labels = np.array([str(label).strip().lower() for label in given], dtype=np.str_)
-    quality = np.asarray(rejected_score, dtype=np.float64)
-    if labels.shape != quality.shape:
-        raise ValueError(
-            f"strata_from_judgments: {len(labels)} clarity labels but {quality.size} scores"
-        )
-    for row in np.flatnonzero(~np.isin(labels, ["high", "medium", "low"]))[:1]:
-        raise ValueError(
-            f"strata_from_judgments: clarity of row {row} is {given[row]!r}, not high, medium or "
-            "low; judge the pair, or drop it before planning"
-        )
-    for row in np.flatnonzero(~np.isin(quality, [1, 2, 3, 4, 5]))[:1]:
-        raise ValueError(
-            f"strata_from_judgments: rejected_score of row {row} is {quality[row]}, not a whole "
-            "number from 1 to 5; judge the pair, or drop it before planning"
-        )
-    easy = (labels == "high") & (quality <= 2)
-    medium = (labels == "medium") & ((quality == 2) | (quality == 3))
-    return np.select([easy, medium], [0, 1], default=2).astype(np.int64)
-
-
-def strata_from_values(
-    values: npt.ArrayLike,
-    shares: Sequence[float] = (0.65, 0.25, 0.10),
-    *,
-    ids: npt.ArrayLike | None = None,
-    seed: int = 0,
-) -> Int64Array:
-    """Strata from any number that is higher for easier pairs, cut at shares of the data.
-
-    For pairs that no judge has labelled: a reward margin, a rating difference, an agreement rate.
-
-    Args:
-        values: [N], higher is easier.
-        shares: One share of the pairs per stratum, the easiest first; they sum to 1.
-        ids: [N], stable ids; a keyed hash of them decides between equal values at a cut.
-        seed: Key of that hash.
-
-    Returns:
-        int64 [N]: 0 is the easiest stratum.
-
-    Raises:
-        ValueError: If a value is missing, or the shares do not sum to 1.
-
-    Example:
-        >>> strata_from_values([0.9, 0.1, 0.5, 0.7], shares=(0.5, 0.5)).tolist()
-        [0, 1, 1, 0]
-    """
-    given = np.asarray(values)
-    try:
-        easiness = given.astype(np.float64)
-    except (TypeError, ValueError):
-        for row, value in enumerate(given.tolist()):
-            if value is not None and not isinstance(value, int | float):
-                raise ValueError(
-                    f"strata_from_values: the value of row {row} is {value!r}, not a number"
-                ) from None
-        raise
-    for row in np.flatnonzero(np.isnan(easiness))[:1]:
-        raise ValueError(f"strata_from_values: the value of row {row} is missing")
-    if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
-        raise ValueError(f"strata_from_values: shares must be >= 0 and sum to 1, got {shares}")
-    names = np.arange(len(easiness)) if ids is None else np.asarray(ids)
-    order = np.lexsort((keyed_hash(names, "strata", seed), -easiness))
-    cuts = np.rint(np.cumsum(shares)[:-1] * len(easiness))
-    strata = np.empty(len(easiness), dtype=np.int64)
-    strata[order] = np.searchsorted(cuts, np.arange(len(easiness)), side="right")
-    ordered = easiness[order]
-    for cut in (int(cut) for cut in cuts if 0 < cut < len(ordered)):
-        alike = int((ordered == ordered[cut]).sum()) if ordered[cut - 1] == ordered[cut] else 0
-        if alike > TIED_SHARE * len(ordered):
-            warn(
-                f"strata_from_values: {alike} of {len(ordered)} pairs have the value "
-                f"{ordered[cut]:g} and stand on both sides of a cut, where a hash parts them; move "
-                "the shares to where values change, or take a finer value",
-                stacklevel=2,
-            )
-    return strata
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,94 +238,6 @@ def plan_run(
         copies=traversals * len(parts),
         seed=seed,
     )
-
-
-def kept_count(ratio: float, size: int, multiple: int = 1) -> int:
-    """How many of `size` candidates a keep ratio retains: floor(ratio * size)  (Eq. 9).
-
-    Rounded down to a multiple where one is asked for; never less than one pair or one multiple, nor
-    more than there are.
-
-    Example:
-        >>> kept_count(0.7, 10), kept_count(0.7, 10, multiple=4), kept_count(0.0, 10)
-        (7, 4, 1)
-    """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"kept_count: a keep ratio must lie in [0, 1], got {ratio}")
-    if multiple < 1:
-        raise ValueError(f"kept_count: multiple must be at least 1, got {multiple}")
-    count = floor(ratio * size + 1e-9)  # 0.7 * 10 is 7, whatever binary fractions say
-    return min(size, max(count - count % multiple, multiple))
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A plan, a keep schedule and a batch size: every step of the run, known before the first.
-
-    Kept pairs are trained in whole batches. What is left over of an interval is carried to the
-    front of the next; only the run's very last batch may be short. No pair is lost, so
-    `total_steps` is the total of kept pairs over the batch size, rounded up.
-
-    Args:
-        plan: The pools.
-        keep: Schedule of keep ratios.
-        batch_size: Pairs per optimizer step, over all processes and accumulation steps.
-        multiple: Kept counts are rounded down to a multiple of this, as by the `Selector`.
-
-    Example:
-        >>> from sage_select import Constant, Linear, plan_pools
-        >>> plan = plan_pools([0] * 30, Constant((1.0,)), num_pools=3)
-        >>> timeline = Timeline(plan, Linear(1.0, 0.5), batch_size=4)
-        >>> timeline.kept_count, timeline.first_step, timeline.total_steps
-        ((10, 7, 5), (0, 2, 4), 6)
-    """
-
-    plan: Plan
-    keep: Schedule
-    batch_size: int
-    multiple: int = 1
-    kept_count: tuple[int, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if operator.index(self.batch_size) < 1:
-            raise ValueError(f"Timeline: batch_size must be at least 1, got {self.batch_size}")
-        counts = tuple(
-            kept_count(self.keep(t), len(pool), self.multiple)
-            for t, pool in zip(self.plan.progress, self.plan.pools, strict=True)
-        )
-        object.__setattr__(self, "kept_count", counts)
-
-    @cached_property
-    def first_step(self) -> tuple[int, ...]:
-        """For each interval, the optimizer steps taken before its pool is scored.
-
-        Where an interval keeps less than a batch, the next begins at the same step; `progress` then
-        gives the later one's, and `Selector.select` takes an interval's own as an argument.
-        """
-        before = np.cumsum((0, *self.kept_count[:-1]))
-        return tuple((before // self.batch_size).tolist())
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return -(-self.total_kept // self.batch_size)
-
-    @property
-    def total_kept(self) -> int:
-        """Kept pairs of the run; a pair kept in two intervals counts twice."""
-        return sum(self.kept_count)
-
-    def interval_at(self, step: int) -> int:
-        """The interval under way after `step` optimizer steps, from 0."""
-        if not 0 <= step <= self.total_steps:
-            raise ValueError(
-                f"Timeline.interval_at: step must lie in [0, {self.total_steps}], got {step}"
-            )
-        return bisect_right(self.first_step, step) - 1
-
-    def progress(self, step: int) -> float:
-        """Progress in [0, 1] of the interval under way; 0 throughout a run of one interval."""
-        return self.plan.progress[self.interval_at(step)]
 
 
 def _checked_strata(strata: npt.ArrayLike) -> Int64Array:

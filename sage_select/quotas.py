@@ -6,7 +6,7 @@ round it without losing them.
 
 import numpy as np
 
-from sage_select.hashing import Float64Array, Int64Array
+from sage_select.arrays import Float64Array, Int64Array
 
 
 def fit_totals(

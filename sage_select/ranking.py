@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from sage_select.hashing import Float64Array, Int64Array, keyed_hash
+from sage_select.arrays import Float64Array, Int64Array
+from sage_select.hashing import keyed_hash
 
 
 def top(

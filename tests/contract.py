@@ -21,7 +21,7 @@ import torch
 from worlds import arithmetic_pairs, base
 
 from sage_select import Linear, PairLogps, PreferenceDataset, SageConfig
-from sage_select.loader import SelectiveLoader
+from sage_select.selecting.loader import SelectiveLoader
 
 PAIRS = 48
 BATCH = 4  # pairs per optimizer step over all processes

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from sage_select import ReferenceStore
 from sage_select.adapters.lightning import MicroBatch, PreferenceModule, SageSelection
 from sage_select.adapters.plain import Training
-from sage_select.audit import SelectionLog
-from sage_select.checkpoints import whole_weights
-from sage_select.runs import loader_of
+from sage_select.app.run import loader_of
+from sage_select.selecting.log import SelectionLog
+from sage_select.training.checkpoints import whole_weights
 
 
 class Watched(PreferenceModule):

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from sage_select import PairLogps, Selection, measure
 from sage_select.adapters.lightning import PreferenceModule, SageSelection, held_out_batches
 from sage_select.adapters.plain import Training
-from sage_select.checkpoints import whole_weights
-from sage_select.loader import SelectiveLoader
-from sage_select.processes import Processes, leave
-from sage_select.runs import loader_of
+from sage_select.app.run import loader_of
+from sage_select.selecting.loader import SelectiveLoader
+from sage_select.system.processes import Processes, leave
+from sage_select.training.checkpoints import whole_weights
 
 ODD = 46  # pairs, of which so many are kept that the last batch has three
 TRAINING = Training(learning_rate=LEARNING_RATE, beta=BETA, warmup_share=0.0, micro_batch_size=2)

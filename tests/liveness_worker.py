@@ -11,10 +11,11 @@ import torch.distributed as dist
 from measure_worker import BUDGET, STRATEGIES
 from small_models import few_pairs
 
-from sage_select import Linear, Selector, Timeline, measure, measuring, plan_pools, sage
+from sage_select import Linear, Selector, Timeline, measure, plan_pools, sage
 from sage_select.adapters import plain
-from sage_select.loader import SelectiveLoader
+from sage_select.models import reader as measuring
 from sage_select.schedules import Constant
+from sage_select.selecting.loader import SelectiveLoader
 
 how, strategy = sys.argv[1:]
 dist.init_process_group("gloo")

@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sage_select import Constant, ReferenceStore, Selector, measure, nca, sage
 from sage_select.adapters.plain import Training, train
-from sage_select.fingerprints import model_digest
-from sage_select.forward import precision_of
-from sage_select.measuring import pair_logps, updating
-from sage_select.processes import Processes, leave
+from sage_select.models.fingerprints import model_digest
+from sage_select.models.forward import precision_of
+from sage_select.models.reader import pair_logps, updating
+from sage_select.system.processes import Processes, leave
 
 BUDGET = 40  # tokens, so that there are more batches than processes, and not a multiple of them
 

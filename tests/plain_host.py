@@ -8,11 +8,11 @@ from torch.nn.parallel import DistributedDataParallel
 from sage_select import measure, nca
 from sage_select.adapters import plain
 from sage_select.adapters.plain import Training, shard, train
-from sage_select.audit import SelectionLog
-from sage_select.checkpoints import whole_weights
-from sage_select.processes import Processes
-from sage_select.runs import loader_of
-from sage_select.wrappers import unwrapped
+from sage_select.app.run import loader_of
+from sage_select.models.wrappers import unwrapped
+from sage_select.selecting.log import SelectionLog
+from sage_select.system.processes import Processes
+from sage_select.training.checkpoints import whole_weights
 
 
 def run(case: Case) -> None:

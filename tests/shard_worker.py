@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard as Rows
 
 from sage_select import token_logps
 from sage_select.ops.shards import Shard
-from sage_select.processes import leave
+from sage_select.system.processes import leave
 
 VOCABULARY, HIDDEN, TOKENS = 301, 24, 13
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from worlds import arithmetic_world
 
-from sage_select import ReferenceStore, store
+from sage_select import ReferenceStore
+from sage_select.references import store
 
 NEVER = -1
 

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from worlds import arithmetic_pairs
 
 from sage_select import PreferenceDataset, SageConfig
-from sage_select.audit import SelectionLog
-from sage_select.cli import app
-from sage_select.exports import as_llamafactory, as_trl
-from sage_select.records import checked_pair
-from sage_select.runs import measure_of, training_of
+from sage_select.app.cli import app
+from sage_select.app.run import measure_of, training_of
+from sage_select.data.exports import as_llamafactory, as_trl
+from sage_select.data.records import checked_pair
+from sage_select.selecting.log import SelectionLog
 
 BASE = ROOT / "examples" / "arithmetic_base"
 
@@ -538,7 +538,7 @@ def test_the_console_script_and_its_log(config, monkeypatch):
 
 
 def test_a_log_file_gets_lines_not_bars(capsys, monkeypatch):
-    from sage_select import progress
+    from sage_select.system import progress_bars as progress
 
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with progress.progress_bar(3, "scoring", "pairs") as bar:

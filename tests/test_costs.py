@@ -10,20 +10,19 @@ from transformers import AutoModelForCausalLM
 
 from sage_select import measure
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.costs import (
+from sage_select.app.forecast import Cost, compared
+from sage_select.models.flops import Shape, shape_of
+from sage_select.models.reader import pair_logps
+from sage_select.models.sequences import distinct_sequences
+from sage_select.system.ledger import (
     Ledger,
-    Shape,
     Work,
     append_costs,
     book,
     break_even,
     phase,
     read_costs,
-    shape_of,
 )
-from sage_select.forecast import Cost, compared
-from sage_select.measuring import pair_logps
-from sage_select.sequences import distinct_sequences
 
 LINEAR = ["qwen2", "qwen3", "llama", "gemma2, softcaps", "gemma3", "phi", "phi3, sliding window"]
 
@@ -101,7 +100,7 @@ def test_frozen_weights_need_no_gradient():
 
 def test_an_inner_phase_stops_the_outer_one_s_clock(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("sage_select.costs.time.perf_counter", lambda: now)
+    monkeypatch.setattr("sage_select.system.ledger.time.perf_counter", lambda: now)
     with Ledger() as ledger, phase("outer"):
         now += 1
         with phase("inner"):

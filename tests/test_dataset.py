@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from arithmetic import build_tokenizer
-from sage_select import PreferenceDataset, nca_responses, tokenising
-from sage_select import dataset as dataset_module
+from sage_select import PreferenceDataset, nca_responses
+from sage_select.data import dataset as dataset_module
+from sage_select.data import tokenising
+from sage_select.data.records import BadRecord, checked_pair, shared_start
+from sage_select.data.tokenising import CHUNK_ROWS
 from sage_select.losses import response_weights
-from sage_select.measuring import response_logps
-from sage_select.records import BadRecord, checked_pair, shared_start
-from sage_select.tokenising import CHUNK_ROWS
+from sage_select.models.reader import response_logps
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -16,8 +16,8 @@ from test_layers import LEVELS
 from typer.testing import CliRunner
 
 from sage_select import SageConfig
-from sage_select.cli import app
-from sage_select.records import checked_pair
+from sage_select.app.cli import app
+from sage_select.data.records import checked_pair
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = "\n".join(path.read_text() for path in sorted((ROOT / "examples").glob("*.py")))

@@ -24,10 +24,12 @@ from sage_select import (
     token_logps,
 )
 from sage_select.adapters.plain import Training
-from sage_select.loader import ShuffledLoader
 from sage_select.losses import response_weights
-from sage_select.plan import kept_count, plan_run, strata_from_values
+from sage_select.plan import plan_run
 from sage_select.ranking import top
+from sage_select.selecting.loader import ShuffledLoader
+from sage_select.strata import strata_from_values
+from sage_select.timeline import kept_count
 
 ONE = Constant((1.0,))
 POLICY, REFERENCE = with_rewards([1.0, 2.0], [0.0, 0.0])

@@ -9,7 +9,8 @@ import torch
 from conftest import ROOT, launched
 from safetensors.torch import load_file
 
-from sage_select.audit import SelectionLog, flips
+from sage_select.selecting.log import SelectionLog
+from sage_select.selecting.tables import flips
 
 
 def example(script: str, *arguments: object, threads: int = 1, world: int | None = None) -> str:

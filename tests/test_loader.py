@@ -19,9 +19,10 @@ from sage_select import (
     plan_pools,
     sage,
 )
-from sage_select.audit import SCHEMA_VERSION, SelectionLog, flips
-from sage_select.loader import SelectiveLoader, ShuffledLoader, dealt
-from sage_select.processes import Processes
+from sage_select.selecting.loader import SelectiveLoader, ShuffledLoader, dealt
+from sage_select.selecting.log import SCHEMA_VERSION, SelectionLog
+from sage_select.selecting.tables import flips
+from sage_select.system.processes import Processes
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,11 @@ from small_models import CONFIGS, SMALL, UNPACKABLE, small_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from worlds import naive_response_logps
 
-from sage_select import PreferenceDataset, measure, measuring, nca, packing, progress, trials
-from sage_select.measuring import pair_logps, updating
+from sage_select import PreferenceDataset, measure, nca
+from sage_select.models import packing, trials
+from sage_select.models import reader as measuring
+from sage_select.models.reader import pair_logps, updating
+from sage_select.system import progress_bars as progress
 
 
 def naive(model, pairs) -> list[float]:

@@ -11,12 +11,13 @@ from small_models import small_model
 from torch.utils.checkpoint import CheckpointError
 from worlds import naive_response_logps
 
-from sage_select import measure, packing
+from sage_select import measure
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.dataset import TokenSequence
-from sage_select.measuring import pair_logps, response_logps, updating
-from sage_select.packing import NAME, attention_of, pack, packed_attention, pad
-from sage_select.sequences import DistinctSequences, distinct_sequences
+from sage_select.data.dataset import TokenSequence
+from sage_select.models import packing
+from sage_select.models.packing import NAME, attention_of, pack, packed_attention, pad
+from sage_select.models.reader import pair_logps, response_logps, updating
+from sage_select.models.sequences import DistinctSequences, distinct_sequences
 
 prompts = st.lists(st.integers(0, 39), min_size=1, max_size=6)
 responses = st.lists(st.integers(0, 39), min_size=1, max_size=6)

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from sage_select import ReferenceStore, dpo, measure
 from sage_select.adapters.plain import Training, load_best, train
-from sage_select.audit import SelectionLog
-from sage_select.loader import SelectiveLoader, ShuffledLoader
+from sage_select.selecting.loader import SelectiveLoader, ShuffledLoader
+from sage_select.selecting.log import SelectionLog
 
 TRAINING = Training(learning_rate=1e-3, evaluate_every=5, checkpoint_every=4)
 
@@ -53,7 +53,7 @@ def test_a_step_against_torch_by_hand(worlds):
     run(ours, training=training, rows=8)
     from torch.nn.functional import logsigmoid
 
-    from sage_select.measuring import pair_logps
+    from sage_select.models.reader import pair_logps
 
     optimizer = torch.optim.AdamW(by_hand.model.parameters(), lr=1e-3, weight_decay=0.0)
     by_hand.model.train()

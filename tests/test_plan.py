@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_select import Constant, Linear, Timeline, plan_pools, strata_from_judgments
-from sage_select.plan import kept_count, plan_run, strata_from_values
+from sage_select.plan import plan_run
+from sage_select.strata import strata_from_values
+from sage_select.timeline import kept_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:plan_pools. the data cannot follow the mix")
 

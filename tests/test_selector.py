@@ -11,7 +11,7 @@ from strategies import pools, with_rewards
 
 from sage_select import Constant, Linear, Selector, log_sage, measure, sage, scores
 from sage_select.ranking import top
-from sage_select.selector import log_ratio_spread
+from sage_select.selecting.selector import log_ratio_spread
 
 
 def selector(score=sage, keep=Constant(0.5), reference=None, **options) -> Selector:  # noqa: B008

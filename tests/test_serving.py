@@ -17,8 +17,8 @@ import torch
 from stand_in_server import Reply, serving
 
 from sage_select import Constant, PreferenceDataset, measure
-from sage_select import serving as serving_module
-from sage_select.serving import ServerMeasure
+from sage_select.models import serving as serving_module
+from sage_select.models.serving import ServerMeasure
 
 PAIR = r"ServerMeasure: pair \w+ \(row \d+, (chosen|rejected)\): "
 unchecked = partial(ServerMeasure, name="policy", check_responses=0, show_progress=False)
@@ -431,9 +431,9 @@ def test_inside_a_loop_that_is_running_as_in_a_notebook(still, few):
 
 def test_httpx_is_needed_here_and_nowhere_else():
     code = "import sys, sage_select; assert 'httpx' not in sys.modules"
-    code += "; sys.modules['httpx'] = None; import sage_select.serving"
+    code += "; sys.modules['httpx'] = None; import sage_select.models.serving"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ModuleNotFoundError: sage_select.serving needs httpx: pip install" in done.stderr
+    assert "ModuleNotFoundError: sage_select.models.serving needs httpx: pip install" in done.stderr
 
 
 def test_the_selector_knows_how_coarse_training_is(still):

@@ -14,10 +14,12 @@ import pytest
 import torch
 from store_worker import NEVER, fill
 
-from sage_select import PreferenceDataset, ReferenceStore, measure, measuring, store
-from sage_select.dataset import evict_tokens
-from sage_select.fingerprints import model_digest
-from sage_select.store import evict, read_reference, stored_references
+from sage_select import PreferenceDataset, ReferenceStore, measure
+from sage_select.data.dataset import evict_tokens
+from sage_select.models import reader as measuring
+from sage_select.models.fingerprints import model_digest
+from sage_select.references import store
+from sage_select.references.store import evict, read_reference, stored_references
 
 TESTS = Path(__file__).parent
 

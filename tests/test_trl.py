@@ -20,9 +20,9 @@ from worlds import base
 from arithmetic import make_problems
 from sage_select import PreferenceDataset, SageConfig, measure
 from sage_select.adapters.trl import attach, pairs_of
-from sage_select.audit import SelectionLog
-from sage_select.config import ConfigError
-from sage_select.runs import loader_of
+from sage_select.app.config import ConfigError
+from sage_select.app.run import loader_of
+from sage_select.selecting.log import SelectionLog
 
 OLD = trl.__version__.startswith("0.")
 PAIRS = 24

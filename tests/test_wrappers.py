@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from sage_select import measure
-from sage_select.wrappers import unwrapped
+from sage_select.models.wrappers import unwrapped
 
 
 @pytest.fixture(scope="module", autouse=True)

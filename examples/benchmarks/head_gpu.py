@@ -43,7 +43,7 @@ from torch import Tensor
 
 from sage_select import PreferenceDataset, measure, nca
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.measuring import pair_logps, updating
+from sage_select.models.reader import pair_logps, updating
 from sage_select.ops.tilings import Tiling, default_tiling
 from sage_select.ops.tuning import CANDIDATES
 

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.dataset import TokenSequence
-from sage_select.measuring import response_logps
-from sage_select.packing import packed_attention, pad
+from sage_select.data.dataset import TokenSequence
+from sage_select.models.packing import packed_attention, pad
+from sage_select.models.reader import response_logps
 
 PROMPT = 64
 Pair = list[TokenSequence]

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_select import Constant, PairLogps, PreferenceDataset, Selection, Selector, measure, sage
 from sage_select.adapters.plain import Training, train
-from sage_select.loader import ShuffledLoader
+from sage_select.selecting.loader import ShuffledLoader
 
 Measure = Callable[[Any, PreferenceDataset], PairLogps]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sage_select.ops.products import add_product, precision, product, wide
-from sage_select.processes import Processes
+from sage_select.system.processes import Processes
 
 IGNORED = -100
 """Target of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""

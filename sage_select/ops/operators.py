@@ -16,7 +16,7 @@ from sage_select.ops.chunked import ChunkedLogits
 from sage_select.ops.logits import IGNORED, Logits, backward, forward
 from sage_select.ops.products import wide
 from sage_select.ops.shards import named_processes
-from sage_select.processes import Processes
+from sage_select.system.processes import Processes
 
 
 def first_wrong(target_N: Tensor, vocabulary: int) -> int:

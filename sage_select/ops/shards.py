@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from sage_select.processes import Processes
+from sage_select.system.processes import Processes
 
 
 class Shard(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sage_select.cache import cache_folder, partial_path, replace_durably
+from sage_select.system.files import cache_folder, partial_path, replace_durably
 
 
 class Tiling(NamedTuple):

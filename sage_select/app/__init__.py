@@ -1,0 +1,1 @@
+"""One file describes a run; Python and the terminal drive it."""

@@ -1,0 +1,352 @@
+"""Doctor: what would stop or spoil an overnight run, looked for beforehand."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import torch
+
+from sage_select.adapters.plain import add_gradients, checkpoint_activations
+from sage_select.app.config import ConfigError, SageConfig
+from sage_select.app.forecast import num_parameters
+from sage_select.app.run import (
+    DTYPES,
+    Run,
+    device_of,
+    load_model,
+    load_tokenizer,
+    measure_of,
+    model_settings,
+    prepare,
+    score_of,
+    training_of,
+)
+from sage_select.pairs import PairLogps
+from sage_select.references.store import default_store, read_reference
+from sage_select.system.files import cache_folder
+
+PACKAGES = ("sage-select", "torch", "transformers", "numpy", "polars", "pyarrow", "pydantic")
+OPTIONAL = ("datasets", "peft", "accelerate", "lightning", "trl", "triton")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        about: What.
+        verdict: "ok", "warn" (it will run, but look at it) or "fail" (it will not).
+        said: What was found, and what to do about it.
+    """
+
+    about: str
+    verdict: Literal["ok", "warn", "fail"]
+    said: str
+
+
+def examine(
+    config: SageConfig | None, *, thorough: bool = False, show_progress: bool | None = None
+) -> Iterator[Finding]:
+    """Look at the installation and the devices; with a configuration, at all that its run needs.
+
+    Args:
+        config: The run's description.
+        thorough: Whether to load the models, and to try the largest batch without an update.
+        show_progress: False for no progress bars.
+    """
+    yield from _installation()
+    yield from _devices()
+    yield from _checked("cache", lambda: _room(cache_folder()))
+    if config is None:
+        return
+    yield Finding("configuration", "ok", f"hash {config.hash}, run folder {config.run_folder}")
+    yield from _checked("functions", lambda: _functions(config))
+    yield from _checked("device", lambda: _device(config))
+    yield from _checked("tokenizer", lambda: _tokenizer(config))
+    yield from _checked("model", lambda: _model(config))
+    runs: list[Run] = []
+    yield from _checked("data and plan", lambda: _data(config, runs, show_progress))
+    yield from _checked("reference", lambda: _reference(config, runs))
+    yield from _checked("run folder", lambda: _run_folder(config))
+    if thorough and runs:
+        yield from _checked("largest batch", lambda: _largest_batch(runs[0]))
+
+
+def _checked(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from look()
+    except (ConfigError, OSError, ValueError, TypeError, ImportError) as error:
+        yield Finding(about, "fail", str(error))
+    except (RuntimeError, ArithmeticError) as error:  # out of memory, not finite
+        yield Finding(about, "fail", str(error).splitlines()[0])
+
+
+def _installation() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    for name in PACKAGES:
+        yield Finding(name, "ok", importlib.metadata.version(name))
+    for name in OPTIONAL:
+        try:
+            yield Finding(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "ok", "not installed (optional)")
+
+
+def _devices() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        cores = os.cpu_count()
+        yield Finding("devices", "warn", f"no CUDA device; everything runs on {cores} CPU cores")
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        verdict: Literal["ok", "warn"] = "ok" if free > 0.9 * total else "warn"
+        yield Finding(f"cuda:{number}", verdict, f"{name}, {_size(free)} of {_size(total)} free")
+
+
+def _room(folder: Path, about: str = "cache") -> Iterator[Finding]:
+    """Whether files can be written there, and how much room is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(b"written")
+    free = shutil.disk_usage(folder).free
+    verdict: Literal["ok", "warn"] = "ok" if free > 10e9 else "warn"
+    yield Finding(about, verdict, f"{folder}, {_size(free)} free")
+
+
+def _functions(config: SageConfig) -> Iterator[Finding]:
+    one, two = torch.tensor([-10.0, -20.0]), torch.tensor([10, 20])
+    pairs = PairLogps(torch.arange(2), one, one - 1, two, two)
+    training = training_of(config)
+    for name, function in (
+        (config.selection.score, score_of(config)),
+        (config.training.loss, partial(training.loss, beta=config.beta)),
+    ):
+        try:
+            shape = torch.as_tensor(function(pairs, pairs)).shape
+        except Exception as error:  # whatever a function of the user's own may raise
+            yield Finding("functions", "fail", f"{name}(policy, reference) fails: {error}")
+            return
+        if shape != (2,):
+            yield Finding(
+                "functions", "fail", f"{name} gives {list(shape)} for two pairs, not one value each"
+            )
+            return
+    yield Finding("functions", "ok", f"{config.selection.score}, {config.training.loss}")
+    if config.training.learning_rate > 1e-2:
+        rate = config.training.learning_rate
+        yield Finding("functions", "warn", f"a learning rate of {rate:g} is far above what trains")
+
+
+def _device(config: SageConfig) -> Iterator[Finding]:
+    device = device_of(config.model.device)
+    wants_bf16 = config.training.mixed_precision == "bfloat16"
+    if wants_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        yield Finding("device", "fail", f"{device} has no bfloat16; mixed_precision: none")
+        return
+    yield Finding("device", "ok", str(device))
+
+
+def _tokenizer(config: SageConfig) -> Iterator[Finding]:
+    tokenizer = load_tokenizer(config)
+    if tokenizer.eos_token is None:
+        yield Finding(
+            "tokenizer", "warn", "no end token: pairs of plain text will be refused (not chats)"
+        )
+    template = "with" if tokenizer.chat_template else "without"
+    yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens, {template} a chat template")
+
+
+def _model(config: SageConfig) -> Iterator[Finding]:
+    settings = model_settings(config).get_text_config()
+    parameters = num_parameters(config) or 0
+    yield Finding("model", "ok", f"{config.model.name}, {parameters:,} parameters")
+    yield from _weights(config.model.name)
+    tokens, vocabulary = len(load_tokenizer(config)), settings.vocab_size
+    if tokens > vocabulary:
+        yield Finding(
+            "model",
+            "fail",
+            f"the tokenizer has {tokens:,} tokens, the model {vocabulary:,}; they do not belong "
+            "together",
+        )
+    if config.model.attention == "flash_attention_2" and not find_spec("flash_attn"):
+        yield Finding("model", "fail", "model.attention: flash_attn is not installed")
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        yield Finding(
+            "model",
+            "warn",
+            f"data.max_length {config.data.max_length:,} is more than the model's {positions:,} "
+            "positions; longer pairs will be scored where the model was never trained",
+        )
+    dtype = DTYPES.get(config.model.dtype, getattr(settings, "dtype", None) or torch.float32)
+    if dtype == torch.float16:
+        yield Finding(
+            "model", "fail", "weights in float16 overflow in training; model.dtype: float32"
+        )
+    elif dtype == torch.bfloat16 and config.training.learning_rate < 1e-5:
+        yield Finding(
+            "model",
+            "warn",
+            f"a learning rate of {config.training.learning_rate:g} rounds to no change in bfloat16 "
+            "weights; model.dtype: float32 with training.mixed_precision: bfloat16",
+        )
+    # weights, gradients and Adam's two moments
+    needed = 4 * parameters * dtype.itemsize
+    device = device_of(config.model.device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = _free_memory()
+    if needed > free:
+        yield Finding(
+            "memory",
+            "fail",
+            f"weights, gradients and optimizer take {_size(needed)} before any activation; "
+            f"{device} has {_size(free)} free",
+        )
+    else:
+        yield Finding(
+            "memory", "ok", f"{_size(needed)} of {_size(free)} before any activation, on {device}"
+        )
+
+
+def _weights(name: str | None) -> Iterator[Finding]:
+    """Whether a model's folder has weights; what is on a hub is not asked for."""
+    folder = Path(name or "")
+    kinds = ("*.safetensors", "*.bin")
+    if folder.is_dir() and not any(file for kind in kinds for file in folder.glob(kind)):
+        yield Finding("model", "fail", f"{folder} has no weights ({', '.join(kinds)})")
+
+
+def _reference(config: SageConfig, runs: list[Run]) -> Iterator[Finding]:
+    reference = config.reference
+    if reference.file is not None:
+        for run in runs:
+            read_reference(reference.file, run.used, key=reference.key)
+        yield Finding("reference", "ok", f"{reference.file} has every pair")
+        return
+    if reference.device is not None:
+        device_of(reference.device, "reference.device")
+    if reference.model is not None:
+        theirs = model_settings(config, reference=True).get_text_config().vocab_size
+        ours = len(load_tokenizer(config))
+        if ours > theirs:
+            yield Finding(
+                "reference",
+                "fail",
+                f"the tokenizer has {ours:,} tokens, {reference.model} {theirs:,}; they do not "
+                "belong together",
+            )
+        yield from _weights(reference.model)
+    store = Path(reference.store) if reference.store is not None else default_store()
+    yield from _room(store, "reference")
+
+
+def _largest_batch(run: Run) -> Iterator[Finding]:
+    """Measure the longest pairs under both models, and take the gradient of their loss."""
+    config, training = run.config, training_of(run.config)
+    lengths = run.used.num_tokens
+    size = training.micro_batch_size or config.training.batch_size
+    longest = run.used.take(run.used.index[np.argsort(-lengths, kind="stable")[:size]])
+    model = load_model(config)
+    if config.reference.file is None:
+        theirs = load_model(config, reference=True)
+        known = measure_of(config)(theirs, longest)
+        del theirs
+    else:
+        known = read_reference(config.reference.file, longest, key=config.reference.key)
+    measure_of(config)(model, longest)
+    if training.activation_checkpointing:
+        checkpoint_activations(model)
+    _, losses = add_gradients(model.train(), longest, known, training, share=1 / size)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    verdict: Literal["ok", "fail"] = "ok" if math.isfinite(norm) else "fail"
+    yield Finding(
+        "largest batch",
+        verdict,
+        f"{len(longest)} pairs of up to {int(lengths.max()):,} tokens: loss "
+        f"{losses.mean().item():.4g}, gradient norm {norm:.4g}; the optimizer comes on top",
+    )
+
+
+def _data(config: SageConfig, runs: list[Run], show_progress: bool | None) -> Iterator[Finding]:
+    run = prepare(config, show_progress=show_progress)
+    runs.append(run)
+    aside, read = run.dataset.set_aside.height, len(run.dataset) + run.dataset.set_aside.height
+    cut = int(run.dataset.column("truncated").sum())
+    verdict: Literal["ok", "warn"] = "warn" if aside + cut > 0.1 * read else "ok"
+    yield Finding(
+        "data",
+        verdict,
+        f"{read:,} rows, {aside:,} set aside, {cut:,} of {len(run.dataset):,} pairs cut at "
+        f"{config.data.max_length:,} tokens",
+    )
+    with catch_warnings(record=True) as warned:
+        simplefilter("always")
+        plan, steps = run.timeline.plan, run.timeline.total_steps
+    for warning in warned:
+        yield Finding("plan", "warn", str(warning.message))
+    yield Finding("plan", "ok", f"{plan}, {steps:,} steps")
+    if run.held_out is None:
+        yield Finding("evaluation", "warn", "none: data.held_out is 0, so best weights are unknown")
+
+
+def _run_folder(config: SageConfig) -> Iterator[Finding]:
+    folder = config.run_folder
+    if folder.exists() and not folder.is_dir():
+        yield Finding("run folder", "fail", f"{folder} is a file; give the name of a folder")
+        return
+    if (folder / "metrics.jsonl").exists():
+        yield Finding("run folder", "warn", f"{folder} holds a run; go on with train --resume")
+        return
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(existing, os.W_OK):
+        yield Finding("run folder", "fail", f"{existing} cannot be written")
+        return
+    parameters = num_parameters(config) or 0
+    # a checkpoint has weights and two moments; the best weights and two models stand beside them
+    needed = 4 * parameters * (3 * (config.training.keep_checkpoints + 1) + 3)
+    free = shutil.disk_usage(existing).free
+    verdict: Literal["ok", "fail"] = "ok" if needed < free else "fail"
+    yield Finding(
+        "run folder", verdict, f"{folder}, about {_size(needed)} needed, {_size(free)} free"
+    )
+
+
+def _free_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not on this system
+        return 1 << 62
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> _size(1.5e9)
+        '1.5 GB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def as_records(findings: list[Finding]) -> list[dict[str, Any]]:
+    """Findings as plain values."""
+    return [{"about": f.about, "verdict": f.verdict, "said": f.said} for f in findings]

@@ -1,0 +1,1 @@
+"""What a live model says of some sequences: read once, checked, shared between processes."""

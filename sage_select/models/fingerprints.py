@@ -1,0 +1,123 @@
+"""Fingerprints of models: weights and settings, the adapters apart."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from sage_select.system.identity import digest
+
+HASH_AT_ONCE = 1 << 26  # elements of a tensor brought to the CPU at once
+
+
+def model_digest(model: nn.Module) -> str:
+    """A fingerprint of a causal language model's weights and of the settings that shape its logits.
+
+    Every byte of every parameter and persistent buffer counts, and so does its dtype. Adapters of a
+    PEFT model do not: the fingerprint is that of the base model, which is what the reference is.
+    A sharded model has the fingerprint of the whole one; all of its processes must ask.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    whole.update(digest(_settings(model)).encode())
+    for name, tensor in sorted(_base_weights(model), key=lambda named: named[0]):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole_tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for piece in torch.split(whole_tensor.detach().reshape(-1), HASH_AT_ONCE):
+            whole.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether this is a PEFT model, whose adapters can be switched off."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def check_adapters_come_off(model: nn.Module) -> None:
+    """Refuse a model which, with its adapters off, is not the base model.
+
+    Raises:
+        ValueError: If adapters were added without PEFT's own wrapper, are merged, or have changed
+            the base model's weights.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) and not has_adapters(model):
+        raise ValueError(f"ReferenceStore: the model has adapters of transformers' own; {_OWN}")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            f"ReferenceStore: the adapters are merged into the weights; call "
+            f"model.unmerge_adapter() first, or: {_OWN}"
+        )
+    for config in getattr(model, "peft_config", {}).values() if has_adapters(model) else ():
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        if start.startswith(("pissa", "olora", "corda", "loftq")):
+            raise ValueError(
+                f"ReferenceStore: init_lora_weights={start!r} changes the base model's weights; "
+                + _OWN
+            )
+        if getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"ReferenceStore: the adapters train biases of the base model "
+                f"(bias={config.bias!r}); {_OWN}"
+            )
+
+
+_OWN = "give the reference a model of its own, loaded from where the policy began"
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights, and buffers that are not saved, under the names they have in the base model; tied
+    ones once."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
+    added = (prefix, *_ADDED) if has_adapters(model) else ()
+    saved = model.state_dict()
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    seen = set()
+    for name, tensor in {**saved, **unsaved}.items():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if any(part.startswith(added) for part in parts if added):
+            continue
+        if parts[-1] == "inv_freq" and f"{name.rpartition('.')[0]}.original_inv_freq" in unsaved:
+            tensor = tensor[:0]  # long sequences may rewrite it from the original; its dtype counts
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        place = (own.data_ptr(), tensor.dtype, tensor.shape)
+        if own.numel() and place in seen:
+            continue
+        seen.add(place)
+        yield ".".join(parts), tensor
+
+
+_ADDED = ("lora_", "vera_", "modules_to_save", "prompt_encoder", "ranknum", "trainable_tokens")
+_WRAPPERS = ("base_model", "model", "base_layer", "original_module", "_orig_mod", "module")
+"""Parts of names that adapters, compilation and parallelism put in."""
+
+
+_NO_MATTER = (
+    "_name_or_path",
+    "_commit_hash",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+def _settings(model: nn.Module) -> Any:
+    """The kind of model and its configuration, without what changes no log-prob or is part of the
+    weights anyway."""
+    base: Any = getattr(model, "_orig_mod", model)
+    base = base.get_base_model() if has_adapters(base) else base
+    config: Any = getattr(base, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    # fully_shard gives a model a class of its own, made of FSDPModule and the model's
+    kind = type(base).__bases__[1] if isinstance(base, FSDPModule) else type(base)
+    return [kind.__qualname__, {k: v for k, v in settings.items() if k not in _NO_MATTER}]

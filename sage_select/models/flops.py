@@ -1,0 +1,117 @@
+"""FLOPs of a model: what a pass over some sequences needs, and what a batch took."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sage_select.arrays import BoolArray, Int64Array
+from sage_select.models.heads import text_config
+from sage_select.system.ledger import Work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a model's FLOPs.
+
+    Attributes:
+        body: Weights that multiply each token, without embeddings and head; of a mixture of
+            experts, those of the experts that a token is sent to.
+        head: Weights of the output head.
+        attention: Layers x heads x head size; 0 where the model does not say.
+        trained: Share of the weights that have a gradient: few with low-rank adapters.
+    """
+
+    body: int
+    head: int
+    attention: int
+    trained: float = 1.0
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward, in forward passes: a product forward is one for the gradient of
+        its input and, where the weight is trained, one for that of the weight."""
+        return 2 + self.trained
+
+    def forward(self, tokens: float, scored: float, squares: float) -> float:
+        """FLOPs of a forward pass.
+
+        Args:
+            tokens: That go through the body.
+            scored: At which the head is computed.
+            squares: Of L tokens each, the sum of L (L + 1) / 2: pairs of tokens that causal
+                attention looks at. Sliding windows are not taken off.
+        """
+        return 2 * self.body * tokens + 2 * self.head * scored + 4 * self.attention * squares
+
+    def needed(self, starts: Int64Array, lengths: Int64Array, first: BoolArray) -> Work:
+        """What a forward pass over sequences needs, whatever the batches.
+
+        Args:
+            starts: [S], tokens of their prompts.
+            lengths: [S], tokens.
+            first: [S], False where the prompt is that of another sequence before.
+        """
+        read = lengths - 1  # a sequence's last token predicts nothing
+        again = np.where(first, 0, starts)
+        tokens = int((read - again).sum())
+        squares = float((_squares(read) - _squares(again)).sum())
+        return Work(
+            needed=self.forward(tokens, int((lengths - starts).sum()), squares), tokens=tokens
+        )
+
+    def executed(self, tokens: int, scored: int, lengths: Int64Array) -> Work:
+        """What a batch took: tokens that went through the model, in sequences of these lengths."""
+        squares = float(_squares(lengths).sum())
+        return Work(executed=self.forward(tokens, scored, squares), executed_tokens=tokens)
+
+
+def _squares(lengths: Int64Array) -> Int64Array:
+    """Pairs of tokens that causal attention looks at."""
+    squares: Int64Array = lengths * (lengths + 1) // 2
+    return squares
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """The shape of a live model, or of one on the meta device."""
+    config = text_config(model)
+    output = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
+    looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    apart = {id(p) for m in (*looked_up, output) if m is not None for p in m.parameters()}
+    routed = _share_of_experts(config)
+    multiplied = {
+        name: (parameter, routed if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in apart
+    }
+    body = sum(share * _weights(parameter) for parameter, share in multiplied.values())
+    weight = getattr(output, "weight", None)
+    head = 0 if weight is None else _weights(weight)
+    trained = sum(s * _weights(p) for p, s in multiplied.values() if p.requires_grad)
+    trained += head if weight is not None and weight.requires_grad else 0
+    return Shape(round(body), head, _attention(config), trained / max(body + head, 1))
+
+
+def _weights(parameter: torch.Tensor) -> int:
+    """Weights of a parameter; of four bits, two stand in a byte."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def _share_of_experts(config: Any) -> float:
+    """The share of its experts that a token goes through; 1 without experts."""
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if count := getattr(config, name, None):
+            used: int = getattr(config, "num_experts_per_tok", None) or count
+            return used / int(count)
+    return 1.0
+
+
+def _attention(config: Any) -> int:
+    layers = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not (layers and heads and hidden):
+        return 0
+    return int(layers * heads * (getattr(config, "head_dim", None) or hidden // heads))

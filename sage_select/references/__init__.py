@@ -1,0 +1,1 @@
+"""What the reference says, kept on disk and measured once."""

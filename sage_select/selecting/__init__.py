@@ -1,0 +1,1 @@
+"""When a pool is decided, by what, and the record of it."""

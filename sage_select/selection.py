@@ -1,0 +1,79 @@
+"""Selections: what was decided about one pool, and the evidence."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_select.arrays import BoolArray, Float64Array, Int64Array
+from sage_select.pairs import PairLogps
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What was decided about one pool, and the evidence for it.
+
+    `np.asarray(selection)`, `len(selection)` and iteration give the kept rows, best first.
+
+    Attributes:
+        indices: int64 [n], kept dataset rows, best first.
+        pool: int64 [P], the rows that were candidates.
+        scores: float64 [P], aligned with pool; NaN where nothing was scored.
+        kept: bool [P], aligned with pool.
+        step: Optimizer steps taken before this decision.
+        progress: The run's progress in [0, 1] at this decision.
+        rule: What ranked the pool: "score", or "hash" where the rewards carried no signal, or
+            "all" where nothing could be dropped and nothing was scored.
+        signal: Spread of the log-ratios over the pool in nats; 0 at policy = reference.
+        policy: The pool's log-probs under the policy, aligned with pool, where they were measured.
+        reference: The same under the reference.
+        weight: float64 [n], loss weight per kept pair, for methods that weight.
+        objective: [n], name of the loss per kept pair, for methods that route.
+        beta_scale: float64 [n], factor on beta per kept pair.
+        margin: float64 [n], target margin per kept pair.
+    """
+
+    indices: Int64Array
+    pool: Int64Array
+    scores: Float64Array
+    kept: BoolArray
+    step: int
+    progress: float
+    rule: str = "score"
+    signal: float = float("nan")
+    policy: PairLogps | None = None
+    reference: PairLogps | None = None
+    weight: Float64Array | None = None
+    objective: npt.NDArray[np.str_] | None = None
+    beta_scale: Float64Array | None = None
+    margin: Float64Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices.tolist())
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        return np.array(self.indices, dtype=dtype, copy=copy if copy is not None else True)
+
+    @property
+    def cut(self) -> float:
+        """The lowest score that was kept; NaN where the rule was not the score."""
+        decided = self.rule == "score" and len(self) > 0
+        return float(self.scores[self.kept].min()) if decided else float("nan")
+
+    @property
+    def dropped(self) -> Int64Array:
+        """The candidates that were not kept, in pool order."""
+        return self.pool[~self.kept]
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection(kept {len(self)} of {len(self.pool)} at step {self.step}, "
+            f"progress {self.progress:.3f}, by {self.rule}, cut {self.cut:.4g})"
+        )

@@ -1,0 +1,1 @@
+"""What any program needs: whole files, processes, heartbeats, progress bars, a cost ledger."""

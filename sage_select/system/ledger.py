@@ -1,0 +1,191 @@
+"""What scoring and training cost: FLOPs that are needed and FLOPs that are executed, tokens, time.
+
+A ledger books the passes that run inside it, each under the phase it runs in:
+
+    >>> ledger = Ledger()
+    >>> with ledger, phase("scoring"):
+    ...     book(Work(tokens=300))
+    >>> ledger["scoring"].tokens
+    300
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What some passes take; additive, but for the peak of memory.
+
+    Attributes:
+        needed: FLOPs, each distinct token in its context once, the head at response tokens alone.
+        executed: FLOPs that were run, padding and repeated prompts and recomputation included.
+        tokens: Distinct tokens in their contexts.
+        executed_tokens: Tokens that went through the model, padding included.
+        seconds: Wall-clock time.
+        peak_bytes: Largest memory of the device while they ran; 0 where it keeps no count.
+    """
+
+    needed: float = 0.0
+    executed: float = 0.0
+    tokens: int = 0
+    executed_tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def __mul__(self, passes: float) -> "Work":
+        """The same tokens, with the FLOPs of so many forward passes."""
+        return replace(self, needed=passes * self.needed, executed=passes * self.executed)
+
+    def repeated(self, times: float) -> "Work":
+        """The same so many times."""
+        return replace(self * times, tokens=round(times * self.tokens))
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.needed + other.needed,
+            self.executed + other.executed,
+            self.tokens + other.tokens,
+            self.executed_tokens + other.executed_tokens,
+            self.seconds + other.seconds,
+            max(self.peak_bytes, other.peak_bytes),
+        )
+
+
+class Ledger(dict[str, Work]):
+    """Work by phase: "reference", "scoring", "training", "evaluation"; outside any, "other"."""
+
+    def __enter__(self) -> "Ledger":
+        _ledgers.set((*_ledgers.get(), self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _ledgers.set(_ledgers.get()[:-1])
+
+    def add(self, name: str, work: Work) -> None:
+        """Add work to a phase."""
+        self[name] = self.get(name, Work()) + work
+
+
+def side_by_side(ledgers: list[Ledger]) -> Ledger:
+    """What several processes did at the same time: the sum of their work, in the longest's time.
+
+    Example:
+        >>> one, other = Ledger(scoring=Work(needed=2.0, seconds=3.0)), Ledger()
+        >>> side_by_side([one, one, other])["scoring"].needed
+        4.0
+    """
+    together = Ledger()
+    for name in dict.fromkeys(name for ledger in ledgers for name in ledger):
+        works = [ledger[name] for ledger in ledgers if name in ledger]
+        longest = max(work.seconds for work in works)
+        together[name] = replace(sum(works, Work()), seconds=longest)
+    return together
+
+
+def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> None:
+    """Add a line for each phase to a file of costs; an interval may have several."""
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a") as file:
+        file.write("" if whole else "\n")  # a kill cut the last line short
+        for name, work in ledger.items():
+            line = {"interval": interval, "phase": name, **asdict(work)}
+            file.write(json.dumps(line) + "\n")
+
+
+def read_costs(path: Path) -> Ledger:
+    """All that a file of costs has; steps that were taken again have been paid for again."""
+    ledger = Ledger()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # a line that a kill cut short
+            record = json.loads(line)
+            del record["interval"]
+            ledger.add(record.pop("phase"), Work(**record))
+    return ledger
+
+
+_ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("ledgers", default=())
+_phases: ContextVar[tuple["_Clock", ...]] = ContextVar("phases", default=())
+
+
+def recording() -> bool:
+    """Whether a ledger is open."""
+    return bool(_ledgers.get())
+
+
+def book(work: Work) -> None:
+    """Add work to the ledgers that are open, under the innermost phase."""
+    phases = _phases.get()
+    for ledger in _ledgers.get():
+        ledger.add(phases[-1].name if phases else "other", work)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Book what runs inside under this name, and its time; an inner phase stops the outer's clock.
+
+    Without an open ledger it does nothing.
+    """
+    if not _ledgers.get():
+        yield
+        return
+    if outer := _phases.get():
+        outer[-1].stop()
+    clock = _Clock(name)
+    token = _phases.set((*outer, clock))
+    try:
+        yield
+    finally:
+        clock.stop()
+        _phases.reset(token)
+        if outer:
+            outer[-1].start()
+
+
+class _Clock:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.start()
+
+    def start(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        peak = 0
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        work = Work(seconds=time.perf_counter() - self._since, peak_bytes=peak)
+        for ledger in _ledgers.get():
+            ledger.add(self.name, work)
+
+
+def break_even(scoring: float, training: float) -> float:
+    """The keep ratio below which selection costs less than training on everything.
+
+    Scoring the pools and training on a share k costs s + k t, training on all of them costs t:
+    k = 1 - s / t, or 1 - 1 / c where training costs c times as much as scoring.
+
+    Args:
+        scoring: Cost of scoring what is scored, in any unit.
+        training: Cost of training on all, in the same.
+
+    Returns:
+        At most 1; where it is not positive, nothing pays. NaN where nothing is trained.
+
+    Example:
+        >>> round(break_even(scoring=1, training=3), 3)  # a forward pass, and a backward one
+        0.667
+    """
+    return 1 - scoring / training if training else math.nan
