@@ -1,14 +1,14 @@
-"""The Lightning host: a callback that selects, and a module that trains on what was selected.
+"""Lightning: a callback that selects, and a small module that trains on what was selected.
 
-`SageSelection` is all that an existing LightningModule needs; `PreferenceModule` is a small one of
-our own. Both are of the package `lightning`.
+`SageSelection` is all that an existing LightningModule needs; `PreferenceModule` is a module of the
+library's own. Both are for the package `lightning`.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,23 +27,28 @@ from lightning.pytorch.strategies import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sage_select.adapters.plain import (
-    Training,
-    checkpoint_activations,
-    optimizer_of,
-    shard,
-)
-from sage_select.arrays import Int64Array
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
-from sage_select.models.forward import autocast
-from sage_select.models.packing import packed_attention, packs
-from sage_select.models.reader import check_updates, measure, pair_logps, updating
-from sage_select.models.wrappers import is_sharded, whole
+from sage_select.models.attention import packed_attention, packs
+from sage_select.models.reader import Reader
+from sage_select.models.wrappers import is_sharded
 from sage_select.pairs import PairLogps
 from sage_select.references.store import ReferenceStore
-from sage_select.selecting.loader import SelectiveLoader, dealt
+from sage_select.selecting.loader import SelectiveLoader
+from sage_select.selecting.selector import check_same_precision
 from sage_select.system.processes import Processes
+from sage_select.training.micro_batches import MicroBatch as MicroBatch
+from sage_select.training.micro_batches import dealt
+from sage_select.training.refusals import Refusal, refuse
+from sage_select.training.settings import Training
+from sage_select.training.sharding import make_ready, shard
+from sage_select.training.update import (
+    Passes,
+    clip_gradients,
+    optimizer_of,
+    preference_losses,
+    weighted,
+)
 
 AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The trainer's precisions that are supported, with the autocast dtype of each."""
@@ -75,19 +80,6 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing, likewise."""
-
-
-class MicroBatch(NamedTuple):
-    """What one process trains on in one forward and backward pass.
-
-    Attributes:
-        rows: int64, dataset rows.
-        weight: What the mean of their losses counts, in units of a pass of a full batch. It is 0
-            where a process has no pair left and makes the pass on any pair, for others wait for it.
-    """
-
-    rows: Int64Array
-    weight: float
 
 
 def held_out_batches(pairs: PreferenceDataset) -> Batches:
@@ -159,7 +151,10 @@ class SageSelection(Callback):
         """Refuse what would go wrong, then complete the reference, with the policy as it came."""
         if stage == "fit":
             self._trainer = trainer
-            self._check(trainer, pl_module)
+            refuse("SageSelection", _refusals(trainer, pl_module, self.loader))
+            precision = str(trainer.precision)
+            call = f"SageSelection: Trainer(precision={precision!r})"
+            check_same_precision(self.loader.selector, AUTOCASTS[precision], call)
         if isinstance(self.loader.selector.reference, ReferenceStore):
             self.loader.selector.reference.fill()
 
@@ -249,17 +244,6 @@ class SageSelection(Callback):
             counts.update(ready=passes, started=passes, processed=passes)
             counts["completed"] = passes - open_end
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_strategy(trainer)
-        _check_run(trainer, self.loader)
-        _check_precision(trainer, self.loader)
-        if not pl_module.automatic_optimization:
-            raise TypeError(
-                f"SageSelection: {type(pl_module).__name__} steps its optimizers itself "
-                "(automatic_optimization=False), so that nobody knows which pairs an update is "
-                "made of; return the loss from training_step instead"
-            )
-
     def _count(self) -> int:
         return len(self.loader) * self._attached().accumulate_grad_batches
 
@@ -269,11 +253,8 @@ class SageSelection(Callback):
         size = loader.timeline.batch_size // (processes.size * passes)
         for batches in loader.decided():
             for batch in batches:
-                own = dealt(batch, processes, size)
-                for rows in [*own, *[batch[:0]] * (passes - len(own))]:
-                    # Lightning divides by the passes, and gradients are averaged over processes
-                    self._weight = len(rows) * passes * processes.size / len(batch)
-                    micro = MicroBatch(rows if len(rows) else batch[:1], self._weight)
+                for micro in dealt(batch, processes, size, passes=passes):
+                    self._weight = micro.mean_share
                     pairs = loader.dataset.take(micro.rows)
                     yield micro if self.collate is None else self.collate(pairs)
             for optimizer in trainer.optimizers:
@@ -314,7 +295,7 @@ class PreferenceModule(LightningModule):
         self.policy: nn.Module = loader.model
         self.settings = training
         self._packed = False
-        self._parts: list[Tensor] = []  # of the update under way: [pairs, logps and losses]
+        self._passes = Passes()  # of the update under way
 
     def configure_model(self) -> None:
         """Shard the policy where the strategy is FSDP2."""
@@ -331,36 +312,19 @@ class PreferenceModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Find out, on the device and in all processes together, how batches can be made."""
-        settings = self.settings
-        if settings.activation_checkpointing:
-            checkpoint_activations(self.policy)
-        if settings.compile_model:
-            self.policy.base_model.compile()  # type: ignore[union-attr]
-        self.policy.train()  # Lightning leaves modes as they are, and from_pretrained evaluates
-        check_updates(
-            self.policy,
-            self.loader.dataset,
-            layout=settings.layout,
-            impl=settings.impl,
-            mixed_precision=self._mixed_precision,
-        )
+        # Lightning leaves modes as they are, and from_pretrained gives a model in eval mode
+        make_ready(self.policy, self.settings)
+        self.training_settings.reader.check(self.policy, self.loader.dataset)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The mean loss of a micro-batch."""
-        settings, pairs = self.settings, self.loader.dataset.take(batch.rows)
-        with (
-            updating(
-                self.policy, pairs, layout=settings.layout, mixed_precision=self._mixed_precision
-            ),
-            autocast(self.policy, self._mixed_precision),
-        ):
+        training, pairs = self.training_settings, self.loader.dataset.take(batch.rows)
+        reference = self.loader.selector.reference.take(batch.rows)
+        with training.reader.updating(self.policy, pairs):
             self._packed = packs(self.policy)
-            policy = pair_logps(self.policy, pairs, layout=settings.layout, impl=settings.impl)
-        known = self.loader.selector.reference.take(batch.rows).to(policy.chosen.device)
-        losses = settings.loss(policy, known, beta=settings.beta)
-        if batch.weight:
-            columns = [x.detach().double().cpu() for x in (*policy, losses)]
-            self._parts.append(torch.stack(columns, dim=1))
+            policy, losses = preference_losses(self.policy, pairs, reference, training)
+        losses = weighted(losses, batch)
+        self._passes.add(batch, policy, losses)
         return losses.mean()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -386,14 +350,13 @@ class PreferenceModule(LightningModule):
                 "Trainer(gradient_clip_algorithm='value')"
             )
         limit = self.settings.max_grad_norm if gradient_clip_val is None else gradient_clip_val
-        norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters(), limit)).item()
-        index, *logps, losses = Processes.all().joined(self._joined_parts()).T
+        norm = clip_gradients(self.policy, limit)
+        policy, losses = self._passes.gathered(Processes.all())
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"PreferenceModule: the gradient of step {self.trainer.global_step} has norm "
-                f"{norm}; its rows are {index.long().tolist()}"
+                f"PreferenceModule: step {self.trainer.global_step}: the gradient has norm {norm}; "
+                f"the rows of the batch are {policy.index.tolist()}"
             )
-        policy = PairLogps(index.long(), *logps)
         self._log_all("", policy, losses, {"gradient_norm": norm}, on_step=True, on_epoch=False)
 
     def transfer_batch_to_device(
@@ -404,27 +367,21 @@ class PreferenceModule(LightningModule):
 
     def validation_step(self, pairs: PreferenceDataset, batch_idx: int) -> None:
         """Measure held-out pairs, which are the same in every process."""
-        settings = self.settings
-        with torch.inference_mode(False):  # what is gathered or cached meanwhile trains, too
-            policy = measure(
-                self.policy,
-                pairs,
-                layout=settings.layout,
-                impl=settings.impl,
-                mixed_precision=self._mixed_precision,
-                show_progress=False,
-            )
-        known = self.loader.selector.reference.take(pairs.index)
-        losses = settings.loss(policy, known, beta=settings.beta)
+        training = self.training_settings
+        reader = replace(training.reader, show_progress=False)
+        with torch.inference_mode(False):  # what is gathered or cached meanwhile is trained on, too
+            policy = reader(self.policy, pairs)
+        losses = training.loss(
+            policy, self.loader.selector.reference.take(pairs.index), beta=training.beta
+        )
         self._log_all("held_out/", policy, losses, {}, on_step=False, on_epoch=True, sync_dist=True)
 
     @property
-    def _mixed_precision(self) -> torch.dtype | None:
-        return AUTOCASTS.get(str(self.trainer.precision))
-
-    def _joined_parts(self) -> Tensor:
-        parts, self._parts = self._parts, []
-        return torch.cat([torch.empty(0, len(PairLogps._fields) + 1, dtype=torch.float64), *parts])
+    def training_settings(self) -> Training:
+        """The settings, with the precision that the Trainer has."""
+        precision = AUTOCASTS.get(str(self.trainer.precision))
+        reader: Reader = replace(self.settings.reader, mixed_precision=precision)
+        return self.settings.replace(reader=reader)
 
     def _log_all(
         self,
@@ -441,103 +398,103 @@ class PreferenceModule(LightningModule):
         self.log_dict({prefix + name: x for name, x in metrics.items()}, batch_size=size, **options)
 
 
-def _check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which weights or gradients are not where this library looks."""
+def _refusals(
+    trainer: Any, pl_module: LightningModule, loader: SelectiveLoader
+) -> Iterator[Refusal]:
+    """Everything about a trainer and a module that does not go with selection."""
+    yield from _strategy(trainer)
+    yield from _settings(trainer, loader)
+    if not pl_module.automatic_optimization:
+        yield Refusal(
+            f"{type(pl_module).__name__} steps its optimizers itself "
+            "(automatic_optimization=False), so nobody knows which pairs an update is made of",
+            "return the loss from training_step instead",
+        )
+
+
+def _strategy(trainer: Any) -> Iterator[Refusal]:
+    """Strategies under which weights or gradients are not where this library looks for them."""
     strategy = trainer.strategy
     name, size = type(strategy).__name__, trainer.world_size
     fsdp2 = f"ModelParallelStrategy(data_parallel_size={size}, tensor_parallel_size=1)"
     if isinstance(strategy, FSDPStrategy):
-        raise TypeError(
-            f"SageSelection: {name} shards with FSDP1, whose weights cannot be scored; use "
-            f"strategy={fsdp2} (FSDP2)"
+        yield Refusal(
+            f"{name} shards with FSDP1, whose weights cannot be scored",
+            f"use strategy={fsdp2} (FSDP2)",
         )
-    if isinstance(strategy, DeepSpeedStrategy):
-        raise TypeError(
-            f"SageSelection: {name} steps and accumulates by itself, and gathers weights module by "
-            f"module; use strategy={fsdp2} (FSDP2), or 'ddp'"
+    elif isinstance(strategy, DeepSpeedStrategy):
+        yield Refusal(
+            f"{name} steps and accumulates itself, and gathers weights module by module",
+            f"use strategy={fsdp2} (FSDP2), or 'ddp'",
         )
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
-        raise TypeError(
-            f"SageSelection: {name} is not supported; use one device, strategy='ddp', or "
-            f"strategy={fsdp2} (FSDP2)"
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        yield Refusal(
+            f"{name} is not supported",
+            f"use one device, strategy='ddp', or strategy={fsdp2} (FSDP2)",
         )
-    if isinstance(strategy, ModelParallelStrategy):
+    elif isinstance(strategy, ModelParallelStrategy):
         parts = strategy.device_mesh["tensor_parallel"].size()
         if parts > 1:
-            raise TypeError(
-                f"SageSelection: ModelParallelStrategy splits each layer over {parts} processes "
-                "(tensor parallelism, which is what 'auto' means), and that is not supported; use "
-                f"strategy={fsdp2}"
+            yield Refusal(
+                f"ModelParallelStrategy splits each layer over {parts} processes (tensor "
+                "parallelism, which is what 'auto' means), and that is not supported",
+                f"use strategy={fsdp2}",
             )
 
 
-def _check_run(trainer: Any, loader: SelectiveLoader) -> None:
-    """Refuse what would end the run early, run it twice, or make other batches of it."""
+def _settings(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
+    """Settings that would end the run early, run it twice, change its batches or its precision."""
     steps, size = len(loader), loader.timeline.batch_size
     passes, processes = trainer.accumulate_grad_batches, trainer.world_size
     changing = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
     for callback in trainer.callbacks:
         if isinstance(callback, changing):
-            raise ValueError(
-                f"SageSelection: {type(callback).__name__} changes the run while it goes on, whose "
-                "batches and schedule are planned beforehand; leave it out"
+            yield Refusal(
+                f"{type(callback).__name__} changes the run while it is under way, and its batches "
+                "and schedule are planned beforehand",
+                "leave it out",
             )
     limit = trainer.limit_train_batches
     cut = limit < (steps * passes if isinstance(limit, int) else 1.0)
-    once = trainer.reload_dataloaders_every_n_epochs == 0
-    for fits, setting, fix in (
-        (
-            trainer.max_epochs == 1,
-            f"max_epochs={trainer.max_epochs}",
-            "the batches are those of the whole run, whatever its epochs; set max_epochs=1",
-        ),
-        (
-            not 0 <= trainer.max_steps < steps,
-            f"max_steps={trainer.max_steps}",
-            f"the run has {steps} steps; leave it out, and fast_dev_run likewise",
-        ),
-        (
-            not trainer.overfit_batches,
-            f"overfit_batches={trainer.overfit_batches}",
-            "it would cut the run; leave it out",
-        ),
-        (
-            not cut,
-            f"limit_train_batches={limit}",
-            f"the run has {steps * passes} batches; leave it out, and fast_dev_run likewise",
-        ),
-        (
-            once,
-            "reload_dataloaders_every_n_epochs",
-            "the run goes through its batches once; leave it out",
-        ),
-        (
-            size % (passes * processes) == 0,
-            f"accumulate_grad_batches={passes}",
-            f"the loader's {size} pairs per optimizer step cannot be dealt evenly to processes x "
-            f"passes = {processes} x {passes}; choose it so that the product divides them, or make "
-            "a loader with another batch size",
-        ),
-    ):
-        if not fits:
-            raise ValueError(f"SageSelection: Trainer({setting}) does not fit: {fix}")
-
-
-def _check_precision(trainer: Trainer, loader: SelectiveLoader) -> None:
-    """Refuse another precision of updates than of measuring: it would pass for a changed policy."""
-    name = str(trainer.precision)
-    if name not in AUTOCASTS:
-        raise ValueError(
-            f"SageSelection: Trainer(precision={name!r}) is not supported; use 'bf16-mixed', or "
-            "'32-true', which leaves weights as they are: for weights in bfloat16, load the policy "
-            "so"
+    if trainer.max_epochs != 1:
+        yield Refusal(
+            f"Trainer(max_epochs={trainer.max_epochs}) does not fit: the batches are those of the "
+            "whole run, however many epochs it has",
+            "set max_epochs=1",
         )
-    measures, scoring = loader.selector.measure, loader.selector.mixed_precision
-    ours = measures is measure or (isinstance(measures, partial) and measures.func is measure)
-    if ours and scoring != AUTOCASTS[name]:
-        raise ValueError(
-            f"SageSelection: Trainer(precision={name!r}) makes updates in {AUTOCASTS[name]}, but "
-            f"the selector measures in {scoring}; the difference would pass for a change of the "
-            f"policy. Make the loader with mixed_precision={AUTOCASTS[name]}, and the reference "
-            "likewise"
+    if 0 <= trainer.max_steps < steps:
+        yield Refusal(
+            f"Trainer(max_steps={trainer.max_steps}) does not fit: the run has {steps} steps",
+            "leave it out, and fast_dev_run as well",
+        )
+    if trainer.overfit_batches:
+        yield Refusal(
+            f"Trainer(overfit_batches={trainer.overfit_batches}) does not fit: it would cut the "
+            "run short",
+            "leave it out",
+        )
+    if cut:
+        yield Refusal(
+            f"Trainer(limit_train_batches={limit}) does not fit: the run has {steps * passes} "
+            "batches",
+            "leave it out, and fast_dev_run as well",
+        )
+    if trainer.reload_dataloaders_every_n_epochs:
+        yield Refusal(
+            "Trainer(reload_dataloaders_every_n_epochs) does not fit: the run goes through its "
+            "batches once",
+            "leave it out",
+        )
+    if size % (passes * processes):
+        yield Refusal(
+            f"Trainer(accumulate_grad_batches={passes}) does not fit: the loader's {size} pairs "
+            "per optimizer step cannot be dealt evenly to processes x passes = "
+            f"{processes} x {passes}",
+            "choose it so that the product divides them, or make a loader with another batch size",
+        )
+    if (precision := str(trainer.precision)) not in AUTOCASTS:
+        yield Refusal(
+            f"Trainer(precision={precision!r}) is not supported",
+            "use 'bf16-mixed', or '32-true', which leaves weights as they are: for weights in "
+            "bfloat16, load the policy in bfloat16",
         )

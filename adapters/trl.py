@@ -20,16 +20,22 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from sage_select.adapters.trl_support import check_host, check_settings, losses_of
-from sage_select.app.config import ConfigError, SageConfig
-from sage_select.app.run import DTYPES, Run, loader_of, measure_of, store_of
+from sage_select.app.config import SageConfig
+from sage_select.app.loading import DTYPE_NAMES
+from sage_select.app.run import Run, build_loader
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.models.fingerprints import has_adapters
 from sage_select.models.sequences import sequence_keys
-from sage_select.pairs import PairLogps, Reference
-from sage_select.selecting.loader import SelectiveLoader, dealt
+from sage_select.pairs import REFERENCE, PairLogps, Reference
+from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.log import SelectionLog
+from sage_select.selecting.selector import check_same_precision
 from sage_select.system.processes import Processes
+from sage_select.system.settings import ConfigError
+from sage_select.training.micro_batches import dealt
+from sage_select.training.refusals import Refusal, refuse
+
+from .trl_refusals import check_host, losses_of, refusals_of
 
 SIDES = ("prompt", "chosen", "rejected")
 LOSSES = {"nca": "nca_pair", "dpo": "sigmoid"}  # our names of TRL's losses
@@ -119,7 +125,7 @@ def attach(
     folder = Path(trainer.args.output_dir) / "selection" if log is None else Path(log)
     if isinstance(selection, SageConfig):
         config = _agreed(selection, trainer)
-        loader = loader_of(
+        loader = build_loader(
             config,
             pairs,
             trainer.model,
@@ -251,7 +257,7 @@ class _Batches:
             yield from DataLoader(
                 dataset,
                 batch_sampler=[
-                    self.rows[part].tolist()
+                    self.rows[part.rows].tolist()
                     for batch in batches
                     for part in dealt(batch, processes, len(batch) // shares)
                 ],
@@ -308,7 +314,6 @@ def _agreed(config: SageConfig, trainer: Any) -> SageConfig:
         ConfigError: If it does not.
     """
     args, precision = trainer.args, _precision(trainer)
-    names = {dtype: name for name, dtype in DTYPES.items()}
     theirs = {
         "beta": ("beta", args.beta),
         "data.max_length": ("max_length", args.max_length),
@@ -322,32 +327,33 @@ def _agreed(config: SageConfig, trainer: Any) -> SageConfig:
         ),
         "training.mixed_precision": (
             "mixed precision",
-            "none" if precision is None else names[precision],
+            DTYPE_NAMES[precision],
         ),
         "training.learning_rate": ("learning_rate", args.learning_rate),
         "training.weight_decay": ("weight_decay", args.weight_decay),
         "training.max_grad_norm": ("max_grad_norm", args.max_grad_norm),
     }
-    for setting, (name, value) in theirs.items():
-        ours = _set(config, setting)
-        if ours is not None and ours != value:
-            raise ConfigError(
-                f"attach: {setting} is {ours}, but the trainer's {name} is {value}; leave "
-                f"{setting} out of the configuration, or make them agree"
-            )
+    conflicts = [
+        f"{setting} is {ours}, but the trainer's {name} is {value}; leave {setting} out of the "
+        "configuration, or make them agree"
+        for setting, (name, value) in theirs.items()
+        if (ours := _set(config, setting)) not in (None, value)
+    ]
     loss, losses = _set(config, "training.loss"), losses_of(args)
     if loss is not None and [LOSSES.get(loss)] != losses:
-        raise ConfigError(
-            f"attach: training.loss is {loss}, but the trainer's loss_type is {losses}; leave "
+        conflicts.append(
+            f"training.loss is {loss}, but the trainer's loss_type is {losses}; leave "
             "training.loss out of the configuration, or set "
             f"loss_type={LOSSES.get(loss, 'one that TRL has')!r}"
         )
     for setting in ("reference.model", "reference.file"):
         if (given := _set(config, setting)) is not None:
-            raise ConfigError(
-                f"attach: {setting} is {given}, but the trainer brings its own reference model; "
-                "pass it to the trainer as ref_model, or log-probs to attach as reference"
+            conflicts.append(
+                f"{setting} is {given}, but the trainer brings its own reference model; pass it to "
+                "the trainer as ref_model, or log-probs to attach as reference"
             )
+    if conflicts:
+        raise ConfigError("\n".join(f"attach: {conflict}" for conflict in conflicts))
     training = {"batch_size": _global_batch(trainer)}
     return config.model_copy(
         update={
@@ -372,14 +378,13 @@ def _reference_logps(
     trainer: Any, pairs: PreferenceDataset, config: SageConfig, show_progress: bool | None
 ) -> PairLogps:
     """Log-probs under what the trainer would take for the reference."""
-    own, measures = trainer.ref_model, measure_of(config, show_progress=show_progress)
+    own, run = trainer.ref_model, Run(config, pairs, pairs, show_progress=show_progress)
     if own is not None and has_adapters(own):
-        return measures(own, pairs)
+        return run.reader(own, pairs)
     if own is None and (adapter := _reference_adapter(trainer)) is not None:
         with _with_adapter(trainer.model, adapter):
-            return measures(trainer.model, pairs)
-    model = trainer.model if own is None else own  # a policy's adapters are off in the store
-    store = store_of(Run(config, pairs, pairs, None), model, show_progress=show_progress)
+            return run.reader(trainer.model, pairs)
+    store = run.store(trainer.model if own is None else own)  # which switches adapters off
     store.fill()
     return store.take(pairs.index)
 
@@ -409,10 +414,10 @@ def _with_adapter(model: nn.Module, name: str) -> Iterator[None]:
 
 def _with_logps(dataset: Any, logps: PairLogps, rows: npt.NDArray[np.int64]) -> Any:
     """A dataset with the columns in which TRL looks for reference log-probs."""
-    for name in ("chosen", "rejected"):
-        column = np.full(len(dataset), np.nan)  # of rows that are never trained on
-        column[rows] = getattr(logps, name).numpy()
-        dataset = dataset.add_column(f"ref_{name}_logps", column)
+    for name, values in logps.columns(REFERENCE).items():
+        column = np.full(len(dataset), np.nan)  # in rows that are never trained on
+        column[rows] = values
+        dataset = dataset.add_column(name, column)
     return dataset
 
 
@@ -476,23 +481,28 @@ def _check_fits(loader: SelectiveLoader, trainer: Any) -> None:
     Raises:
         ValueError: If one cannot be.
     """
+    refuse("attach", _misfits(loader, trainer))
+
+
+def _misfits(loader: SelectiveLoader, trainer: Any) -> Iterator[Refusal]:
     size, batch = _global_batch(trainer), loader.timeline.batch_size
     args, processes = trainer.args, Processes.all().size
     if batch != size:
-        raise ValueError(
-            f"attach: the loader has {batch} pairs per update, but the trainer takes "
+        yield Refusal(
+            f"the loader has {batch} pairs per update, but the trainer takes "
             f"per_device_train_batch_size x gradient_accumulation_steps x processes = "
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
-            f"{processes} = {size}; make them agree"
+            f"{processes} = {size}",
+            "make them agree",
         )
+        return
     share = args.gradient_accumulation_steps * processes
-    last = loader.timeline.total_kept % batch
-    if last % share:
-        raise ValueError(
-            f"attach: the run's last update has {last} pairs, which processes x accumulation steps "
-            f"= {processes} x {args.gradient_accumulation_steps} cannot share evenly; keep "
-            f"multiples of {share}: selection.multiple={share} in the configuration, or "
-            f"multiple={share} for Timeline and Selector"
+    if (last := loader.timeline.total_kept % batch) % share:
+        yield Refusal(
+            f"the run's last update has {last} pairs, which processes x accumulation steps = "
+            f"{processes} x {args.gradient_accumulation_steps} cannot share evenly",
+            f"keep multiples of {share}: selection.multiple={share} in the configuration, or "
+            f"multiple={share} for Timeline and Selector",
         )
 
 
@@ -507,12 +517,7 @@ def _check_loader(loader: SelectiveLoader, pairs: PreferenceDataset, trainer: An
             "attach: the loader's pairs are not those of the trainer, token by token; make it on "
             "pairs_of(trainer), or on rows of it"
         )
-    precision, ours = loader.selector.mixed_precision, _precision(trainer)
-    if precision != ours:
-        raise ValueError(
-            f"attach: the loader's selector measures in {precision}, the trainer computes in "
-            f"{ours}; give the Selector measure=partial(measure, mixed_precision={ours})"
-        )
+    check_same_precision(loader.selector, _precision(trainer), "attach")
 
 
 def _check_collator(trainer: Any, pairs: PreferenceDataset) -> None:
@@ -544,10 +549,10 @@ def _check_trainer(trainer: Any, *, attached: bool = False) -> None:
     Raises:
         ImportError: If this version of TRL is not supported.
         TypeError: If it is not a DPOTrainer.
-        ValueError: If a setting does not fit, with the fix.
+        Refused: If settings do not fit, with the fix for each.
     """
     check_host(trainer)
     is_attached = isinstance(getattr(trainer.get_train_dataloader, "__self__", None), _Batches)
     if is_attached and not attached:
         raise ValueError("attach: SAGE is attached to this trainer already; build a new trainer")
-    check_settings(trainer, attached=attached)
+    refuse("attach", refusals_of(trainer, attached=attached))

@@ -34,19 +34,20 @@ from sage_select import (
     Linear,
     PairLogps,
     PreferenceDataset,
+    SelectionLog,
+    SelectiveLoader,
     Selector,
+    ShuffledLoader,
     Timeline,
     dpo,
     measure,
     nca,
+    plan_run,
     sage,
     strata_from_judgments,
 )
 from sage_select.adapters.plain import Training, train
-from sage_select.plan import plan_run
 from sage_select.scores import random as random_score
-from sage_select.selecting.loader import SelectiveLoader, ShuffledLoader
-from sage_select.selecting.log import SelectionLog
 from sage_select.strata import STRATA
 
 BATCH_SIZE = 16

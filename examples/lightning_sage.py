@@ -17,11 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from arithmetic import load_base, make_pairs, make_problems
-from sage_select import PreferenceDataset, ReferenceStore, SageConfig
+from sage_select import PreferenceDataset, ReferenceStore, SageConfig, build_loader, leave
 from sage_select.adapters.lightning import PreferenceModule, SageSelection, held_out_batches
 from sage_select.adapters.plain import Training
-from sage_select.app.run import loader_of
-from sage_select.system.processes import leave
 
 
 def main() -> None:
@@ -47,7 +45,7 @@ def main() -> None:
         training={"epochs": 1},
     )
     reference = ReferenceStore(policy, dataset)  # the trainer fills it
-    loader = loader_of(config, dataset.take(train_rows), policy, reference, batch_size=8)
+    loader = build_loader(config, dataset.take(train_rows), policy, reference, batch_size=8)
     selection = SageSelection(loader)
     module = PreferenceModule(loader, Training(learning_rate=2e-4))
 

@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_select import PreferenceDataset, ReferenceStore
+from sage_select import PreferenceDataset, Processes, ReferenceStore, ShuffledLoader, join, leave
 from sage_select.adapters.plain import Training, save_pretrained, shard, train
-from sage_select.selecting.loader import ShuffledLoader
-from sage_select.system.processes import Processes, join, leave
 
 
 def main() -> None:

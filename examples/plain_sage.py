@@ -12,13 +12,23 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_select import Linear, PreferenceDataset, ReferenceStore, Selector, Timeline, sage
+from sage_select import (
+    Linear,
+    PreferenceDataset,
+    Processes,
+    ReferenceStore,
+    SelectionLog,
+    SelectiveLoader,
+    Selector,
+    Timeline,
+    join,
+    leave,
+    plan_run,
+    sage,
+    strata_from_judgments,
+    strata_from_values,
+)
 from sage_select.adapters.plain import Training, save_pretrained, shard, train
-from sage_select.plan import plan_run
-from sage_select.selecting.loader import SelectiveLoader
-from sage_select.selecting.log import SelectionLog
-from sage_select.strata import strata_from_judgments, strata_from_values
-from sage_select.system.processes import Processes, join, leave
 
 
 def main() -> None:

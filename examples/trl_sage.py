@@ -13,9 +13,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from arithmetic import load_base, make_pairs, make_problems
-from sage_select import SageConfig
+from sage_select import SageConfig, leave
 from sage_select.adapters.trl import attach
-from sage_select.system.processes import leave
 
 BATCH = 8  # pairs per update, whatever the number of processes
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sage_select.arrays import checked_rows
+from sage_select.arrays import Float64Array, checked_rows
 
 NOISE_FLOOR = 1e-3
 """Nats of a log-ratio below which two models count as alike in fp32: the rounding of long sums is
@@ -26,6 +26,12 @@ def noise_floor(precision: torch.dtype) -> float:
         (0.001, 0.2)
     """
     return max(NOISE_FLOOR, 25 * torch.finfo(precision).eps)
+
+
+CHOSEN, REJECTED = "chosen_logps", "rejected_logps"
+REFERENCE = "ref_"
+"""Names of log-prob columns in every table and file, with the prefix of those under the reference:
+TRL's own names."""
 
 
 class PairLogps(NamedTuple):
@@ -72,6 +78,22 @@ class PairLogps(NamedTuple):
     def to(self, device: torch.device | str) -> "PairLogps":
         """The same on another device."""
         return PairLogps(*(field.to(device) for field in self))
+
+    def columns(self, prefix: str = "") -> dict[str, Float64Array]:
+        """The log-probs as columns of a table, under the names that all tables use.
+
+        Args:
+            prefix: `REFERENCE` for log-probs under the reference.
+
+        Example:
+            >>> logps = PairLogps(*(torch.zeros(1) for _ in range(5)))
+            >>> list(logps.columns(REFERENCE))
+            ['ref_chosen_logps', 'ref_rejected_logps']
+        """
+        return {
+            prefix + CHOSEN: self.chosen.numpy(force=True),
+            prefix + REJECTED: self.rejected.numpy(force=True),
+        }
 
     @classmethod
     def concatenate(cls, parts: "list[PairLogps]") -> "PairLogps":

@@ -29,10 +29,6 @@ class Selection:
         signal: Spread of the log-ratios over the pool in nats; 0 at policy = reference.
         policy: The pool's log-probs under the policy, aligned with pool, where they were measured.
         reference: The same under the reference.
-        weight: float64 [n], loss weight per kept pair, for methods that weight.
-        objective: [n], name of the loss per kept pair, for methods that route.
-        beta_scale: float64 [n], factor on beta per kept pair.
-        margin: float64 [n], target margin per kept pair.
     """
 
     indices: Int64Array
@@ -45,10 +41,6 @@ class Selection:
     signal: float = float("nan")
     policy: PairLogps | None = None
     reference: PairLogps | None = None
-    weight: Float64Array | None = None
-    objective: npt.NDArray[np.str_] | None = None
-    beta_scale: Float64Array | None = None
-    margin: Float64Array | None = None
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from worlds import arithmetic_pairs, base
 
-from sage_select import Linear, PairLogps, PreferenceDataset, SageConfig
-from sage_select.selecting.loader import SelectiveLoader
+from sage_select import Linear, PairLogps, PreferenceDataset, SageConfig, SelectiveLoader
 
 PAIRS = 48
 BATCH = 4  # pairs per optimizer step over all processes

@@ -20,10 +20,9 @@ import polars as pl
 import torch
 from worlds import arithmetic_pairs, arithmetic_world
 
+from sage_select import SelectionLog, SelectiveLoader
 from sage_select.adapters.plain import Training, train
-from sage_select.models import reader as measuring
-from sage_select.selecting.loader import SelectiveLoader
-from sage_select.selecting.log import SelectionLog
+from sage_select.models import measuring
 
 
 def run(folder: Path) -> None:

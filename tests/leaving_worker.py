@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sage_select.system.processes import leave
+from sage_select import leave
 
 
 def exchange(rank: int, port: int) -> None:

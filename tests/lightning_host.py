@@ -11,12 +11,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sage_select import ReferenceStore
-from sage_select.adapters.lightning import MicroBatch, PreferenceModule, SageSelection
+from sage_select import ReferenceStore, SelectionLog, build_loader
+from sage_select.adapters.lightning import PreferenceModule, SageSelection
 from sage_select.adapters.plain import Training
-from sage_select.app.run import loader_of
-from sage_select.selecting.log import SelectionLog
 from sage_select.training.checkpoints import whole_weights
+from sage_select.training.micro_batches import MicroBatch
 
 
 class Watched(PreferenceModule):
@@ -26,8 +25,8 @@ class Watched(PreferenceModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        if batch.weight:
-            losses = self._parts[-1][:, -1].tolist()
+        if batch.share:
+            losses = self._passes._parts[-1][:, -1].tolist()
             self.case.trains(self.loader.dataset.take(batch.rows).ids, losses)
         return loss
 
@@ -65,12 +64,18 @@ def run(case: Case) -> None:
     model, pairs = policy(), dataset()
     reference = ReferenceStore(model, pairs, folder=case.folder / "reference")
     log = SelectionLog(case.folder / "selection")
-    loader = loader_of(
+    loader = build_loader(
         config(), pairs, model, reference, batch_size=BATCH, log=log, show_progress=False
     )
     case.watch_generators(loader)
     loader.on_select = lambda k, kept: case.measures(k, pairs.take(kept.indices).ids, model)
-    training = Training(LEARNING_RATE, BETA, warmup_share=0.0, weight_decay=0.0, max_grad_norm=1.0)
+    training = Training(
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        warmup_share=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
     module = Watched(loader, training)
     checkpoints = Checkpoints(
         case.folder / "checkpoints", filename="{step:04d}", every_n_train_steps=1, save_top_k=-1

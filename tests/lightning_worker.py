@@ -17,12 +17,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from small_models import small_model
 from torch.distributed.tensor import DTensor
 
-from sage_select import PairLogps, Selection, measure
+from sage_select import (
+    PairLogps,
+    Processes,
+    Selection,
+    SelectiveLoader,
+    build_loader,
+    leave,
+    measure,
+)
 from sage_select.adapters.lightning import PreferenceModule, SageSelection, held_out_batches
 from sage_select.adapters.plain import Training
-from sage_select.app.run import loader_of
-from sage_select.selecting.loader import SelectiveLoader
-from sage_select.system.processes import Processes, leave
 from sage_select.training.checkpoints import whole_weights
 
 ODD = 46  # pairs, of which so many are kept that the last batch has three
@@ -48,7 +53,7 @@ def loader(
     pairs: int = 48, *, reference: PairLogps | None = None, **options: Any
 ) -> SelectiveLoader:
     options = {"batch_size": BATCH, "show_progress": False, **options}
-    made = loader_of(
+    made = build_loader(
         config(), dataset().take(range(pairs)), policy(), reference or known(), **options
     )
     made.on_select = Selected()

@@ -11,11 +11,20 @@ import torch.distributed as dist
 from measure_worker import BUDGET, STRATEGIES
 from small_models import few_pairs
 
-from sage_select import Linear, Selector, Timeline, measure, plan_pools, sage
-from sage_select.adapters import plain
-from sage_select.models import reader as measuring
+from sage_select import (
+    Linear,
+    SelectiveLoader,
+    Selector,
+    Timeline,
+    Training,
+    fit,
+    measure,
+    plan_pools,
+    sage,
+)
+from sage_select.models import measuring
 from sage_select.schedules import Constant
-from sage_select.selecting.loader import SelectiveLoader
+from sage_select.training import update
 
 how, strategy = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -40,14 +49,14 @@ def forward(*args):
 
 
 if how == "dies in an update":
-    made = iter(range(100))
+    made, preference_losses = iter(range(100)), update.preference_losses
 
     def forward_pairs(*args, **options):
         if dist.get_rank() == 1 and next(made) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return measuring.pair_logps(*args, **options)
+        return preference_losses(*args, **options)
 
-    plain.pair_logps = forward_pairs
-    plain.train(model, loader, pairs, selector.reference, plain.Training(learning_rate=1e-3))
+    update.preference_losses = forward_pairs
+    fit(model, loader, pairs, selector.reference, Training(learning_rate=1e-3))
 for _ in loader:
     measuring.forward_logps = forward

@@ -15,12 +15,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sage_select import Constant, ReferenceStore, Selector, measure, nca, sage
+from sage_select import (
+    Constant,
+    Processes,
+    Reader,
+    ReferenceStore,
+    Selector,
+    leave,
+    measure,
+    nca,
+    pair_logps,
+    sage,
+)
 from sage_select.adapters.plain import Training, train
 from sage_select.models.fingerprints import model_digest
 from sage_select.models.forward import precision_of
-from sage_select.models.reader import pair_logps, updating
-from sage_select.system.processes import Processes, leave
 
 BUDGET = 40  # tokens, so that there are more batches than processes, and not a multiple of them
 
@@ -80,7 +89,7 @@ def results(strategy: str, folder: Path) -> dict[str, object]:
     model.train()
     processes = Processes.all()
     own = pairs.take(pairs.index[processes.rank :: processes.size])
-    with updating(model, pairs):
+    with Reader().updating(model, pairs):
         losses = nca(pair_logps(model, own), moved.take(own.index))
         (losses.sum() * processes.size / len(pairs)).backward()
     return {

@@ -5,13 +5,10 @@ from contract import BETA, LEARNING_RATE, SAVE_EVERY, Case, config, dataset, pol
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sage_select import measure, nca
-from sage_select.adapters import plain
+from sage_select import Processes, SelectionLog, build_loader, measure, nca
 from sage_select.adapters.plain import Training, shard, train
-from sage_select.app.run import loader_of
 from sage_select.models.wrappers import unwrapped
-from sage_select.selecting.log import SelectionLog
-from sage_select.system.processes import Processes
+from sage_select.training import loop
 from sage_select.training.checkpoints import whole_weights
 
 
@@ -26,7 +23,7 @@ def run(case: Case) -> None:
         shard(model)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     log = SelectionLog(case.folder / "selection")
-    loader = loader_of(config(), pairs, model, reference, batch_size=4, log=log)
+    loader = build_loader(config(), pairs, model, reference, batch_size=4, log=log)
 
     case.watch_generators(loader)
 
@@ -49,8 +46,8 @@ def run(case: Case) -> None:
         case.watch(args[2], already=0 if state is None else state["loader"]["step"])
         return state
 
-    saved, loaded = plain.save_checkpoint, plain.load_newest
-    loader.on_select, plain.save_checkpoint, plain.load_newest = on_select, save, begin
+    saved, loaded = loop.save_checkpoint, loop.load_newest
+    loader.on_select, loop.save_checkpoint, loop.load_newest = on_select, save, begin
     training = Training(
         learning_rate=LEARNING_RATE,
         beta=BETA,

@@ -14,9 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Rows
 
-from sage_select import token_logps
+from sage_select import leave, token_logps
 from sage_select.ops.shards import Shard
-from sage_select.system.processes import leave
 
 VOCABULARY, HIDDEN, TOKENS = 301, 24, 13
 

@@ -15,12 +15,11 @@ from conftest import ROOT, launched
 from typer.testing import CliRunner
 from worlds import arithmetic_pairs
 
-from sage_select import PreferenceDataset, SageConfig
+from sage_select import PreferenceDataset, SageConfig, SelectionLog
 from sage_select.app.cli import app
-from sage_select.app.run import measure_of, training_of
+from sage_select.app.run import Run
 from sage_select.data.exports import as_llamafactory, as_trl
 from sage_select.data.records import checked_pair
-from sage_select.selecting.log import SelectionLog
 
 BASE = ROOT / "examples" / "arithmetic_base"
 
@@ -414,7 +413,7 @@ def test_one_process_trains_in_a_folder(config):
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another process is training in run" in sage_select("train", config, code=3).stderr
     assert "10 steps, from the start, in run" in sage_select("train", config, "--resume").stderr
-    assert "going on from step 10, in run" in sage_select("train", config, "--resume").stderr
+    assert "resuming from step 10, in run" in sage_select("train", config, "--resume").stderr
 
 
 def test_what_a_run_leaves_behind_can_be_used(config):
@@ -570,9 +569,9 @@ def test_the_kept_are_written_in_training_order(config):
 def test_what_computes_the_head_is_the_same_for_all_that_measure():
     config = SageConfig(scoring={"impl": "fused", "layout": "padded"})
     asked = {"impl": "fused", "layout": "padded"}
-    assert asked.items() <= measure_of(config).keywords.items()
-    training = training_of(config)
-    assert {name: getattr(training, name) for name in asked} == asked
+    run = Run(config, None, None)
+    assert asked.items() <= vars(run.reader).items()
+    assert run.training.reader is run.reader
 
 
 def test_flips_between_a_run_and_itself(tmp_path):

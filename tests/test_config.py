@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_select import SageConfig
-from sage_select.app.config import ConfigError
+from sage_select.system.settings import ConfigError
 
 TABLE_4 = {
     "beta": 0.1,

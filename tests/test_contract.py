@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from contract import FIRST_STEPS, KEPT, STEPS, learning_rates, records, trace
 
-from sage_select.selecting.log import SelectionLog
+from sage_select import SelectionLog
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORLDS = {"single": 1, "ddp": 2, "fsdp2": 2}

@@ -8,11 +8,10 @@ from small_models import CONFIGS, small_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from sage_select import measure
+from sage_select import Reader, measure, pair_logps
 from sage_select.adapters.plain import checkpoint_activations
 from sage_select.app.forecast import Cost, compared
 from sage_select.models.flops import Shape, shape_of
-from sage_select.models.reader import pair_logps
 from sage_select.models.sequences import distinct_sequences
 from sage_select.system.ledger import (
     Ledger,
@@ -75,12 +74,12 @@ def test_a_backward_pass_costs_two_forward_ones_and_recomputation_a_third(pairs)
     pair_logps(model, pairs)  # which holds the head against the model's own logits, once
     with Ledger() as ledger:
         with phase("forward"), torch.no_grad():
-            pair_logps(model, pairs, layout="padded")
+            Reader(layout="padded").pair_logps(model, pairs)
         with phase("both"):
-            pair_logps(model, pairs, layout="padded")
+            Reader(layout="padded").pair_logps(model, pairs)
         checkpoint_activations(model.train())
         with phase("again"):
-            pair_logps(model, pairs, layout="padded")
+            Reader(layout="padded").pair_logps(model, pairs)
     for kind in ("both", "again"):
         assert ledger[kind].needed == 3 * ledger["forward"].needed
         assert ledger[kind].tokens == ledger["forward"].tokens

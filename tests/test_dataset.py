@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from arithmetic import build_tokenizer
-from sage_select import PreferenceDataset, nca_responses
+from sage_select import PreferenceDataset, Reader, nca_responses
 from sage_select.data import dataset as dataset_module
 from sage_select.data import tokenising
+from sage_select.data.chunks import CHUNK_ROWS
 from sage_select.data.records import BadRecord, checked_pair, shared_start
-from sage_select.data.tokenising import CHUNK_ROWS
 from sage_select.losses import response_weights
-from sage_select.models.reader import response_logps
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -596,7 +595,7 @@ def test_k_responses_train(tokenizer):
     weights = response_weights(torch.from_numpy(ranked.response_scores))
 
     def logps():
-        return response_logps(model, ranked.responses()).reshape(len(ranked), -1)
+        return Reader().response_logps(model, ranked.responses()).reshape(len(ranked), -1)
 
     reference = logps().detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

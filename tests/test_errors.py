@@ -13,22 +13,23 @@ from sage_select import (
     Linear,
     PairLogps,
     PreferenceDataset,
+    Reader,
     Selector,
+    ShuffledLoader,
     Timeline,
     dpo,
     nca_responses,
     plan_pools,
+    plan_run,
     sage,
     sequence_logps,
     strata_from_judgments,
+    strata_from_values,
     token_logps,
 )
 from sage_select.adapters.plain import Training
 from sage_select.losses import response_weights
-from sage_select.plan import plan_run
 from sage_select.ranking import top
-from sage_select.selecting.loader import ShuffledLoader
-from sage_select.strata import strata_from_values
 from sage_select.timeline import kept_count
 
 ONE = Constant((1.0,))
@@ -114,11 +115,11 @@ ERRORS = [
     (lambda: sequence_logps(H, W, T, torch.tensor([0, 1])), ValueError, "rise from 0 to 2"),
     (lambda: sequence_logps(H, W, T, torch.tensor([1, 2])), ValueError, "[S + 1] and start at 0"),
     # training
-    (lambda: Training(mixed_precision=torch.float16), ValueError, "torch.bfloat16"),
-    (lambda: Training(micro_batch_size=0), ValueError, "micro_batch_size must be at least"),
-    (lambda: Training(warmup_share=2.0), ValueError, "warmup_share must lie in [0, 1], got 2.0"),
-    (lambda: Training(best_by="x"), ValueError, "loss, accuracy or margin, got 'x'"),
-    (lambda: Training(learning_rate=0), ValueError, "learning_rate must be positive, got 0"),
+    (lambda: Training(reader=Reader(mixed_precision=torch.float16)), ValueError, "torch.bfloat16"),
+    (lambda: Training(micro_batch_size=0), ValueError, "should be greater than or equal to 1"),
+    (lambda: Training(warmup_share=2.0), ValueError, "should be less than or equal to 1, got"),
+    (lambda: Training(best_by="x"), ValueError, "should be 'loss', 'accuracy' or"),
+    (lambda: Training(learning_rate=0), ValueError, "should be greater than 0, got 0"),
 ]  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, launched
 from safetensors.torch import load_file
 
-from sage_select.selecting.log import SelectionLog
-from sage_select.selecting.tables import flips
+from sage_select import SelectionLog
+from sage_select.selecting.tables import flips_of_logs
 
 
 def example(script: str, *arguments: object, threads: int = 1, world: int | None = None) -> str:
@@ -111,7 +111,7 @@ def test_sage_on_two_processes(tmp_path):
     alone, together = (pl.read_ndjson(tmp_path / str(world) / "metrics.jsonl") for world in (1, 2))
     assert together["loss"].to_list() == pytest.approx(alone["loss"].to_list(), abs=1e-3)
     logs = [SelectionLog(tmp_path / str(world) / "selection") for world in (1, 2)]
-    assert flips(*logs)["flipped"].sum() == 0
+    assert flips_of_logs(*logs)["flipped"].sum() == 0
     models = [load_file(tmp_path / str(w) / "model" / "model.safetensors") for w in (1, 2)]
     assert models[0].keys() == models[1].keys()
     assert all(torch.allclose(models[0][n], models[1][n], atol=2e-3) for n in models[0])

@@ -3,123 +3,116 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-# A module may import modules of lower levels only, and of other packages only those named.
-PURE = {"numpy", "torch"}
-LEVELS: dict[str, tuple[int, set[str]]] = {
-    "hashing": (0, {"numpy"}),
-    "cache": (0, set()),
-    "progress": (0, {"tqdm"}),
-    "records": (0, set()),
-    "fingerprints": (0, {"torch"}),
-    "sources": (1, {"datasets", "numpy", "polars", "pyarrow"}),
-    "tokenising": (2, {"jinja2", "polars", "pyarrow"}),
-    "quotas": (1, {"numpy"}),
-    "rows": (1, {"numpy"}),
-    "schedules": (0, set()),
-    "ops.reference": (0, {"torch"}),
-    "ops.products": (0, {"torch"}),
-    "processes": (0, {"torch"}),
-    "wrappers": (0, {"torch"}),
-    "liveness": (1, {"torch"}),
-    "ops.shards": (1, {"torch"}),
-    "ops.kernels": (0, {"triton"}),
-    "ops.tilings": (1, {"torch", "triton"}),
-    "ops.logits": (1, {"torch"}),
-    "ops.chunked": (2, {"torch"}),
-    "ops.fused": (2, {"torch", "triton"}),
-    "ops.tuning": (3, {"torch", "triton"}),
-    "ops.operators": (3, {"torch"}),
-    "ops.token_logps": (4, {"torch"}),
-    "ops": (5, set()),
-    "pairs": (2, PURE),
-    "plan": (3, {"numpy"}),
-    "scores": (3, PURE),
-    "losses": (3, {"torch"}),
-    "metrics": (3, {"torch"}),
-    "ranking": (3, {"numpy"}),
-    "audit": (3, {"numpy", "polars"}),
-    "dataset": (3, {"numpy", "polars", "pyarrow"}),
-    "heads": (0, {"torch"}),
-    "costs": (1, PURE),
-    "packing": (4, PURE | {"transformers"}),
-    "sequences": (4, {"numpy"}),
-    "forward": (5, PURE),
-    "trials": (6, PURE),
-    "measuring": (7, PURE),
-    "store": (8, {"numpy", "polars", "pyarrow", "torch"}),
-    "serving": (8, PURE | {"httpx"}),
-    "selector": (8, PURE),
-    "checkpoints": (8, {"torch"}),
-    "loader": (9, {"numpy"}),
-    "config": (4, {"pydantic", "yaml"}),
-    "exports": (9, {"numpy", "polars"}),
-    "adapters": (10, set()),
-    "adapters.plain": (11, {"torch", "transformers"}),
-    "adapters.lightning": (12, {"lightning", "torch", "transformers"}),
-    "adapters.trl_support": (12, {"torch", "trl"}),
-    "adapters.trl": (13, {"numpy", "torch", "transformers"}),
-    "runs": (12, {"numpy", "torch", "transformers"}),
-    "forecast": (13, {"numpy", "torch", "transformers"}),
-    "doctor": (14, PURE),
-    "cli": (15, {"numpy", "polars", "rich", "torch", "transformers", "typer"}),
+# A folder may import from itself and the folders named, and of other packages only those named.
+METHOD = "the method"  # the modules at the top of the package
+FOLDERS: dict[str, tuple[set[str], set[str]]] = {
+    METHOD: (set(), {"numpy", "torch"}),
+    "system": (set(), {"numpy", "pydantic", "torch", "tqdm"}),
+    "ops": ({"system"}, {"torch", "triton"}),
+    "data": ({METHOD, "system"}, {"datasets", "jinja2", "numpy", "polars", "pyarrow"}),
+    "models": ({METHOD, "system", "ops", "data"}, {"httpx", "numpy", "torch", "transformers"}),
+    "references": (
+        {METHOD, "system", "ops", "data", "models"},
+        {"numpy", "polars", "pyarrow", "torch"},
+    ),
+    "selecting": ({METHOD, "system", "data", "models"}, {"numpy", "polars", "torch"}),
+    "training": (
+        {METHOD, "system", "data", "models", "selecting"},
+        {"numpy", "pydantic", "torch", "transformers"},
+    ),
+    "app": (
+        {METHOD, "system", "data", "models", "references", "selecting", "training"},
+        {"numpy", "polars", "pydantic", "rich", "torch", "transformers", "typer", "yaml"},
+    ),
+    "adapters": (
+        {METHOD, "system", "data", "models", "references", "selecting", "training", "app"},
+        {"lightning", "numpy", "torch", "transformers", "trl"},
+    ),
 }
 HOSTS = {"accelerate", "datasets", "lightning", "peft", "trl", "matplotlib", "pandas"}
 
 
 def module_files() -> dict[str, Path]:
+    """Every module of the library by its dotted name, adapters included."""
     files = {}
-    for folder, prefix in ((ROOT / "sage_select", ""), (ROOT / "adapters", "adapters.")):
-        for path in folder.rglob("*.py"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            name = prefix + ".".join(part for part in parts if part != "__init__")
-            if name:
-                files[name.rstrip(".")] = path
+    for folder, package in (("sage_select", "sage_select"), ("adapters", "sage_select.adapters")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            files[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return files
 
 
-def violations(name: str, source: str) -> list[str]:
-    """What a module of this name must not import, and does."""
-    level, packages = LEVELS[name]
+MODULES = {name: path for name, path in module_files().items() if name != "sage_select"}
+
+
+def folder_of(module: str) -> str:
+    """The folder that a module of the library belongs to."""
+    first = module.split(".")[1]
+    return first if first in FOLDERS else METHOD
+
+
+def imports(module: str, source: str) -> list[str]:
+    """The modules that a source imports, by their full names."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            imported = [node.module or ""]
+            home = "." * node.level + (node.module or "")
+            if node.level:
+                home = ".".join([*module.split(".")[: -node.level], node.module or ""])
+            # `from package import module` imports the module
+            inner = [f"{home}.{a.name}" for a in node.names if f"{home}.{a.name}" in MODULES]
+            found += inner if len(inner) == len(node.names) else [home]
         elif isinstance(node, ast.Import):
-            imported = [alias.name for alias in node.names]
-        else:
-            continue
-        for target in imported:
-            top = target.split(".")[0]
-            if top == "sage_select":
-                inner = target.removeprefix("sage_select.")
-                if inner not in LEVELS or LEVELS[inner][0] >= level:
-                    found.append(f"{name} (level {level}) imports {target}")
-            elif top not in sys.stdlib_module_names and top not in packages:
-                found.append(f"{name} imports {target}")
+            found += [alias.name for alias in node.names]
     return found
 
 
-@pytest.mark.parametrize("name", sorted(module_files()))
-def test_imports_go_downward(name):
-    assert violations(name, module_files()[name].read_text()) == []
+def violations(module: str, source: str) -> list[str]:
+    """What a module must not import, and does."""
+    folder = folder_of(module)
+    below, packages = FOLDERS[folder]
+    found = []
+    for target in imports(module, source):
+        top = target.split(".")[0]
+        if top == "sage_select":
+            allowed = target in MODULES and folder_of(target) in {folder, *below}
+        else:
+            allowed = top in sys.stdlib_module_names or top in packages
+        if not allowed:
+            found.append(f"{module} (in {folder}) imports {target}")
+    return found
 
 
-def test_every_level_is_a_module():
-    assert set(LEVELS) == set(module_files())
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_downward(module):
+    assert violations(module, MODULES[module].read_text()) == []
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["from sage_select.selecting.selector import Selector", "from sage_select.scores import sage",
-     "import polars", "import transformers.models"],
-)  # fmt: skip
-def test_the_test_above_can_fail(line):
-    assert violations("losses", line)
+    ("module", "line"),
+    [
+        ("sage_select.losses", "from sage_select.selecting.selector import Selector"),
+        ("sage_select.losses", "from sage_select import app"),
+        ("sage_select.losses", "import polars"),
+        ("sage_select.training.loop", "from sage_select.adapters.plain import shard"),
+        ("sage_select.app.jobs", "from sage_select.adapters import plain"),
+        ("sage_select.data.dataset", "import transformers.models"),
+    ],
+)
+def test_the_test_above_can_fail(module, line):
+    assert violations(module, line)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: imports(name, path.read_text()) for name, path in MODULES.items()}
+    ours = {name: [n for n in names if n in MODULES and n != name] for name, names in graph.items()}
+    assert len(list(TopologicalSorter(ours).static_order())) == len(MODULES)  # raises at a circle
 
 
 def imported_by(statement: str, names: set[str]) -> set[str]:
@@ -129,22 +122,39 @@ def imported_by(statement: str, names: set[str]) -> set[str]:
     return set(done.stdout.split())
 
 
+EVERY_EXPORT = "import sage_select\nfor n in sage_select.__all__: getattr(sage_select, n)"
+
+
 def test_no_host_framework_is_imported():
-    assert imported_by("import sage_select", HOSTS | {"transformers"}) == set()
+    assert imported_by(EVERY_EXPORT, HOSTS) == set()
 
 
 def test_the_test_above_can_fail_too():
-    assert imported_by("import sage_select", {"torch"}) == {"torch"}
+    assert imported_by("from sage_select import sage", {"torch"}) == {"torch"}
+
+
+def test_the_package_and_the_command_line_start_without_torch():
+    heavy = {"torch", "transformers", "numpy", "polars", "pydantic"}
+    assert imported_by("import sage_select, sage_select.app.cli", heavy) == set()
 
 
 def test_every_module_imports():
-    modules = [f"sage_select.{name}" for name in LEVELS]
-    imported_by("\n".join(f"import {module}" for module in modules), set())
+    imported_by("\n".join(f"import {module}" for module in MODULES), set())
 
 
-def test_few_exports():
+def test_exports_are_the_same_for_python_and_for_a_type_checker():
     import sage_select
 
-    names = [name for name in vars(sage_select) if not name.startswith("_")]
-    exported = [name for name in names if f"sage_select.{name}" not in sys.modules]
-    assert len(exported) <= 20
+    tree = ast.parse(module_files()["sage_select"].read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed.pop("jobs") == "sage_select.app"
+    assert typed == {name: f"sage_select.{home}" for name, home in sage_select._HOMES.items()}
+    assert len(sage_select.__all__) <= 40
+    with pytest.raises(AttributeError, match="has no attribute 'sagee'"):
+        sage_select.sagee  # noqa: B018

@@ -16,15 +16,15 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningR
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_worker import ODD, TRAINING, fit, known, loader, policy, saved, trainer
 
-from sage_select import PairLogps, measure, nca
+from sage_select import PairLogps, Reader, measure, nca
 from sage_select.adapters.lightning import (
     Batches,
-    MicroBatch,
     PreferenceModule,
     SageSelection,
     held_out_batches,
 )
 from sage_select.adapters.plain import History, Training, train
+from sage_select.training.micro_batches import MicroBatch
 
 WORKER = Path(__file__).with_name("lightning_worker.py")
 
@@ -194,9 +194,8 @@ def test_mixed_precision_and_packed_batches_whose_layers_are_computed_again(chec
         learning_rate=LEARNING_RATE,
         beta=BETA,
         warmup_share=0.0,
-        layout="packed",
         activation_checkpointing=checkpointed,
-        mixed_precision=bfloat16,
+        reader=Reader(layout="packed", mixed_precision=bfloat16),
         micro_batch_size=2,
     )
     fit(batches, module=PreferenceModule(batches, training), precision="bf16-mixed")
@@ -213,17 +212,17 @@ REFUSALS = {
     "batches": ({"limit_train_batches": 0.5}, "limit_train_batches=0.5.* 16 batches; leave it out"),
     "few batches": ({"limit_train_batches": 1}, r"limit_train_batches=1\)"),
     "overfitting": ({"overfit_batches": 2}, "overfit_batches=2"),
-    "smoke": ({"fast_dev_run": True}, "fast_dev_run likewise"),
+    "smoke": ({"fast_dev_run": True}, "fast_dev_run as well"),
     "reloading": ({"reload_dataloaders_every_n_epochs": 1}, "leave it out"),
     "passes": (
         {"accumulate_grad_batches": 3},
         r"4 pairs per optimizer step cannot be dealt evenly to processes x passes = 1 x 3",
     ),
-    "half precision": ({"precision": "bf16-true"}, "'bf16-true'.* load the policy so"),
+    "half precision": ({"precision": "bf16-true"}, "'bf16-true'.* load the policy in bfloat16"),
     "double precision": ({"precision": "64-true"}, "use 'bf16-mixed'"),
     "other precision": (
         {"precision": "bf16-mixed"},
-        "updates in torch.bfloat16, but the selector measures in None.*"
+        "updates run in torch.bfloat16, but the selector measures in full precision.*"
         "mixed_precision=torch.bfloat16",
     ),
 }

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 from conftest import launched
 
+from sage_select import Processes
 from sage_select.system.heartbeats import at, during, watched
-from sage_select.system.processes import Processes
 
 WORKER = Path(__file__).with_name("liveness_worker.py")
 

@@ -13,16 +13,19 @@ from sage_select import (
     Constant,
     Linear,
     PreferenceDataset,
+    Processes,
     Selection,
+    SelectionLog,
+    SelectiveLoader,
     Selector,
+    ShuffledLoader,
     Timeline,
     plan_pools,
     sage,
 )
-from sage_select.selecting.loader import SelectiveLoader, ShuffledLoader, dealt
-from sage_select.selecting.log import SCHEMA_VERSION, SelectionLog
-from sage_select.selecting.tables import flips
-from sage_select.system.processes import Processes
+from sage_select.selecting.log import SCHEMA_VERSION
+from sage_select.selecting.tables import flips_of_logs
+from sage_select.training.micro_batches import dealt
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def reference(size: int):
     return pair_logps(range(size), zero, zero, two, two)
 
 
-def loader_of(pairs, timeline, policy, *, seed=0, measured=None, **options) -> SelectiveLoader:
+def build_loader(pairs, timeline, policy, *, seed=0, measured=None, **options) -> SelectiveLoader:
     def measure(model, pool):
         if measured is not None:
             measured.append((model.updates, pool.index.tolist()))
@@ -97,7 +100,7 @@ def run(loader: SelectiveLoader, policy: Policy) -> list[list[int]]:
 @given(timelines())
 def test_each_interval_is_measured_after_exactly_the_steps_before_it(pairs, timeline):
     policy, measured = Policy(), []
-    run(loader_of(pairs, timeline, policy, measured=measured), policy)
+    run(build_loader(pairs, timeline, policy, measured=measured), policy)
     expected = [
         (step, pool.tolist())
         for step, pool, kept in zip(
@@ -111,7 +114,7 @@ def test_each_interval_is_measured_after_exactly_the_steps_before_it(pairs, time
 @given(timelines())
 def test_every_kept_pair_is_trained_exactly_once_in_whole_batches(pairs, timeline):
     policy, selections = Policy(), {}
-    loader = loader_of(pairs, timeline, policy, on_select=selections.__setitem__)
+    loader = build_loader(pairs, timeline, policy, on_select=selections.__setitem__)
     batches = run(loader, policy)
     assert len(batches) == len(loader) == timeline.total_steps
     assert {len(batch) for batch in batches[:-1]} <= {timeline.batch_size}
@@ -128,11 +131,11 @@ def test_every_kept_pair_is_trained_exactly_once_in_whole_batches(pairs, timelin
 @settings(max_examples=50)
 def test_resuming_anywhere_repeats_and_loses_nothing(pairs, timeline, data):
     policy, measured = Policy(), []
-    whole = run(loader_of(pairs, timeline, policy, measured=measured), policy)
+    whole = run(build_loader(pairs, timeline, policy, measured=measured), policy)
     stop = data.draw(st.integers(0, len(whole)))
 
     first, policy = [], Policy()
-    loader = loader_of(pairs, timeline, policy)
+    loader = build_loader(pairs, timeline, policy)
     state = loader.state_dict()
     for rows in loader:
         if len(first) == stop:
@@ -141,7 +144,7 @@ def test_resuming_anywhere_repeats_and_loses_nothing(pairs, timeline, data):
         policy.updates += 1
         state = loader.state_dict()
 
-    again, rest = loader_of(pairs, timeline, policy, measured=(later := [])), []
+    again, rest = build_loader(pairs, timeline, policy, measured=(later := [])), []
     again.load_state_dict(state)
     rest = run(again, policy)
     assert first + rest == whole
@@ -153,7 +156,7 @@ def test_resuming_anywhere_repeats_and_loses_nothing(pairs, timeline, data):
 def test_the_training_order_is_shuffled_and_seeded(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 2), Constant(1.0), 10)
     orders = [
-        [row for batch in run(loader_of(pairs, timeline, p, seed=s), p) for row in batch]
+        [row for batch in run(build_loader(pairs, timeline, p, seed=s), p) for row in batch]
         for p, s in ((Policy(), 0), (Policy(), 0), (Policy(), 1))
     ]
     assert orders[0] == orders[1] != orders[2]
@@ -163,14 +166,14 @@ def test_the_training_order_is_shuffled_and_seeded(pairs):
 
 def test_a_state_of_another_run_is_refused(pairs):
     plans = [plan_pools([0] * 100, Constant((1.0,)), 4, seed=seed) for seed in (0, 1)]
-    state = loader_of(pairs, Timeline(plans[0], Constant(0.5), 8), Policy()).state_dict()
+    state = build_loader(pairs, Timeline(plans[0], Constant(0.5), 8), Policy()).state_dict()
     for plan, keep, batch_size, seed in [
         (plans[1], 0.5, 8, 0),
         (plans[0], 0.6, 8, 0),
         (plans[0], 0.5, 4, 0),
         (plans[0], 0.5, 8, 1),
     ]:
-        other = loader_of(pairs, Timeline(plan, Constant(keep), batch_size), Policy(), seed=seed)
+        other = build_loader(pairs, Timeline(plan, Constant(keep), batch_size), Policy(), seed=seed)
         words = "belongs to another run" if batch_size == 8 else "takes 8 pairs per .* would be 4"
         with pytest.raises(ValueError, match=words):
             other.load_state_dict(state)
@@ -178,8 +181,8 @@ def test_a_state_of_another_run_is_refused(pairs):
 
 def test_a_host_that_fetches_ahead_gets_the_same_batches(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
-    one_by_one = [rows.tolist() for rows in loader_of(pairs, timeline, Policy())]
-    ahead = loader_of(pairs, timeline, Policy())
+    one_by_one = [rows.tolist() for rows in build_loader(pairs, timeline, Policy())]
+    ahead = build_loader(pairs, timeline, Policy())
     assert [b.tolist() for batches in ahead.decided() for b in batches] == one_by_one
     assert ahead.step == len(ahead)
 
@@ -187,14 +190,14 @@ def test_a_host_that_fetches_ahead_gets_the_same_batches(pairs):
 @pytest.mark.parametrize("taken", range(7))
 def test_a_host_that_fetches_ahead_resumes_where_it_stood(pairs, taken):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
-    whole = [rows.tolist() for rows in loader_of(pairs, timeline, Policy())]
-    loader, seen = loader_of(pairs, timeline, Policy()), 0
+    whole = [rows.tolist() for rows in build_loader(pairs, timeline, Policy())]
+    loader, seen = build_loader(pairs, timeline, Policy()), 0
     for batches in loader.decided():
         seen += len(batches)
         if seen > taken:  # killed somewhere in this list, all of which was fetched
             break
     loader.step = taken
-    resumed = loader_of(pairs, timeline, Policy())
+    resumed = build_loader(pairs, timeline, Policy())
     resumed.load_state_dict(loader.state_dict())
     assert [rows.tolist() for rows in resumed] == whole[taken:]
 
@@ -213,9 +216,9 @@ def test_a_batch_is_dealt_once_and_in_as_many_passes_everywhere(size, world, mic
 
 def test_a_state_of_another_selector_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
-    state = loader_of(pairs, timeline, Policy()).state_dict()
+    state = build_loader(pairs, timeline, Policy()).state_dict()
     for change in ({"seed": 1}, {"no_signal": "hash"}, {"score": sage}, {"noise_floor": 1.0}):
-        other = loader_of(pairs, timeline, Policy())
+        other = build_loader(pairs, timeline, Policy())
         other = SelectiveLoader(replace(other.selector, **change), timeline, pairs, other.model)
         with pytest.raises(ValueError, match="this state belongs to another run"):
             other.load_state_dict(state)
@@ -224,7 +227,7 @@ def test_a_state_of_another_selector_is_refused(pairs):
 def test_a_reference_that_was_measured_with_a_trained_policy_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
     began = replace(
-        loader_of(pairs, timeline, Policy()).selector, reference=Policy().measure(pairs)
+        build_loader(pairs, timeline, Policy()).selector, reference=Policy().measure(pairs)
     )
 
     def loader(selector, chosen: float):
@@ -249,14 +252,14 @@ def test_a_plan_that_was_not_put_on_its_rows_is_refused(pairs):
     part = pairs.take(np.arange(50, 100))
     plan = plan_pools([0] * 50, Constant((1.0,)), 4)
     with pytest.raises(ValueError, match=r"plan\.on_rows\(rows\)"):
-        loader_of(part, Timeline(plan, Constant(0.5), 8), Policy())
-    loader_of(part, Timeline(plan.on_rows(part.index), Constant(0.5), 8), Policy())
+        build_loader(part, Timeline(plan, Constant(0.5), 8), Policy())
+    build_loader(part, Timeline(plan.on_rows(part.index), Constant(0.5), 8), Policy())
 
 
 def test_a_log_of_another_run_is_refused(pairs, tmp_path):
     for num_pools in (5, 2):
         timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), num_pools), Constant(0.5), 8)
-        loader = loader_of(pairs, timeline, Policy(), log=SelectionLog(tmp_path))
+        loader = build_loader(pairs, timeline, Policy(), log=SelectionLog(tmp_path))
         if num_pools == 5:
             list(loader)
     with pytest.raises(FileExistsError, match="holds the decisions of another run"):
@@ -265,7 +268,7 @@ def test_a_log_of_another_run_is_refused(pairs, tmp_path):
 
 def test_a_selector_that_keeps_another_share_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
-    selector = loader_of(pairs, timeline, Policy()).selector
+    selector = build_loader(pairs, timeline, Policy()).selector
     with pytest.raises(ValueError, match="they must agree, since totals are computed beforehand"):
         SelectiveLoader(replace(selector, keep=Constant(0.4)), timeline, pairs, Policy())
 
@@ -273,7 +276,7 @@ def test_a_selector_that_keeps_another_share_is_refused(pairs):
 def test_a_plan_for_more_pairs_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 101, Constant((1.0,)), 4), Constant(0.5), 8)
     with pytest.raises(ValueError, match="deals row 100, which is not among the 100 pairs given"):
-        loader_of(pairs, timeline, Policy())
+        build_loader(pairs, timeline, Policy())
 
 
 @given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 3), st.data())
@@ -296,7 +299,7 @@ def test_the_baseline_trains_everything_and_resumes(pairs, size, batch_size, epo
 def test_a_decision_is_on_disk_before_its_first_batch(pairs, tmp_path):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Linear(1.0, 0.4), 8)
     policy, log = Policy(), SelectionLog(tmp_path)
-    loader = loader_of(pairs, timeline, policy, log=log)
+    loader = build_loader(pairs, timeline, policy, log=log)
     for _ in loader:
         assert log.read()["interval"].n_unique() == loader.interval + 1
         policy.updates += 1
@@ -374,7 +377,7 @@ def test_flips_between_two_runs_are_counted_and_placed(tmp_path):
         for log, scores in zip(logs, (one, other), strict=True):
             log.write(interval, decision(scores, 2), [*"wxyz"])
     logs[0].write(3, decision([1, 2], 1), [*"wx"])  # the other run is not there yet
-    found = flips(*logs)
+    found = flips_of_logs(*logs)
     assert found["interval"].to_list() == [0, 1, 2]
     assert found["flipped"].to_list() == [0, 1, 1]
     assert found["kept"].to_list() == [2, 2, 2]
@@ -388,4 +391,4 @@ def test_flips_between_runs_of_other_pairs_are_refused(tmp_path):
     for log, ids in zip(logs, ("wx", "wy"), strict=True):
         log.write(0, decision([1, 2], 1), [*ids])
     with pytest.raises(ValueError, match="other candidates in interval 0"):
-        flips(*logs)
+        flips_of_logs(*logs)

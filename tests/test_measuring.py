@@ -9,10 +9,8 @@ from small_models import CONFIGS, SMALL, UNPACKABLE, small_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from worlds import naive_response_logps
 
-from sage_select import PreferenceDataset, measure, nca
-from sage_select.models import packing, trials
-from sage_select.models import reader as measuring
-from sage_select.models.reader import pair_logps, updating
+from sage_select import PreferenceDataset, Reader, measure, nca, pair_logps
+from sage_select.models import attention, batches, measuring, trials
 from sage_select.system import progress_bars as progress
 
 
@@ -153,14 +151,14 @@ def test_what_cannot_be_packed_is_padded_and_said(name, pairs):
     )
     with pytest.raises(ValueError, match=r"cannot be packed: .*; use layout='auto' or 'padded'"):
         measure(model, pairs, layout="packed")
-    assert model.config._attn_implementation != packing.NAME
+    assert model.config._attn_implementation != attention.NAME
 
 
 def test_packing_that_would_be_wrong_is_found_out(pairs, monkeypatch):
     """The classic mistake: attention that reaches back into the sequence before."""
-    together = packing.Packing.of
+    together = batches.Packing.of
     monkeypatch.setattr(
-        packing.Packing, "of", lambda wholes, used: together([np.arange(used)], used)
+        batches.Packing, "of", lambda wholes, used: together([np.arange(used)], used)
     )
     model = small_model("qwen2")
     with pytest.warns(UserWarning, match="says changes the log-probs of others by"):
@@ -211,7 +209,7 @@ def test_a_model_that_is_compiled_later_is_padded_from_then_on(pairs):
     assert torch.equal(measure(wrapped, pairs).chosen, measure(wrapped._orig_mod, pairs).chosen)
     compiled = []
     backend = lambda graph, _: compiled.append(graph) or graph.forward  # noqa: E731
-    with updating(torch.compile(small_model("qwen2"), backend=backend), pairs):
+    with Reader().updating(torch.compile(small_model("qwen2"), backend=backend), pairs):
         assert compiled == []  # a trial compiles nothing
 
 
@@ -233,7 +231,7 @@ def test_whatever_a_model_raises_is_a_reason_to_pad(pairs, monkeypatch):
     def attend(*args, **options):
         raise AssertionError
 
-    monkeypatch.setattr(packing, "attend", attend)
+    monkeypatch.setattr(attention, "attend", attend)
     with pytest.warns(UserWarning, match=r"its forward refuses them: AssertionError\(\)"):
         measure(small_model("qwen2"), pairs)
 
@@ -351,7 +349,7 @@ def test_an_adapter_of_the_head_that_is_no_sum_is_refused(refused, pairs):
     adapter = LoraConfig(r=4, target_modules=["lm_head"], **refused)
     model = get_peft_model(small_model("llama"), adapter).train()
     with pytest.raises(TypeError, match="leave lm_head out of its target_modules"):
-        pair_logps(model, pairs, layout="padded")
+        Reader(layout="padded").pair_logps(model, pairs)
 
 
 def test_a_model_without_a_head_is_refused(pairs):

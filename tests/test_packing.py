@@ -11,12 +11,13 @@ from small_models import small_model
 from torch.utils.checkpoint import CheckpointError
 from worlds import naive_response_logps
 
-from sage_select import measure
+from sage_select import Reader, measure
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.data.dataset import TokenSequence
-from sage_select.models import packing
-from sage_select.models.packing import NAME, attention_of, pack, packed_attention, pad
-from sage_select.models.reader import pair_logps, response_logps, updating
+from sage_select.data.pair_table import TokenSequence
+from sage_select.models import attention
+from sage_select.models.attention import NAME, packed_attention
+from sage_select.models.batches import pack, pad
+from sage_select.models.known import own_attention
 from sage_select.models.sequences import DistinctSequences, distinct_sequences
 
 prompts = st.lists(st.integers(0, 39), min_size=1, max_size=6)
@@ -73,7 +74,7 @@ def test_the_same_log_probs_as_one_by_one(name):
 
     @given(batches())
     def law(sequences):
-        found = response_logps(model, sequences, layout="packed")
+        found = Reader(layout="packed").response_logps(model, sequences)
         alone = [naive_response_logps(model, s.tokens, s.response_start) for s in sequences]
         assert found.tolist() == pytest.approx(alone, abs=2e-4)
 
@@ -101,10 +102,10 @@ def test_gradients_are_those_of_padding(name, recompute, pairs):
     model = small_model(name).train()
     if recompute:
         checkpoint_activations(model)
-    response_logps(model, pairs.sequences(), layout="padded").sum().backward()
+    Reader(layout="padded").response_logps(model, pairs.sequences()).sum().backward()
     expected = gradients(model)
-    with updating(model, pairs, layout="packed"):
-        response_logps(model, pairs.sequences()).sum().backward()
+    with Reader(layout="packed").updating(model, pairs):
+        Reader().response_logps(model, pairs.sequences()).sum().backward()
     found = gradients(model)
     assert found.keys() == expected.keys()
     for parameter, grad in found.items():
@@ -115,10 +116,10 @@ def test_recomputation_outside_the_packed_attention_cannot_pass_unnoticed():
     model = small_model("qwen2").train()
     checkpoint_activations(model)
     with pytest.raises(ValueError, match="put forward and backward inside `with updating"):
-        response_logps(model, some_sequences(), layout="packed")
-    assert response_logps(model, some_sequences()).isfinite().all()  # padded
+        Reader(layout="packed").response_logps(model, some_sequences())
+    assert Reader().response_logps(model, some_sequences()).isfinite().all()  # padded
     with packed_attention(model):
-        total = response_logps(model, some_sequences()).sum()
+        total = Reader().response_logps(model, some_sequences()).sum()
     with pytest.raises(CheckpointError, match="recomputation"):
         total.backward()  # not inside
 
@@ -137,12 +138,12 @@ def test_inside_everything_else_still_works(pairs):
     with packed_attention(model), packed_attention(model):
         assert torch.equal(measure(model, pairs, layout="padded").chosen, expected.chosen)
         assert torch.allclose(measure(model, pairs).chosen, expected.chosen, atol=1e-4)
-        with updating(model, pairs):
-            padded = response_logps(model, tokens, layout="padded")
-        assert torch.equal(padded, response_logps(model, tokens, layout="padded"))
+        with Reader().updating(model, pairs):
+            padded = Reader(layout="padded").response_logps(model, tokens)
+        assert torch.equal(padded, Reader(layout="padded").response_logps(model, tokens))
         assert model.config._attn_implementation == NAME
-        assert attention_of(model) == "eager"
-    assert model.config._attn_implementation == attention_of(model) == "eager"
+        assert own_attention(model.config) == "eager"
+    assert model.config._attn_implementation == own_attention(model.config) == "eager"
 
 
 def test_threads_that_share_a_model(pairs):
@@ -162,7 +163,7 @@ def test_dropout_of_attention(name, pairs):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     with torch.no_grad():
-        one, other = (pair_logps(model, pairs, layout="packed").chosen for _ in range(2))
+        one, other = (Reader(layout="packed").pair_logps(model, pairs).chosen for _ in range(2))
     assert not torch.allclose(one, other, atol=1e-3)
 
 
@@ -222,10 +223,10 @@ def documented_varlen(
 def test_the_call_for_sequences_of_various_lengths(name, monkeypatch):
     """The call that CUDA takes, held against what is documented of it; the kernel itself is not."""
     model = small_model(name)
-    expected = response_logps(model, some_sequences(), layout="packed")
+    expected = Reader(layout="packed").response_logps(model, some_sequences())
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented_varlen)
-    monkeypatch.setattr(packing, "_varlen_fits", lambda query, value: True)
-    packing._varlen_options.cache_clear()
-    found = response_logps(model, some_sequences(), layout="packed")
-    packing._varlen_options.cache_clear()
+    monkeypatch.setattr(attention, "_varlen_fits", lambda query, value: True)
+    attention._varlen_options.cache_clear()
+    found = Reader(layout="packed").response_logps(model, some_sequences())
+    attention._varlen_options.cache_clear()
     assert torch.allclose(found, expected, atol=1e-4)

@@ -1,17 +1,22 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sage_select import ReferenceStore, dpo, measure
+from sage_select import (
+    Reader,
+    ReferenceStore,
+    SelectionLog,
+    SelectiveLoader,
+    ShuffledLoader,
+    dpo,
+    measure,
+)
 from sage_select.adapters.plain import Training, load_best, train
-from sage_select.selecting.loader import SelectiveLoader, ShuffledLoader
-from sage_select.selecting.log import SelectionLog
 
 TRAINING = Training(learning_rate=1e-3, evaluate_every=5, checkpoint_every=4)
 
@@ -53,7 +58,7 @@ def test_a_step_against_torch_by_hand(worlds):
     run(ours, training=training, rows=8)
     from torch.nn.functional import logsigmoid
 
-    from sage_select.models.reader import pair_logps
+    from sage_select import pair_logps
 
     optimizer = torch.optim.AdamW(by_hand.model.parameters(), lr=1e-3, weight_decay=0.0)
     by_hand.model.train()
@@ -71,7 +76,7 @@ def test_a_step_against_torch_by_hand(worlds):
 def test_accumulation_changes_rounding_only(micro_batch_size, worlds):
     whole, parts = worlds(), worlds()
     first = run(whole).steps
-    second = run(parts, training=replace(TRAINING, micro_batch_size=micro_batch_size)).steps
+    second = run(parts, training=TRAINING.replace(micro_batch_size=micro_batch_size)).steps
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
     assert torch.allclose(weights(whole.model), weights(parts.model), atol=1e-3)
@@ -79,11 +84,11 @@ def test_accumulation_changes_rounding_only(micro_batch_size, worlds):
 
 def test_layout_and_activation_checkpointing_change_rounding_only(worlds):
     first, *others = (
-        run(worlds(), rows=24, training=replace(TRAINING, **settings)).steps
+        run(worlds(), rows=24, training=TRAINING.replace(**settings)).steps
         for settings in (
-            {"layout": "padded"},
-            {"layout": "packed"},
-            {"layout": "packed", "activation_checkpointing": True},
+            {"reader": Reader(layout="padded")},
+            {"reader": Reader(layout="packed")},
+            {"reader": Reader(layout="packed"), "activation_checkpointing": True},
         )
     )
     for steps in others:
@@ -110,7 +115,7 @@ def test_a_reference_that_is_measured_on_the_way(worlds, tmp_path):
 
 
 def test_learning_rates_follow_the_exact_total(world):
-    training = replace(TRAINING, warmup_share=0.25)
+    training = TRAINING.replace(warmup_share=0.25)
     rates = [step["learning_rate"] for step in run(world, training=training).steps]
     # what each step was taken with: up over a quarter of the steps, then down towards zero
     assert rates == pytest.approx([0.0, 5e-4, *(1e-3 * k / 6 for k in range(6, 0, -1))])
@@ -143,7 +148,7 @@ def test_metrics_of_every_step(world, tmp_path):
 
 def test_the_best_weights_are_kept(world, tmp_path):
     held_out = world.dataset.take(np.arange(64, 80))
-    wild = replace(TRAINING, learning_rate=0.3, warmup_share=0.0, evaluate_every=1)
+    wild = TRAINING.replace(learning_rate=0.3, warmup_share=0.0, evaluate_every=1)
     history = run(world, training=wild, held_out=held_out, folder=tmp_path)
     losses = [evaluation["loss"] for evaluation in history.evaluations]
     assert losses[-1] > min(losses)
@@ -190,7 +195,7 @@ def test_a_spoiled_checkpoint_is_passed_over(part, worlds, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(worlds, tmp_path):
     run(worlds(), folder=tmp_path)
-    with pytest.raises(FileExistsError, match="pass resume=True to go on with it"):
+    with pytest.raises(FileExistsError, match="pass resume=True to resume it"):
         run(worlds(), folder=tmp_path)
 
 
@@ -198,12 +203,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run(world):
     def loss(policy, reference, *, beta):
         return TRAINING.loss(policy, reference, beta=beta) * torch.inf
 
-    with pytest.raises(FloatingPointError, match=r"gradient of step 1 has norm .*its rows are \["):
-        run(world, training=replace(TRAINING, loss=loss))
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: the gradient has norm .* rows .* are \["
+    ):
+        run(world, training=TRAINING.replace(loss=loss))
 
 
 OPTIONS = [
-    {"mixed_precision": torch.bfloat16},
+    {"reader": Reader(mixed_precision=torch.bfloat16)},
     {"loss": dpo, "beta": 1.0},
     {"schedule": "cosine"},
 ]
@@ -211,7 +218,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options, world):
-    history = run(world, training=replace(TRAINING, **options), rows=32)
+    history = run(world, training=TRAINING.replace(**options), rows=32)
     assert len(history.steps) == 4
     assert all(np.isfinite(step["loss"]) for step in history.steps)
 
@@ -221,7 +228,7 @@ def test_options(options, world):
 def test_a_compiled_model_trains_alike(worlds):
     plain, compiled = worlds(), worlds()
     first = run(plain, rows=24).steps
-    second = run(compiled, rows=24, training=replace(TRAINING, compile_model=True)).steps
+    second = run(compiled, rows=24, training=TRAINING.replace(compile_model=True)).steps
     assert [s["loss"] for s in first] == pytest.approx([s["loss"] for s in second], rel=1e-3)
 
 
@@ -236,7 +243,7 @@ REFUSED = [
 def test_resuming_with_other_settings_is_refused(change, words, worlds, tmp_path):
     run(worlds(), folder=tmp_path, rows=8)
     with pytest.raises(ValueError, match=words):
-        run(worlds(), folder=tmp_path, rows=8, resume=True, training=replace(TRAINING, **change))
+        run(worlds(), folder=tmp_path, rows=8, resume=True, training=TRAINING.replace(**change))
 
 
 def test_a_run_whose_checkpoints_are_all_spoiled_is_not_begun_anew(worlds, tmp_path):
@@ -251,7 +258,7 @@ def test_a_run_whose_checkpoints_are_all_spoiled_is_not_begun_anew(worlds, tmp_p
     assert (tmp_path / "metrics.jsonl").read_text()
 
 
-def loader_of(world, selector=None, model=None) -> SelectiveLoader:
+def build_loader(world, selector=None, model=None) -> SelectiveLoader:
     return SelectiveLoader(
         selector or world.selector, world.timeline, world.dataset, model or world.model
     )
@@ -260,21 +267,21 @@ def loader_of(world, selector=None, model=None) -> SelectiveLoader:
 def test_a_loader_of_another_model_is_refused(worlds):
     world, other = worlds(), worlds()
     with pytest.raises(ValueError, match="scores pools with another model than the one to train"):
-        train(world.model, loader_of(world, model=other.model), world.dataset,
+        train(world.model, build_loader(world, model=other.model), world.dataset,
               world.selector.reference, TRAINING)  # fmt: skip
 
 
 def test_a_loader_of_another_precision_is_refused(world):
-    mixed = replace(TRAINING, mixed_precision=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"partial\(measure, mixed_precision=torch.bfloat16\)"):
-        train(world.model, loader_of(world), world.dataset, world.selector.reference, mixed)
-    selector = replace(world.selector, measure=partial(measure, mixed_precision=torch.bfloat16))
+    mixed = TRAINING.replace(reader=Reader(mixed_precision=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"measure=Reader\(mixed_precision=torch.bfloat16\)"):
+        train(world.model, build_loader(world), world.dataset, world.selector.reference, mixed)
+    selector = replace(world.selector, measure=Reader(mixed_precision=torch.bfloat16))
     reference = measure(world.model, world.dataset, mixed_precision=torch.bfloat16)
-    train(world.model, loader_of(world, selector), world.dataset, reference, mixed)
+    train(world.model, build_loader(world, selector), world.dataset, reference, mixed)
 
 
 def test_a_loader_that_is_under_way_is_refused(world):
-    loader = loader_of(world)
+    loader = build_loader(world)
     next(iter(loader))
     with pytest.raises(ValueError, match="the loader has handed out 1 batches already"):
         train(world.model, loader, world.dataset, world.selector.reference, TRAINING)

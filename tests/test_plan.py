@@ -3,9 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_select import Constant, Linear, Timeline, plan_pools, strata_from_judgments
-from sage_select.plan import plan_run
-from sage_select.strata import strata_from_values
+from sage_select import (
+    Constant,
+    Linear,
+    Timeline,
+    plan_pools,
+    plan_run,
+    strata_from_judgments,
+    strata_from_values,
+)
 from sage_select.timeline import kept_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:plan_pools. the data cannot follow the mix")

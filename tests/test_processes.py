@@ -13,9 +13,8 @@ from conftest import launched
 from measure_worker import BUDGET, STRATEGIES
 from small_models import few_pairs, small_model
 
-from sage_select import Constant, Selector, measure, nca, sage
+from sage_select import Constant, Selector, measure, nca, pair_logps, sage
 from sage_select.models.fingerprints import model_digest
-from sage_select.models.reader import pair_logps
 
 WORKER = Path(__file__).with_name("measure_worker.py")
 pytestmark = pytest.mark.slow

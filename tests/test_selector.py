@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import pools, with_rewards
 
-from sage_select import Constant, Linear, Selector, log_sage, measure, sage, scores
+from sage_select import Constant, Linear, Reader, Selector, log_sage, measure, sage, scores
 from sage_select.ranking import top
 from sage_select.selecting.selector import log_ratio_spread
 
@@ -209,7 +209,7 @@ def test_rounding_is_no_signal_in_any_precision(dtype, still):
     model = deepcopy(still.model).to(dtype)
     decide = Selector(
         sage, Constant(0.4), measure(model, still.dataset), lambda step: 0.0,
-        partial(measure, max_batch_tokens=100),
+        Reader(max_batch_tokens=100),
     )  # fmt: skip
     with pytest.warns(UserWarning, match="are alike"):
         assert decide.select(model, still.dataset.take(np.arange(50)), 0).rule == "hash"

@@ -16,9 +16,8 @@ import pytest
 import torch
 from stand_in_server import Reply, serving
 
-from sage_select import Constant, PreferenceDataset, measure
+from sage_select import Constant, PreferenceDataset, Reader, ServerMeasure, measure
 from sage_select.models import serving as serving_module
-from sage_select.models.serving import ServerMeasure
 
 PAIR = r"ServerMeasure: pair \w+ \(row \d+, (chosen|rejected)\): "
 unchecked = partial(ServerMeasure, name="policy", check_responses=0, show_progress=False)
@@ -437,5 +436,7 @@ def test_httpx_is_needed_here_and_nowhere_else():
 
 
 def test_the_selector_knows_how_coarse_training_is(still):
-    server = ServerMeasure("http://localhost:8000/v1", "policy", mixed_precision=torch.bfloat16)
+    server = ServerMeasure(
+        "http://localhost:8000/v1", "policy", reader=Reader(mixed_precision=torch.bfloat16)
+    )
     assert replace(still.selector, measure=server).mixed_precision == torch.bfloat16

@@ -14,12 +14,13 @@ import pytest
 import torch
 from store_worker import NEVER, fill
 
-from sage_select import PreferenceDataset, ReferenceStore, measure
-from sage_select.data.dataset import evict_tokens
-from sage_select.models import reader as measuring
+from sage_select import PreferenceDataset, Reader, ReferenceStore, measure
+from sage_select.data.token_cache import evict_tokens
+from sage_select.models import measuring, reader
 from sage_select.models.fingerprints import model_digest
 from sage_select.references import store
-from sage_select.references.store import evict, read_reference, stored_references
+from sage_select.references.eviction import evict, stored_references
+from sage_select.references.logp_tables import read_reference
 
 TESTS = Path(__file__).parent
 
@@ -27,14 +28,14 @@ TESTS = Path(__file__).parent
 @pytest.fixture
 def forwards(monkeypatch):
     """The sequences that went through a model, but for those that try how it can be measured."""
-    seen, pack = [], measuring.pack
+    seen, lay_out = [], measuring.lay_out
 
-    def counting(sequences):
+    def counting(sequences, *, packed):
         seen.extend(sequences)
-        return pack(sequences)
+        return lay_out(sequences, packed=packed)
 
-    monkeypatch.setattr(measuring, "pack", counting)
-    monkeypatch.setattr(measuring, "packs_exactly", lambda *args: True)
+    monkeypatch.setattr(measuring, "lay_out", counting)
+    monkeypatch.setattr(reader, "packs_exactly", lambda *args: True)
     return seen
 
 
@@ -120,9 +121,14 @@ def test_every_weight_counts(still):
 
 def test_mixed_precision_and_head_are_part_of_the_path(still, tmp_path):
     options = [{}, {"mixed_precision": torch.bfloat16}, {"impl": "reference"}]
-    stores = [ReferenceStore(still.model, still.dataset, folder=tmp_path, **o) for o in options]
+    stores = [
+        ReferenceStore(still.model, still.dataset, folder=tmp_path, reader=Reader(**o))
+        for o in options
+    ]
     assert len({reference.identity for reference in stores}) == 3
-    chunked = ReferenceStore(still.model, still.dataset, folder=tmp_path, impl="chunked")
+    chunked = ReferenceStore(
+        still.model, still.dataset, folder=tmp_path, reader=Reader(impl="chunked")
+    )
     assert chunked.identity == stores[0].identity  # what "auto" stands for
 
 

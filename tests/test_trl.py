@@ -18,11 +18,9 @@ from trl_host import SETTINGS, Batches
 from worlds import base
 
 from arithmetic import make_problems
-from sage_select import PreferenceDataset, SageConfig, measure
+from sage_select import PreferenceDataset, SageConfig, SelectionLog, build_loader, measure
 from sage_select.adapters.trl import attach, pairs_of
-from sage_select.app.config import ConfigError
-from sage_select.app.run import loader_of
-from sage_select.selecting.log import SelectionLog
+from sage_select.system.settings import ConfigError
 
 OLD = trl.__version__.startswith("0.")
 PAIRS = 24
@@ -302,7 +300,7 @@ def test_a_loader_of_ones_own(whole, tmp_path):
     trainer = make(tmp_path)
     pairs = pairs_of(trainer)
     reference = measure(trainer.ref_model, pairs)
-    own = loader_of(CONFIG, pairs, trainer.model, reference, batch_size=4, show_progress=False)
+    own = build_loader(CONFIG, pairs, trainer.model, reference, batch_size=4, show_progress=False)
     seen = Seen(trainer, own)
     assert seen.loader is own
     assert seen.train().trained == whole.trained

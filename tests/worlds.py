@@ -9,9 +9,16 @@ import numpy as np
 import torch
 
 from arithmetic import load_base, make_pairs, make_problems
-from sage_select import Linear, PreferenceDataset, Selector, Timeline, measure, sage
-from sage_select.plan import plan_run
-from sage_select.strata import strata_from_judgments
+from sage_select import (
+    Linear,
+    PreferenceDataset,
+    Selector,
+    Timeline,
+    measure,
+    plan_run,
+    sage,
+    strata_from_judgments,
+)
 
 base = cache(load_base)
 

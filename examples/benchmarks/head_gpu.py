@@ -41,9 +41,8 @@ from head import VARIANTS, Head, Problem, chunked, fused, reason, timed, with_me
 from head_checks import Case, apart, differing, groups, in_a_line, used, words
 from torch import Tensor
 
-from sage_select import PreferenceDataset, measure, nca
+from sage_select import PreferenceDataset, Reader, measure, nca
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.models.reader import pair_logps, updating
 from sage_select.ops.tilings import Tiling, default_tiling
 from sage_select.ops.tuning import CANDIDATES
 
@@ -258,8 +257,8 @@ def train_pair(args: argparse.Namespace) -> None:
         checkpoint_activations(model.train())
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         start = time.perf_counter()
-        with updating(model, pair):
-            loss = nca(pair_logps(model, pair, impl="fused"), reference).sum()
+        with Reader().updating(model, pair):
+            loss = nca(Reader(impl="fused").pair_logps(model, pair), reference).sum()
             torch.autograd.backward(loss)
         optimizer.step()
         finish(args.device)

@@ -22,10 +22,11 @@ from head import with_memory
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from sage_select import Reader
 from sage_select.adapters.plain import checkpoint_activations
-from sage_select.data.dataset import TokenSequence
-from sage_select.models.packing import packed_attention, pad
-from sage_select.models.reader import response_logps
+from sage_select.data.pair_table import TokenSequence
+from sage_select.models.attention import packed_attention
+from sage_select.models.batches import pad
 
 PROMPT = 64
 Pair = list[TokenSequence]
@@ -34,13 +35,13 @@ Pair = list[TokenSequence]
 def score(model: nn.Module, pair: Pair) -> None:
     """A forward pass of both responses."""
     with torch.no_grad():
-        response_logps(model, pair)
+        Reader().response_logps(model, pair)
 
 
 def update(model: nn.Module, pair: Pair) -> None:
     """Forward and backward of both responses."""
     with packed_attention(model):
-        response_logps(model, pair).sum().backward()
+        Reader().response_logps(model, pair).sum().backward()
 
 
 def update_again(model: nn.Module, pair: Pair) -> None:

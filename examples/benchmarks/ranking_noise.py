@@ -24,9 +24,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_select import Constant, PairLogps, PreferenceDataset, Selection, Selector, measure, sage
+from sage_select import (
+    Constant,
+    PairLogps,
+    PreferenceDataset,
+    Selection,
+    Selector,
+    ShuffledLoader,
+    measure,
+    sage,
+)
 from sage_select.adapters.plain import Training, train
-from sage_select.selecting.loader import ShuffledLoader
 
 Measure = Callable[[Any, PreferenceDataset], PairLogps]
 

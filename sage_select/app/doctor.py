@@ -17,24 +17,28 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import torch
 
-from sage_select.adapters.plain import add_gradients, checkpoint_activations
-from sage_select.app.config import ConfigError, SageConfig
+from sage_select.app.config import SageConfig
 from sage_select.app.forecast import num_parameters
-from sage_select.app.run import (
+from sage_select.app.loading import (
     DTYPES,
-    Run,
-    device_of,
-    load_model,
+    device_named,
+    load_loss,
+    load_score,
     load_tokenizer,
-    measure_of,
-    model_settings,
-    prepare,
-    score_of,
-    training_of,
+    policy_config,
+    reference_config,
 )
+from sage_select.app.run import Run
 from sage_select.pairs import PairLogps
-from sage_select.references.store import default_store, read_reference
+from sage_select.references.eviction import default_store
+from sage_select.references.logp_tables import read_reference
 from sage_select.system.files import cache_folder
+from sage_select.system.processes import Processes
+from sage_select.system.settings import ConfigError
+from sage_select.training.micro_batches import dealt
+from sage_select.training.run_folder import RunFolder
+from sage_select.training.sharding import checkpoint_activations
+from sage_select.training.update import add_gradients
 
 PACKAGES = ("sage-select", "torch", "transformers", "numpy", "polars", "pyarrow", "pydantic")
 OPTIONAL = ("datasets", "peft", "accelerate", "lightning", "trl", "triton")
@@ -73,14 +77,23 @@ def examine(
     yield Finding("configuration", "ok", f"hash {config.hash}, run folder {config.run_folder}")
     yield from _checked("functions", lambda: _functions(config))
     yield from _checked("device", lambda: _device(config))
-    yield from _checked("tokenizer", lambda: _tokenizer(config))
-    yield from _checked("model", lambda: _model(config))
-    runs: list[Run] = []
-    yield from _checked("data and plan", lambda: _data(config, runs, show_progress))
-    yield from _checked("reference", lambda: _reference(config, runs))
+    loaded = _Loaded()
+    yield from _checked("tokenizer", lambda: _tokenizer(config, loaded))
+    yield from _checked("model", lambda: _model(config, loaded))
+    yield from _checked("data and plan", lambda: _data(config, loaded, show_progress))
+    yield from _checked("reference", lambda: _reference(config, loaded))
     yield from _checked("run folder", lambda: _run_folder(config))
-    if thorough and runs:
-        yield from _checked("largest batch", lambda: _largest_batch(runs[0]))
+    if thorough and loaded.run is not None:
+        run = loaded.run
+        yield from _checked("largest batch", lambda: _largest_batch(run))
+
+
+@dataclass
+class _Loaded:
+    """What earlier checks have loaded and later ones use."""
+
+    tokenizer: Any = None
+    run: Run | None = None
 
 
 def _checked(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -127,10 +140,9 @@ def _room(folder: Path, about: str = "cache") -> Iterator[Finding]:
 def _functions(config: SageConfig) -> Iterator[Finding]:
     one, two = torch.tensor([-10.0, -20.0]), torch.tensor([10, 20])
     pairs = PairLogps(torch.arange(2), one, one - 1, two, two)
-    training = training_of(config)
     for name, function in (
-        (config.selection.score, score_of(config)),
-        (config.training.loss, partial(training.loss, beta=config.beta)),
+        (config.selection.score, load_score(config)),
+        (config.training.loss, partial(load_loss(config), beta=config.beta)),
     ):
         try:
             shape = torch.as_tensor(function(pairs, pairs)).shape
@@ -149,7 +161,7 @@ def _functions(config: SageConfig) -> Iterator[Finding]:
 
 
 def _device(config: SageConfig) -> Iterator[Finding]:
-    device = device_of(config.model.device)
+    device = device_named(config.model.device)
     wants_bf16 = config.training.mixed_precision == "bfloat16"
     if wants_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         yield Finding("device", "fail", f"{device} has no bfloat16; mixed_precision: none")
@@ -157,8 +169,8 @@ def _device(config: SageConfig) -> Iterator[Finding]:
     yield Finding("device", "ok", str(device))
 
 
-def _tokenizer(config: SageConfig) -> Iterator[Finding]:
-    tokenizer = load_tokenizer(config)
+def _tokenizer(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
+    tokenizer = loaded.tokenizer = load_tokenizer(config.model)
     if tokenizer.eos_token is None:
         yield Finding(
             "tokenizer", "warn", "no end token: pairs of plain text will be refused (not chats)"
@@ -167,12 +179,12 @@ def _tokenizer(config: SageConfig) -> Iterator[Finding]:
     yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens, {template} a chat template")
 
 
-def _model(config: SageConfig) -> Iterator[Finding]:
-    settings = model_settings(config).get_text_config()
+def _model(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
+    settings = policy_config(config.model).get_text_config()
     parameters = num_parameters(config) or 0
     yield Finding("model", "ok", f"{config.model.name}, {parameters:,} parameters")
     yield from _weights(config.model.name)
-    tokens, vocabulary = len(load_tokenizer(config)), settings.vocab_size
+    tokens, vocabulary = len(loaded.tokenizer or ()), settings.vocab_size
     if tokens > vocabulary:
         yield Finding(
             "model",
@@ -204,7 +216,7 @@ def _model(config: SageConfig) -> Iterator[Finding]:
         )
     # weights, gradients and Adam's two moments
     needed = 4 * parameters * dtype.itemsize
-    device = device_of(config.model.device)
+    device = device_named(config.model.device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -230,18 +242,18 @@ def _weights(name: str | None) -> Iterator[Finding]:
         yield Finding("model", "fail", f"{folder} has no weights ({', '.join(kinds)})")
 
 
-def _reference(config: SageConfig, runs: list[Run]) -> Iterator[Finding]:
+def _reference(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
     reference = config.reference
     if reference.file is not None:
-        for run in runs:
-            read_reference(reference.file, run.used, key=reference.key)
+        if loaded.run is not None:
+            read_reference(reference.file, loaded.run.used, key=reference.key)
         yield Finding("reference", "ok", f"{reference.file} has every pair")
         return
     if reference.device is not None:
-        device_of(reference.device, "reference.device")
+        device_named(reference.device, "reference.device")
     if reference.model is not None:
-        theirs = model_settings(config, reference=True).get_text_config().vocab_size
-        ours = len(load_tokenizer(config))
+        theirs = reference_config(reference).get_text_config().vocab_size
+        ours = len(loaded.tokenizer or ())
         if ours > theirs:
             yield Finding(
                 "reference",
@@ -256,22 +268,21 @@ def _reference(config: SageConfig, runs: list[Run]) -> Iterator[Finding]:
 
 def _largest_batch(run: Run) -> Iterator[Finding]:
     """Measure the longest pairs under both models, and take the gradient of their loss."""
-    config, training = run.config, training_of(run.config)
+    training, reference = run.training, run.config.reference
     lengths = run.used.num_tokens
-    size = training.micro_batch_size or config.training.batch_size
+    size = training.micro_batch_size or run.config.training.batch_size
     longest = run.used.take(run.used.index[np.argsort(-lengths, kind="stable")[:size]])
-    model = load_model(config)
-    if config.reference.file is None:
-        theirs = load_model(config, reference=True)
-        known = measure_of(config)(theirs, longest)
-        del theirs
+    policy = run.load_policy()
+    if reference.file is None:
+        logps = run.reader(run.load_reference(), longest)
     else:
-        known = read_reference(config.reference.file, longest, key=config.reference.key)
-    measure_of(config)(model, longest)
+        logps = read_reference(reference.file, longest, key=reference.key)
+    run.reader(policy, longest)
     if training.activation_checkpointing:
-        checkpoint_activations(model)
-    _, losses = add_gradients(model.train(), longest, known, training, share=1 / size)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        checkpoint_activations(policy)
+    (micro,) = dealt(longest.index, Processes(), len(longest))
+    _, losses = add_gradients(policy.train(), longest, logps, training, micro)
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     verdict: Literal["ok", "fail"] = "ok" if math.isfinite(norm) else "fail"
     yield Finding(
@@ -282,9 +293,9 @@ def _largest_batch(run: Run) -> Iterator[Finding]:
     )
 
 
-def _data(config: SageConfig, runs: list[Run], show_progress: bool | None) -> Iterator[Finding]:
-    run = prepare(config, show_progress=show_progress)
-    runs.append(run)
+def _data(config: SageConfig, loaded: _Loaded, show_progress: bool | None) -> Iterator[Finding]:
+    run = Run.prepare(config, tokenizer=loaded.tokenizer, show_progress=show_progress)
+    loaded.run = run
     aside, read = run.dataset.set_aside.height, len(run.dataset) + run.dataset.set_aside.height
     cut = int(run.dataset.column("truncated").sum())
     verdict: Literal["ok", "warn"] = "warn" if aside + cut > 0.1 * read else "ok"
@@ -309,8 +320,8 @@ def _run_folder(config: SageConfig) -> Iterator[Finding]:
     if folder.exists() and not folder.is_dir():
         yield Finding("run folder", "fail", f"{folder} is a file; give the name of a folder")
         return
-    if (folder / "metrics.jsonl").exists():
-        yield Finding("run folder", "warn", f"{folder} holds a run; go on with train --resume")
+    if RunFolder(folder).holds_a_run():
+        yield Finding("run folder", "warn", f"{folder} holds a run; resume it with train --resume")
         return
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not os.access(existing, os.W_OK):

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sage_select.app.config import SageConfig
-from sage_select.app.run import Run, model_settings
+from sage_select.app.loading import policy_config
+from sage_select.app.run import Run
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.models.flops import Shape, shape_of
 from sage_select.models.sequences import distinct_sequences, sequence_keys
@@ -26,6 +27,9 @@ def forecast(run: Run) -> dict[str, Any]:
     phases = {**cost.phases, "full": cost.full}
     return {
         "config": run.config.hash,
+        "run_folder": str(run.config.run_folder),
+        "waterfall": run.dataset.waterfall(),
+        "plan": str(plan),
         "rows_read": len(run.dataset) + run.dataset.set_aside.height,
         "set_aside": dict(run.dataset.set_aside["reason"].value_counts().rows()),
         "pairs": len(run.pairs),
@@ -180,7 +184,7 @@ def num_parameters(config: SageConfig) -> int | None:
 
 def _without_weights(config: SageConfig) -> Any:
     try:
-        settings = model_settings(config)
+        settings = policy_config(config.model)
     except FileNotFoundError:
         return None
     with torch.device("meta"):

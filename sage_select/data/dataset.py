@@ -1,55 +1,28 @@
 """Preference pairs on disk and in memory: read, checked, tokenised once, known by content."""
 
-import hashlib
-import json
-import re
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from warnings import warn
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from sage_select.arrays import Float64Array, Int32Array, Int64Array, checked_rows
+from sage_select.arrays import Float64Array, Int64Array, checked_rows
+from sage_select.data.chunks import CHUNK_ROWS, FORMAT, tokenised
+from sage_select.data.pair_table import PairTable, TokenSequence, join_tables
+from sage_select.data.records import TOKEN_FIELDS
 from sage_select.data.sources import iterate_records, read_records, rename, source_files
-from sage_select.data.tokenising import (
-    CHUNK_ROWS,
-    FORMAT,
-    INPUT,
-    INPUT_AS_JSON,
-    OWN_COLUMNS,
-    TOKEN_FIELDS,
-    as_json,
-    chunk_path,
-    fields_of,
-    read_table,
-    set_aside_rows,
-    table_of_tokens,
-    tokenised,
-)
+from sage_select.data.token_cache import Manifest, tokens_folder, writable_folder
+from sage_select.data.tokenising import fields_of, table_of_tokens
 from sage_select.data.tokenizers import tokenizer_digest
 from sage_select.hashing import hash_order
-from sage_select.system.files import cache_folder, mark_as_used, partial_path, replace_durably
-from sage_select.system.identity import digest
 
 OnBad = Literal["set_aside", "error"]
-DUPLICATE = "duplicate pair"
-
-
-class TokenSequence(NamedTuple):
-    """One response in its context: prompt and response tokens, and where the response starts."""
-
-    tokens: Int32Array
-    response_start: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +48,7 @@ class PreferenceDataset:
     index: Int64Array
     set_aside: pl.DataFrame
     max_length: int
-    _pairs: "_PairTable"
+    _pairs: "PairTable"
 
     @classmethod
     def read(
@@ -128,9 +101,9 @@ class PreferenceDataset:
             revision=revision,
         )
         identity = tokenizer_digest(tokenizer)
-        folder = _writable(Path(cache) if cache is not None else tokens_folder())
+        folder = writable_folder(Path(cache) if cache is not None else tokens_folder())
         files = source_files(Path(path)) if Path(path).exists() else []
-        manifest = _Manifest.of(folder, files, [FORMAT, identity, max_length, columns])
+        manifest = Manifest.of(folder, files, [FORMAT, identity, max_length, columns])
         chunks = manifest.read() if manifest is not None else None
         if chunks is None:
             chunks = list(
@@ -241,7 +214,7 @@ class PreferenceDataset:
     def _of(
         cls, tables: list[pa.Table], max_length: int, on_bad: OnBad, place: str
     ) -> "PreferenceDataset":
-        pairs, set_aside = _joined(tables)
+        pairs, set_aside = join_tables(tables)
         total = len(pairs) + set_aside.height
         if set_aside.height and on_bad == "error":
             number, reason = set_aside.row(0)
@@ -414,258 +387,6 @@ class PreferenceDataset:
         else:
             lines += [f"{total:>9,} pairs"]
         return "\n".join(lines)
-
-
-def tokens_folder() -> Path:
-    """Where tokens are kept unless a call says otherwise."""
-    return cache_folder() / "tokens"
-
-
-def evict_tokens(unused_for: float, folder: str | Path | None = None) -> tuple[int, int]:
-    """Delete tokens that were unused for so many seconds; files and bytes that went."""
-    place = Path(folder) if folder is not None else tokens_folder()
-    count = freed = 0
-    for file in place.iterdir() if place.is_dir() else ():
-        if not _TOKEN_FILE.fullmatch(file.name):
-            continue  # somebody else's
-        with suppress(FileNotFoundError):
-            known = file.stat()
-            if time.time() - known.st_mtime > unused_for:
-                file.unlink()
-                count, freed = count + 1, freed + known.st_size
-    return count, freed
-
-
-_TOKEN_FILE = re.compile(r"\.?[0-9a-f]{32}\.(arrow|json)(\.[0-9a-f]+\.partial)?")
-
-
-class _PairTable:
-    """All usable pairs, in tables of some thousand rows that may be memory-mapped.
-
-    Args:
-        tables: Tables as `tokenised` makes them, none of them empty.
-        kept: Rows of each table that are used.
-        first: The source row that each table begins with.
-    """
-
-    def __init__(self, tables: list[pa.Table], kept: list[Int64Array], first: list[int]) -> None:
-        self._tables = tables
-        self._kept = kept
-        self._views: dict[tuple[int, str], tuple[Int32Array, Int32Array]] = {}
-        sizes = [len(rows) for rows in kept]
-        self._starts = np.array([0, *accumulate(sizes)])
-        self._lengths: dict[str, Int64Array] = {}
-        source_rows = [
-            t["row"].to_numpy()[k] + f for t, k, f in zip(tables, kept, first, strict=True)
-        ]
-        self._columns = {
-            "source_row": pl.Series("source_row", np.concatenate(source_rows or [np.arange(0)]))
-        }
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @cached_property
-    def _stored_as(self) -> dict[str, str]:
-        """Names of annotations, and what they are called in the tables: an input's column never
-        hides one of ours."""
-        given = dict.fromkeys(
-            name.partition(".")[2]
-            for table in self._tables
-            for name in table.column_names
-            if name.startswith((INPUT, INPUT_AS_JSON))
-        )
-        names = {name: name for name in OWN_COLUMNS}
-        for name in given:
-            public = f"input_{name}" if name in OWN_COLUMNS else name
-            while public in names or (public != name and public in given):
-                public = f"input_{public}"
-            names[public] = f"{INPUT}{name}"
-        return names
-
-    @property
-    def columns(self) -> list[str]:
-        return list(self._stored_as)
-
-    @cached_property
-    def annotations(self) -> pl.DataFrame:
-        return pl.DataFrame([self.column(name) for name in self.columns])
-
-    def column(self, name: str) -> pl.Series:
-        """[N], an annotation."""
-        return self._read(self._stored_as[name]).rename(name)
-
-    def scores(self) -> pl.Series:
-        """[N], the scores of each row's responses, the best first; null where it has none."""
-        return self._read("scores")
-
-    def _read(self, stored: str) -> pl.Series:
-        """A column of the tables, read when it is first asked for."""
-        if stored not in self._columns:
-            as_text = stored.replace(INPUT, INPUT_AS_JSON, 1)
-            parts, texts = [], []
-            for table, kept in zip(self._tables, self._kept, strict=True):
-                names = [name for name in (stored, as_text) if name in table.column_names]
-                values = pl.from_arrow(table[names[0]]) if names else [None] * table.num_rows
-                parts.append(pl.Series(stored, values)[kept])
-                texts.append(bool(names) and names[0] != stored)
-            self._columns[stored] = _concatenated(stored, parts, texts)
-        return self._columns[stored]
-
-    def lengths(self, side: str) -> Int64Array:
-        """int64 [N], tokens of this side; of "between", responses."""
-        if side not in self._lengths:
-            parts = [
-                np.diff(table[side].chunk(0).offsets.to_numpy())[kept]
-                for table, kept in zip(self._tables, self._kept, strict=True)
-            ]
-            self._lengths[side] = np.concatenate(parts).astype(np.int64)
-        return self._lengths[side]
-
-    def sequence(self, side: str, i: int) -> TokenSequence:
-        """Prompt and one response of pair i."""
-        number, row = self._place(i)
-        prompt = self._tokens(number, "prompt", row)
-        return TokenSequence(np.concatenate([prompt, self._tokens(number, side, row)]), len(prompt))
-
-    def responses(self, i: int) -> list[TokenSequence]:
-        """All responses of row i, the best first."""
-        number, row = self._place(i)
-        prompt = self._tokens(number, "prompt", row)
-        between = [
-            TokenSequence(np.concatenate([prompt, np.array(tokens, np.int32)]), len(prompt))
-            for tokens in self._tables[number]["between"][row].as_py()
-        ]
-        return [self.sequence("chosen", i), *between, self.sequence("rejected", i)]
-
-    def _place(self, i: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return number, int(self._kept[number][i - self._starts[number]])
-
-    def _tokens(self, number: int, side: str, row: int) -> Int32Array:
-        """A list of tokens, without copying it."""
-        if (number, side) not in self._views:
-            column = self._tables[number][side].chunk(0)
-            self._views[number, side] = (column.values.to_numpy(), column.offsets.to_numpy())
-        values, offsets = self._views[number, side]
-        return values[offsets[row] : offsets[row + 1]]
-
-
-def _joined(tables: list[pa.Table]) -> tuple[_PairTable, pl.DataFrame]:
-    """The pairs of all tables, each once, and the rows that are set aside."""
-    aside: list[tuple[int, str]] = []
-    used: list[pa.Table] = []
-    first: list[int] = []
-    total = 0
-    for table in tables:
-        count, reasons = set_aside_rows(table)
-        aside += [(total + row, reason) for row, reason in reasons]
-        if table.num_rows:
-            used.append(table)
-            first.append(total)
-        total += count
-    kept = [np.arange(table.num_rows) for table in used]
-    if used:
-        ids = pl.concat([pl.Series("id", pl.from_arrow(table["pair_id"])) for table in used])
-        new = ids.is_first_distinct().to_numpy()
-        starts = np.cumsum([0, *(table.num_rows for table in used)])
-        for number, table in enumerate(used):
-            fresh = new[starts[number] : starts[number + 1]]
-            twice = table["row"].to_numpy()[~fresh]
-            aside += [(first[number] + row, DUPLICATE) for row in twice.tolist()]
-            kept[number] = np.flatnonzero(fresh)
-    set_aside = pl.DataFrame(
-        sorted(aside), schema={"source_row": pl.Int64, "reason": pl.String}, orient="row"
-    )
-    return _PairTable(used, kept, first), set_aside
-
-
-def _concatenated(name: str, parts: list[pl.Series], are_json: list[bool]) -> pl.Series:
-    """Parts of a column; where they have no common type, their values as JSON text."""
-    kinds = {part.dtype for part in parts if part.dtype != pl.Null}
-    common = _common_type(kinds, parts) if not any(are_json) else None
-    if common is None:
-        common = pl.String()
-        parts = [
-            part if is_json else pl.Series(name, as_json(part.to_list()), dtype=pl.String)
-            for part, is_json in zip(parts, are_json, strict=True)
-        ]
-    return pl.concat([part.cast(common) for part in parts]).rename(name)
-
-
-def _common_type(kinds: set[pl.DataType], parts: list[pl.Series]) -> pl.DataType | None:
-    """A type that all values have without losing anything, if there is one."""
-    if len(kinds) <= 1:
-        return next(iter(kinds), pl.Null())
-    if not all(kind.is_numeric() for kind in kinds):
-        return None
-    extremes: list[Any] = [0]
-    for part in parts:
-        if part.dtype.is_integer() and part.null_count() < len(part):
-            extremes += [part.min(), part.max()]
-    least, most = min(extremes), max(extremes)
-    if all(kind.is_integer() for kind in kinds):
-        if most < 1 << 63:
-            return pl.Int64()
-        return pl.UInt64() if least >= 0 else None
-    return pl.Float64() if max(most, -least) <= 1 << 53 else None
-
-
-class _Manifest(NamedTuple):
-    """Which chunks a file was cut into, so that it need not be read again."""
-
-    folder: Path
-    path: Path
-    files: Sequence[Path]
-    state: list[tuple[int, int]]  # of the files when they were hashed
-
-    @classmethod
-    def of(cls, folder: Path | None, files: Sequence[Path], settings: Any) -> "_Manifest | None":
-        if folder is None or not files:
-            return None
-        content, state = hashlib.blake2b(digest_size=16), _state(files)
-        for file in files:
-            with file.open("rb") as stream:
-                content.update(hashlib.file_digest(stream, "blake2b").digest())
-        name = digest([content.hexdigest(), [f.suffixes for f in files], settings])
-        return cls(folder, folder / f"{name}.json", files, state)
-
-    def read(self) -> list[tuple[str, pa.Table]] | None:
-        """The chunks, where all of them are still in the cache."""
-        try:
-            names = json.loads(self.path.read_text())
-            mark_as_used(self.path)
-            return [(name, read_table(chunk_path(self.folder, name))) for name in names] or None
-        except (OSError, ValueError, TypeError, pa.ArrowException):
-            return None
-
-    def write(self, names: Iterable[str]) -> None:
-        """Remember the chunks, where every one has a name and no file has changed meanwhile."""
-        names = list(names)
-        if not all(names) or _state(self.files) != self.state:
-            return
-        with suppress(OSError):  # without it the file is read again next time, no more
-            partial = partial_path(self.path)
-            partial.write_text(json.dumps(names))
-            replace_durably(partial, self.path)
-
-
-def _state(files: Sequence[Path]) -> list[tuple[int, int]]:
-    """What changes when a file is written."""
-    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _writable(folder: Path) -> Path | None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        warn(
-            f"PreferenceDataset.read: tokens stay in memory, since {folder} cannot be made "
-            f"({error}); pass cache=..., or set SAGE_SELECT_CACHE to a folder that can be written",
-            stacklevel=3,
-        )
-        return None
-    return folder
 
 
 def _check_options(max_length: int, on_bad: str, num_workers: int) -> None:

@@ -238,6 +238,9 @@ TEXT_FIELDS = frozenset(
 )
 """Fields whose text becomes tokens; all others are annotations."""
 
+TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Fields of records that a trainer has tokenised."""
+
 FIELDS = TEXT_FIELDS | {"input", "output", "system", "history", "tools", "scores", "ranks"}
 """All fields that have a meaning here."""
 

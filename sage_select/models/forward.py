@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sage_select.models.attention import attention_for
+from sage_select.models.batches import Batch, Packing
 from sage_select.models.flops import Shape, shape_of
 from sage_select.models.heads import head_of, of_transformers
-from sage_select.models.packing import Batch, Packing, attention_for, exclusive
+from sage_select.models.known import known
 from sage_select.models.wrappers import computes_in, is_sharded, unwrapped
 from sage_select.ops.token_logps import Implementation, sequence_logps
 from sage_select.system.ledger import Work, book, recording
@@ -58,7 +59,7 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
         )
         return (hidden[:, :0],)  # the model goes on with logits of no positions
 
-    with exclusive(model):
+    with known(model).lock:
         hook = head.module.register_forward_pre_hook(score_instead)
         try:
             output = call(through, on_device)
@@ -114,14 +115,12 @@ def precision_of(model: nn.Module) -> torch.dtype:
     return computes_in(model)
 
 
-_shapes: WeakKeyDictionary[nn.Module, Shape] = WeakKeyDictionary()
-
-
 def known_shape(model: nn.Module) -> Shape:
     """The model's shape, counted once."""
-    if model not in _shapes:
-        _shapes[model] = shape_of(model)
-    return _shapes[model]
+    record = known(model)
+    if record.shape is None:
+        record.shape = shape_of(model)
+    return record.shape
 
 
 def _executed(model: nn.Module, batch: Batch) -> Work:

@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from sage_select.arrays import BoolArray, Int64Array
-from sage_select.data.dataset import PreferenceDataset, TokenSequence
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.data.pair_table import TokenSequence
+from sage_select.pairs import PairLogps
 
 HASHED_AT_ONCE = 4096  # sequences whose tokens are in memory while keys are made
 
@@ -170,4 +174,32 @@ def distinct_sequences(
         largest,
         rank[of_pairs],
         first[order],
+    )
+
+
+def as_pair_logps(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
+    """Log-probs of pairs, from those of their sequences: all chosen, then all rejected.
+
+    Args:
+        pairs: P pairs.
+        logps: [2P], in nats.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    chosen, rejected = logps[: len(pairs)], logps[len(pairs) :]
+    bad = ~(chosen.isfinite() & rejected.isfinite())
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"measure: pair {pairs.ids[first]} (row {pairs.index[first]}) has log-probs "
+            f"{chosen[first].item()} and {rejected[first].item()}; the model's weights or "
+            "activations are not finite"
+        )
+    return PairLogps(
+        index=torch.from_numpy(pairs.index),
+        chosen=chosen,
+        rejected=rejected,
+        chosen_tokens=torch.from_numpy(pairs.chosen_tokens),
+        rejected_tokens=torch.from_numpy(pairs.rejected_tokens),
     )

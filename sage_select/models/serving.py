@@ -6,7 +6,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sage_select.data.dataset import PreferenceDataset, TokenSequence
-from sage_select.models.reader import joined, measure_sequences
-from sage_select.models.sequences import DistinctSequences, distinct_sequences
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.data.pair_table import TokenSequence
+from sage_select.models.reader import Reader
+from sage_select.models.sequences import DistinctSequences, as_pair_logps, distinct_sequences
 from sage_select.pairs import PairLogps
 from sage_select.system.progress_bars import progress_bar
 
@@ -34,7 +35,7 @@ TO_CONNECT = 10.0  # seconds: a server that is there says so soon
 FIRST_PAUSE = 0.5  # seconds before the first retry; each further one waits twice as long
 PASSES = {408, 425, 429, 500, 502, 503, 504}  # statuses that another attempt may not meet
 STANDS_FOR_ZERO = -9999.0  # what vLLM writes for a log-prob of minus infinity, which JSON lacks
-ROUNDING = 1e-2  # nats above zero that a log-prob may be by rounding
+ABOVE_ZERO = 1e-2  # nats above zero that a log-prob may be by rounding
 BEGINS = "url must be where the API begins, such as http://host:8000/v1"
 ASKED = {
     "max_tokens": 1,  # SGLang refuses 0
@@ -79,7 +80,7 @@ class ServerMeasure:
         timeout: Seconds to wait for an answer, or at a server's request before another attempt.
         retries: Further attempts where a server is busy, failing or out of reach.
         api_key: Sent as a bearer token.
-        mixed_precision: Autocast dtype of the local model in the check, as in training.
+        reader: How the local model is read in the check, as in training.
         show_progress: False for no progress bar.
 
     Attributes:
@@ -99,7 +100,7 @@ class ServerMeasure:
     timeout: float = 120.0
     retries: int = 5
     api_key: str | None = field(default=None, repr=False)
-    mixed_precision: torch.dtype | None = None
+    reader: Reader = field(default_factory=Reader)
     show_progress: bool | None = None
     checks: list[Agreement] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -119,6 +120,11 @@ class ServerMeasure:
                 raise ValueError(
                     f"ServerMeasure: {name} must be positive, got {getattr(self, name)}"
                 )
+
+    @property
+    def mixed_precision(self) -> torch.dtype | None:
+        """The autocast dtype of the local model: the server is held to the same precision."""
+        return self.reader.mixed_precision
 
     def __call__(self, model: nn.Module | None, pool: PreferenceDataset) -> PairLogps:
         """Log-probs of the pool's pairs under the served model, in the pool's order.
@@ -163,7 +169,7 @@ class ServerMeasure:
                 self._check(model, distinct, first, logps)
             if rest:
                 self._in_a_loop(lambda client: self._score(client, distinct, rest, keep))
-        return joined(pool, logps[distinct.of_pairs])
+        return as_pair_logps(pool, logps[distinct.of_pairs])
 
     def _check(
         self, model: nn.Module, distinct: DistinctSequences, places: list[int], logps: Tensor
@@ -174,14 +180,9 @@ class ServerMeasure:
         def keep(some: list[int], found: Tensor) -> None:
             local[some] = found
 
-        measure_sequences(
-            model,
-            distinct,
-            keep,
-            known=set(range(len(distinct))) - set(places),
-            mixed_precision=self.mixed_precision,
-            show_progress=False,
-        )
+        others = set(range(len(distinct))) - set(places)
+        quiet = replace(self.reader, show_progress=False)
+        quiet.measure_sequences(model, distinct, keep, known=others)
         lengths = [len(s.tokens) - s.response_start for s in distinct.sequences(places)]
         differ = (logps - local)[places].abs() / torch.tensor(lengths)
         found = Agreement(float(differ.mean()), float(differ.max()), len(places))
@@ -360,7 +361,7 @@ def response_logp(answer: Any, sequence: TokenSequence) -> float:
             )
     response = logps[start : len(tokens)]
     for position, logp in enumerate(response, start):
-        if not isinstance(logp, int | float) or not STANDS_FOR_ZERO < logp <= ROUNDING:
+        if not isinstance(logp, int | float) or not STANDS_FOR_ZERO < logp <= ABOVE_ZERO:
             raise ValueError(
                 f"its answer has {logp} for the token at position {position}, which is no finite "
                 "log-prob; the served model overflows, or the server returns something else "

@@ -1,16 +1,15 @@
 """Trials: whether this library reads a model right, found out by trying, before it is believed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 from warnings import warn
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sage_select.data.dataset import TokenSequence
+from sage_select.data.pair_table import TokenSequence
+from sage_select.models.batches import pack, pad
 from sage_select.models.forward import (
     call,
     device_of,
@@ -20,43 +19,26 @@ from sage_select.models.forward import (
     undisturbed,
 )
 from sage_select.models.heads import of_transformers
-from sage_select.models.packing import attention_of, pack, pad
+from sage_select.models.known import known, own_attention
 from sage_select.models.wrappers import is_sharded
 from sage_select.ops.token_logps import Implementation
 from sage_select.system.processes import Processes
 
 Layout = Literal["auto", "packed", "padded"]
 
-ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+NATS_PER_ROOT_TOKEN = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Nats per root of a sequence's tokens by which another batch may change its log-prob."""
 LEAK = 1e-6  # nats: products of the same shapes round alike, so that nothing else may be left
 
 
-@dataclass
-class _Trials:
-    """What is known of a model, by the path on which it runs.
-
-    Attributes:
-        heads: Paths on which the head was held against the model's logits.
-        packs: Up to which length packing was tried, and what speaks against it.
-        said: What was warned of.
-    """
-
-    heads: set[tuple[object, ...]] = field(default_factory=set)
-    packs: dict[tuple[object, ...], tuple[int, str]] = field(default_factory=dict)
-    said: set[tuple[object, ...]] = field(default_factory=set)
-
-
-_models: WeakKeyDictionary[nn.Module, _Trials] = WeakKeyDictionary()
-
-
-def _trials(model: nn.Module) -> _Trials:
-    return _models.setdefault(model, _Trials())
-
-
 def _path(model: nn.Module) -> tuple[object, ...]:
     dtype = next(model.parameters()).dtype
-    return device_of(model), dtype, precision_of(model), attention_of(model)
+    return (
+        device_of(model),
+        dtype,
+        precision_of(model),
+        own_attention(getattr(model, "config", None)),
+    )
 
 
 def check_head(
@@ -68,7 +50,7 @@ def check_head(
         ValueError: If they differ by more than rounding.
     """
     path = _path(model)
-    if path in _trials(model).heads and not again:
+    if path in known(model).checked_heads and not again:
         return
     tokens = sequence.tokens[max(0, sequence.response_start - 32) : sequence.response_start + 32]
     piece = pad([TokenSequence(tokens, min(sequence.response_start, 32))])
@@ -85,7 +67,7 @@ def check_head(
             f"this library does not know: its own log-probs differ by {error:.3g} nats per token. "
             "Pass your own measure to the Selector"
         )
-    _trials(model).heads.add(path)
+    known(model).checked_heads.add(path)
 
 
 def packs_exactly(
@@ -114,12 +96,12 @@ def packs_exactly(
         raise ValueError(f"measure: layout must be auto, packed or padded, got {layout!r}")
     if layout == "padded":
         return False
-    path, trials = _path(model), _trials(model)
+    path, record = _path(model), known(model)
     longest = max(sequences, key=lambda s: len(s.tokens))
     if is_sharded(model):  # whether to try, and how often, must be the same in all processes
         (lengths,) = zip(*Processes.all().agree([len(longest.tokens)]), strict=True)
         longest = TokenSequence(np.resize(longest.tokens, max(lengths)), longest.response_start)
-    proven, reason = trials.packs.get(path, (0, ""))
+    proven, reason = record.packing.get(path, (0, ""))
     if not (reason := _unfit(model) or reason) and len(longest.tokens) > proven:
         try:
             with undisturbed(model):
@@ -131,9 +113,9 @@ def packs_exactly(
         if found is None:
             return True  # not finite: which says nothing of packing, and is an error of its own
         reason = found
-        trials.packs[path] = len(longest.tokens), reason
-    if reason and layout == "auto" and (path, reason) not in trials.said:
-        trials.said.add((path, reason))
+        record.packing[path] = len(longest.tokens), reason
+    if reason and layout == "auto" and (path, reason) not in record.warned:
+        record.warned.add((path, reason))
         warn(
             f"measure: batches of {type(model).__name__} are padded, not packed, which costs "
             f"time: {reason}. layout='padded' says that it is meant",
@@ -182,7 +164,7 @@ def _why_not_packed(
         return f"what one response says changes the log-probs of others by {leak:.2g} nats"
     roots = torch.tensor([float(len(s.tokens) - s.response_start) for s in (*few, whole)]).sqrt()
     error = float(((packed - alone).abs() / roots).max())
-    rounding = ROUNDING.get(precision_of(model), ROUNDING[torch.float32])
+    rounding = NATS_PER_ROOT_TOKEN.get(precision_of(model), NATS_PER_ROOT_TOKEN[torch.float32])
     if max_tokens is None or 2 * len(longest.tokens) <= max_tokens:
         together = logps(few[2], whole, packed=False)
         noise = float(((together - alone[2:]).abs() / roots[2:]).max())

@@ -77,13 +77,14 @@ def whole(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def exchanging(model: nn.Module, now: bool) -> Iterator[None]:
-    """Around forward and backward: whether replicas exchange gradients yet, or go on adding up.
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Wrap forward and backward of a pass: replicas synchronise gradients now, or add them up.
 
-    Shards exchange theirs in any case, for they have no room for whole ones.
+    As `DistributedDataParallel.no_sync`. Sharded models reduce gradients in every pass, since no
+    process has room for whole ones.
     """
     replica = uncompiled(model)
-    if isinstance(replica, DistributedDataParallel) and not now:
+    if isinstance(replica, DistributedDataParallel) and not enabled:
         with replica.no_sync():
             yield
     else:

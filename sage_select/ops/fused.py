@@ -203,7 +203,7 @@ class FusedLogits(Logits):
         options: dict[str, Any] = {
             "DESCRIPTORS": described,
             "EVEN": weight_BH.shape[1] % tiling.depth == 0,
-            "UPCAST": INTERPRETED and weight_BH.dtype == torch.bfloat16,
+            "INTERPRETED": INTERPRETED,
             "ROWS": tiling.rows,
             "COLUMNS": tiling.columns,
             "DEPTH": tiling.depth,
@@ -227,7 +227,7 @@ class FusedLogits(Logits):
                 kernel[(programs,)](**arguments)
 
 
-_OF_TARGETS = ("EVEN", "UPCAST", "DEPTH", "num_stages")
+_OF_TARGETS = ("EVEN", "INTERPRETED", "DEPTH", "num_stages")
 _OF_TILES = ("bias_V", "V", "softcap", "inverse_temperature", "HAS_BIAS", "HAS_SOFTCAP")
 
 

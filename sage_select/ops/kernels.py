@@ -56,7 +56,7 @@ def _logits(
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -64,8 +64,9 @@ def _logits(
     """[ROWS, COLUMNS] in fp32, of these rows and columns, before the temperature.
 
     `hidden` and `weight` are pointers, or descriptors for the tensor memory accelerator, which
-    takes all from the first row and the first column on. EVEN says that H is a multiple of DEPTH,
-    UPCAST is for the interpreter, which would multiply the bit patterns of bf16.
+    takes all from the first row and the first column on. EVEN says that H is a multiple of DEPTH.
+    INTERPRETED multiplies in fp64 in Triton's interpreter: there, `tl.dot` would multiply the bit
+    patterns of bf16, and on some processors numpy rounds a row differently at another place.
     """
     if not DESCRIPTORS:
         depth = tl.arange(0, DEPTH)
@@ -82,10 +83,10 @@ def _logits(
         else:
             left = tl.load(left_at + start, mask=depth[None, :] < H - start, other=0.0)
             right = tl.load(right_at + start, mask=depth[:, None] < H - start, other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        logits = tl.dot(left, right, logits, input_precision="ieee")
+        if INTERPRETED:
+            logits += tl.dot(left.to(tl.float64), right.to(tl.float64)).to(tl.float32)
+        else:
+            logits = tl.dot(left, right, logits, input_precision="ieee")
     if HAS_BIAS:
         logits += tl.load(bias_V + columns).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
@@ -110,7 +111,7 @@ def _tile(
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -121,7 +122,7 @@ def _tile(
     logits = _logits(
         hidden, weight, bias_V, tl.minimum(rows, N - 1), tl.minimum(columns, V - 1), first_row,
         first_column, H, hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS,
-        EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
+        EVEN, INTERPRETED, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     if first_column + COLUMNS > V:
         logits = tl.where((columns < V)[None, :], logits, float("-inf"))
@@ -148,7 +149,7 @@ def sum_exp_kernel(
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -170,7 +171,7 @@ def sum_exp_kernel(
     for first in range(part * PART, min((part + 1) * PART, V), COLUMNS):
         logits = _tile(
             hidden, weight, bias_V, block * ROWS, first, N, V, H, hidden_stride, weight_stride,
-            softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
+            softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, INTERPRETED, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
         if not ANCHORED:
             before = anchor
@@ -235,7 +236,7 @@ def target_logits_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -251,7 +252,7 @@ def target_logits_kernel(
     here = (target >= 0) & (target < V)
     logits = _logits(
         hidden, weight, bias_V, tl.minimum(rows, N - 1), tl.where(here, target, 0), 0, 0, H,
-        hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, False, EVEN, UPCAST, ROWS,
+        hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, False, EVEN, INTERPRETED, ROWS,
         ROWS, DEPTH,
     )  # fmt: skip
     place = tl.arange(0, ROWS)
@@ -281,7 +282,7 @@ def slope_kernel(
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -296,7 +297,7 @@ def slope_kernel(
     known = rows < N
     logits = _tile(
         hidden, weight, bias_V, block * ROWS, tile * COLUMNS, N, V, H, hidden_stride, weight_stride,
-        softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, UPCAST, ROWS, COLUMNS, DEPTH,
+        softcap, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, EVEN, INTERPRETED, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     target = tl.load(target_N + rows, mask=known, other=-1).to(tl.int32)
     grad = tl.load(grad_N + rows, mask=known, other=0.0) * inverse_temperature

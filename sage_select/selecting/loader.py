@@ -8,6 +8,7 @@ import numpy as np
 from sage_select.arrays import Int64Array
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.hashing import hash_order
+from sage_select.schedules import Constant, Linear
 from sage_select.selecting.log import SelectionLog
 from sage_select.selecting.selector import Selector
 from sage_select.selection import Selection
@@ -20,7 +21,7 @@ State = dict[str, Any]
 
 EXCERPT = 32  # pairs by which a reference is known again
 # what devices and precisions differ by on average, and policies do not, once they have moved
-ROUNDING, NATS = 0.01, 0.1  # a share of a log-prob, and as much more
+RELATIVE, NATS = 0.01, 0.1  # a share of a log-prob, and as much more
 
 
 class SelectiveLoader:
@@ -206,26 +207,6 @@ class SelectiveLoader:
         self._scored += 1
 
 
-def dealt(batch: Int64Array, processes: Processes, micro_batch_size: int) -> list[Int64Array]:
-    """What this process trains on of a batch: one array of rows per forward and backward pass.
-
-    Every process gets as many arrays, since those that share a model's weights make each pass
-    together; of a short batch some may be empty.
-
-    Args:
-        batch: The rows of one optimizer step, over all processes.
-        processes: Those that train together.
-        micro_batch_size: Rows per process and pass.
-
-    Example:
-        >>> dealt(np.arange(7), Processes(), micro_batch_size=4)
-        [array([0, 1, 2, 3]), array([4, 5, 6])]
-    """
-    own = batch[processes.rank :: processes.size]
-    most = -(-len(batch) // processes.size)
-    return [own[i : i + micro_batch_size] for i in range(0, most, micro_batch_size)]
-
-
 def training_order(kept: PreferenceDataset, seed: int, interval: int) -> Int64Array:
     """The rows of an interval's kept pairs in the seeded order in which they are trained."""
     return kept.index[hash_order(kept.ids, "train", seed, interval)]
@@ -293,8 +274,11 @@ class ShuffledLoader:
 
 def _decides(selector: Selector) -> str:
     """What of a selector decides, in words that are the same in every process."""
+    keep = (
+        selector.keep if isinstance(selector.keep, Constant | Linear) else describe(selector.keep)
+    )
     return (
-        f"{describe(selector.score)} keep={selector.keep} multiple={selector.multiple} "
+        f"{describe(selector.score)} keep={keep} multiple={selector.multiple} "
         f"seed={selector.seed} no_signal={selector.no_signal} floor={selector.noise_floor}"
     )
 
@@ -319,7 +303,7 @@ def _check_same_reference(saved: list[float], now: list[float]) -> None:
     if not saved or not now:
         return
     differ, size = np.abs(np.subtract(now, saved)).mean(), np.abs(saved).mean()
-    if differ > ROUNDING * size + NATS:
+    if differ > RELATIVE * size + NATS:
         raise ValueError(
             "load_state_dict: the reference is another than the run's: its log-probs of "
             f"{len(saved) // 2} pairs differ by {differ:.2f} nats of {size:.2f} on average; "

@@ -12,11 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from sage_select.pairs import PairLogps
+from sage_select.pairs import CHOSEN, REFERENCE, REJECTED, PairLogps
 from sage_select.selection import Selection
 from sage_select.system.files import replace_durably
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+VERSION_1 = {
+    "policy_chosen": CHOSEN,
+    "policy_rejected": REJECTED,
+    "reference_chosen": REFERENCE + CHOSEN,
+    "reference_rejected": REFERENCE + REJECTED,
+}
+"""What version 1 called some columns; its files are read under today's names."""
 
 
 class SelectionLog:
@@ -24,8 +31,8 @@ class SelectionLog:
 
     Columns: `schema_version`, `run`, `interval`, `step`, `progress`, `pair_id`, `row`, `score`,
     `rank` (from 1, among all candidates; null where the score did not decide), `kept`, `rule`,
-    `signal`, and the evidence: `policy_chosen`, `policy_rejected`, `reference_chosen`,
-    `reference_rejected` (nats), `chosen_tokens`, `rejected_tokens`. From these any decision can be
+    `signal`, and the evidence: `chosen_logps`, `rejected_logps`, `ref_chosen_logps`,
+    `ref_rejected_logps` (nats), `chosen_tokens`, `rejected_tokens`. From these any decision can be
     made again.
 
     Args:
@@ -86,12 +93,12 @@ class SelectionLog:
                     f"SelectionLog: {path} cannot be read and is passed over: {error}", stacklevel=2
                 )
                 continue
-            if table["schema_version"][0] != SCHEMA_VERSION:
+            if (version := table["schema_version"][0]) not in (1, SCHEMA_VERSION):
                 raise ValueError(
-                    f"SelectionLog: {path} has schema version {table['schema_version'][0]}, this "
-                    f"version of sage-select reads {SCHEMA_VERSION}"
+                    f"SelectionLog: {path} has schema version {version}, this version of "
+                    f"sage-select reads 1 to {SCHEMA_VERSION}; update sage-select"
                 )
-            tables.append(table)
+            tables.append(table.rename(VERSION_1) if version == 1 else table)
         return pl.concat(tables)
 
 
@@ -108,10 +115,10 @@ _SCHEMA: dict[str, pl.DataType] = {
     "kept": pl.Boolean(),
     "rule": pl.String(),
     "signal": pl.Float64(),
-    "policy_chosen": pl.Float64(),
-    "policy_rejected": pl.Float64(),
-    "reference_chosen": pl.Float64(),
-    "reference_rejected": pl.Float64(),
+    CHOSEN: pl.Float64(),
+    REJECTED: pl.Float64(),
+    REFERENCE + CHOSEN: pl.Float64(),
+    REFERENCE + REJECTED: pl.Float64(),
     "chosen_tokens": pl.Int64(),
     "rejected_tokens": pl.Int64(),
 }
@@ -138,12 +145,14 @@ def _rows(interval: int, selection: Selection, ids: npt.ArrayLike, run: str) -> 
             "kept": selection.kept,
             "rule": [selection.rule] * size,
             "signal": np.full(size, selection.signal),
-            "policy_chosen": _column(policy, "chosen", size),
-            "policy_rejected": _column(policy, "rejected", size),
-            "reference_chosen": _column(reference, "chosen", size),
-            "reference_rejected": _column(reference, "rejected", size),
             "chosen_tokens": _column(policy, "chosen_tokens", size),
             "rejected_tokens": _column(policy, "rejected_tokens", size),
+            CHOSEN: None,  # unless something was measured
+            REJECTED: None,
+            REFERENCE + CHOSEN: None,
+            REFERENCE + REJECTED: None,
+            **({} if policy is None else policy.columns()),
+            **({} if reference is None else reference.columns(REFERENCE)),
         }
     )
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from sage_select.arrays import Float64Array, all_different
+from sage_select.models.reader import Reader
 from sage_select.models.reader import measure as measure_pool
 from sage_select.models.wrappers import computes_in, unwrapped
 from sage_select.pairs import (
@@ -27,6 +28,8 @@ from sage_select.selection import Selection
 from sage_select.system.ledger import phase
 from sage_select.timeline import kept_count
 
+NoSignal = Literal["hash", "score"]
+
 
 @dataclass(frozen=True)
 class Selector:
@@ -38,7 +41,8 @@ class Selector:
         reference: Log-probs under the reference, a `PairLogps` or a store, looked up by dataset
             row: in any order, and it may cover more rows than a pool.
         progress: Maps an optimizer step to [0, 1], such as `timeline.progress`.
-        measure: `(model, pool) -> PairLogps`; by default the library's own forward pass.
+        measure: `(model, pool) -> PairLogps`, such as a `Reader` or a `ServerMeasure`; by default
+            the library's own forward pass with its default settings, `Reader()`.
         multiple: Kept counts are rounded down to a multiple of this.
         seed: Key of the hash that breaks ties.
         no_signal: What to do where the rewards are all alike, as they are while policy = reference,
@@ -69,17 +73,25 @@ class Selector:
     measure: Callable[[Any, Any], PairLogps] = measure_pool
     multiple: int = 1
     seed: int = 0
-    no_signal: Literal["hash", "score"] = "hash"
+    no_signal: NoSignal = "hash"
     noise_floor: float = NOISE_FLOOR
     skip_full: bool = True
 
     @property
     def mixed_precision(self) -> torch.dtype | None:
-        """The autocast dtype bound to `measure` with functools.partial, or that it has, or None."""
-        bound = self.measure.keywords if isinstance(self.measure, partial) else {}
-        return bound.get("mixed_precision", getattr(self.measure, "mixed_precision", None))
+        """The autocast dtype in which `measure` computes, if it says so, or None."""
+        return getattr(self.measure, "mixed_precision", None)
 
     def __post_init__(self) -> None:
+        if self.measure is measure_pool:
+            object.__setattr__(self, "measure", Reader())
+        if isinstance(self.measure, partial) and self.measure.func is measure_pool:
+            warn(
+                "Selector: the options of functools.partial(measure, ...) cannot be compared with "
+                "those of updates and reference; pass a Reader with the same options, such as "
+                "measure=Reader(mixed_precision=torch.bfloat16)",
+                stacklevel=3,
+            )
         if self.no_signal not in ("hash", "score"):
             raise ValueError(f"Selector: no_signal must be hash or score, got {self.no_signal!r}")
         if not hasattr(self.reference, "take"):
@@ -209,6 +221,26 @@ class Selector:
             step=step,
             progress=progress,
             rule="all",
+        )
+
+
+def check_same_precision(selector: Selector, updates: torch.dtype | None, call: str) -> None:
+    """Refuse updates in another precision than scoring: it would look like a change in the policy.
+
+    Args:
+        selector: Only a selector that measures with a `Reader` is checked.
+        updates: Autocast dtype of the updates.
+        call: What the error names.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    if isinstance(selector.measure, Reader) and selector.mixed_precision != updates:
+        raise ValueError(
+            f"{call}: updates run in {updates or 'full precision'}, but the selector measures in "
+            f"{selector.mixed_precision or 'full precision'}, and the difference would look like a "
+            f"change in the policy; give the Selector measure=Reader(mixed_precision={updates}), "
+            "and the reference the same reader"
         )
 
 

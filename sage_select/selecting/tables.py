@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from sage_select.data.dataset import PreferenceDataset
+from sage_select.pairs import REFERENCE
 from sage_select.selecting.log import SelectionLog
 from sage_select.selection import Selection
 
@@ -14,29 +15,21 @@ def decisions(selection: Selection, dataset: PreferenceDataset) -> pl.DataFrame:
     """One row per candidate: `row`, `source_row`, `pair_id`, `score`, `kept`, `weight` (0 where it
     was dropped) and the log-probs it was decided by."""
     pool = dataset.take(selection.pool)
-    weight_of = dict(
-        zip(
-            selection.indices.tolist(),
-            (np.ones(len(selection)) if selection.weight is None else selection.weight).tolist(),
-            strict=True,
-        )
-    )
     table: dict[str, Any] = {
         "row": selection.pool,
         "source_row": pool.column("source_row"),
         "pair_id": pool.column("pair_id"),
         "score": selection.scores,
         "kept": selection.kept,
-        "weight": [weight_of.get(row, 0.0) for row in selection.pool.tolist()],
+        "weight": selection.kept.astype(np.float64),
     }
-    for prefix, logps in (("", selection.policy), ("ref_", selection.reference)):
+    for prefix, logps in (("", selection.policy), (REFERENCE, selection.reference)):
         if logps is not None:
-            table[f"{prefix}chosen_logps"] = logps.chosen.numpy(force=True)
-            table[f"{prefix}rejected_logps"] = logps.rejected.numpy(force=True)
+            table |= logps.columns(prefix)
     return pl.DataFrame(table, nan_to_null=True)
 
 
-def flips(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
+def flips_of_logs(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
     """Where two runs of the same plan kept different pairs, interval by interval.
 
     Whole runs on different numbers of processes, hosts or devices differ by rounding, which adds
@@ -58,7 +51,7 @@ def flips(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
     Example:
         >>> import tempfile
         >>> log = SelectionLog(tempfile.mkdtemp())
-        >>> flips(log, log).height
+        >>> flips_of_logs(log, log).height
         0
     """
     ours, theirs = one.read(), other.read()

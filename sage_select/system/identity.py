@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 
 def digest(value: Any) -> str:
@@ -21,8 +24,10 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def describe(function: Callable[..., Any]) -> str:
-    """A function's name, with what was bound to it by functools.partial.
+def describe(function: Any) -> str:
+    """A function's name, with everything bound to it by functools.partial.
+
+    Arrays and tensors are identified by their bytes, since two that print alike may differ.
 
     Example:
         >>> from functools import partial
@@ -30,13 +35,37 @@ def describe(function: Callable[..., Any]) -> str:
         'builtins.sorted(reverse=True)'
     """
     if isinstance(function, partial):
-        bound = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        bound = [
+            *map(_described, function.args),
+            *(f"{name}={_described(value)}" for name, value in function.keywords.items()),
+        ]
         return f"{describe(function.func)}({', '.join(bound)})"
+    if is_dataclass(function) and not isinstance(function, type):
+        values = (f"{f.name}={_described(getattr(function, f.name))}" for f in fields(function))
+        return f"{type(function).__module__}.{type(function).__qualname__}({', '.join(values)})"
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{getattr(function, '__module__', '')}.{name}"
 
 
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"tensor({list(value.shape)}, {value.dtype}, {digest_arrays(data)})"
+    if hasattr(value, "__array__") and getattr(value, "shape", ()) != ():
+        array = np.asarray(value)
+        if array.dtype != object:
+            return f"array({list(array.shape)}, {array.dtype}, {digest_arrays(array)})"
+        return f"array({_described(array.tolist())})"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}({', '.join(map(_described, value))})"
+    if isinstance(value, Mapping):
+        items = (f"{_described(name)}: {_described(x)}" for name, x in value.items())
+        return f"{{{', '.join(items)}}}"
+    return describe(value) if callable(value) else repr(value)
+
+
 def digest_arrays(*arrays: npt.NDArray[Any]) -> str:
+    """A fingerprint of arrays: their shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(str(array.shape).encode())

@@ -29,12 +29,17 @@ from torch.distributed.checkpoint.state_dict import (
 from sage_select.models.wrappers import unwrapped
 from sage_select.system.files import flush
 from sage_select.system.processes import Processes
+from sage_select.training.run_folder import RunFolder
 
 UNREADABLE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, CheckpointException)
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
+    folder: str | Path | RunFolder,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: dict[str, Any],
 ) -> None:
     """Put a run as it is after `step` updates on disk, whole or not at all: one collective call.
 
@@ -46,11 +51,11 @@ def save_checkpoint(
         run: What else a resumed run needs, the same in every process.
     """
     processes = Processes.all()
-    path = folder / f"checkpoint-{step:08d}"
-    partial = folder / f"{path.name}.partial"
+    path = RunFolder(folder).checkpoint(step)
+    partial = path.with_name(f"{path.name}.partial")
     if processes.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-        partial.mkdir()
+        partial.mkdir(parents=True)
     processes.wait()
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
@@ -68,11 +73,11 @@ def save_checkpoint(
             flush(file)
         shutil.rmtree(path, ignore_errors=True)  # of steps that are taken again
         partial.rename(path)
-        flush(folder)
+        flush(path.parent)
 
 
 def load_newest(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: str | Path | RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """Restore model, optimizer and generators from the newest checkpoint that can be read.
 
@@ -82,7 +87,7 @@ def load_newest(
     Raises:
         ValueError: If there are checkpoints, and none can be read.
     """
-    paths = checkpoints(folder)
+    paths = RunFolder(folder).checkpoints()
     for path in paths:
         try:
             run: dict[str, Any] = torch.load(path / "run.pt", weights_only=True)
@@ -100,20 +105,15 @@ def load_newest(
         return run
     if paths:
         raise ValueError(
-            f"train: none of the {len(paths)} checkpoints in {folder} can be read; start over in "
-            "another folder"
+            f"train: none of the {len(paths)} checkpoints in {RunFolder(folder).path} can be read; "
+            "start over in another folder"
         )
     return None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.suffix == ""), reverse=True)
-
-
-def drop_old(folder: Path, keep: int) -> None:
+def drop_old(folder: str | Path | RunFolder, keep: int) -> None:
     """Delete all checkpoints but the newest few."""
-    for old in checkpoints(folder)[keep:]:
+    for old in RunFolder(folder).checkpoints()[keep:]:
         shutil.rmtree(old)
 
 

@@ -1,4 +1,4 @@
-"""What of TRL goes with selection, and what is refused before anything is measured."""
+"""What TRL must not be told: settings that do not go with selection, refused beforehand."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,10 +7,12 @@ import trl
 from torch.distributed.fsdp import FSDPModule
 
 from sage_select.models.wrappers import is_sharded, resharded
+from sage_select.training.refusals import Refusal
 
 OLDEST, BEFORE = (0, 24), (2, 0)
 
-Refusals = Iterator[tuple[Any, str, str]]  # whether it is there, what it is, and what to do
+Checks = Iterator[tuple[Any, str, str]]
+"""Whether something applies, what it is, and what to do instead."""
 
 
 def check_host(trainer: Any) -> None:
@@ -33,25 +35,24 @@ def check_host(trainer: Any) -> None:
         )
 
 
-def check_settings(trainer: Any, *, attached: bool = False) -> None:
-    """Refuse what does not go with selection, with the fix.
+def refusals_of(trainer: Any, *, attached: bool = False) -> Iterator[Refusal]:
+    """Everything about a trainer that does not go with selection.
 
     Args:
         trainer: A DPOTrainer.
-        attached: Whether selection has been attached to it, as before training, once more.
-
-    Raises:
-        ValueError: If there is such a thing.
+        attached: Whether selection is attached to it already, as when training begins.
     """
-    for refusals in (_schedule, _processes, _pairs, _loss, *([] if attached else [_reference])):
-        for wrong, what, fix in refusals(trainer):
-            if wrong:
-                raise ValueError(f"attach: {what}; {fix}")
-    if _head_is_left_behind(trainer.model):
-        raise ValueError(
-            "attach: the policy's head is tied to its embedding, and this version of transformers "
-            "shards them apart, so that the head would stay as it was loaded; use DDP, or load a "
-            "copy with config.tie_word_embeddings=False and a head of its own"
+    fits = True
+    for checks in (_schedule, _processes, _pairs, _loss, *([] if attached else [_reference])):
+        for applies, what, fix in checks(trainer):
+            if applies:
+                fits = False
+                yield Refusal(what, fix)
+    if fits and _head_is_left_behind(trainer.model):  # which gathers weights
+        yield Refusal(
+            "the policy's head is tied to its embedding, and this version of transformers shards "
+            "them apart, so that the head would stay as it was loaded",
+            "use DDP, or load a copy with config.tie_word_embeddings=False and a head of its own",
         )
 
 
@@ -78,7 +79,7 @@ def _setting(trainer: Any, name: str) -> Any:
     return getattr(trainer.args, name, None)
 
 
-def _schedule(trainer: Any) -> Refusals:
+def _schedule(trainer: Any) -> Checks:
     """What would have other batches than the selection's."""
     args = trainer.args
     yield (
@@ -117,7 +118,7 @@ def _schedule(trainer: Any) -> Refusals:
     )
 
 
-def _processes(trainer: Any) -> Refusals:
+def _processes(trainer: Any) -> Checks:
     """How processes may not share the work."""
     args = trainer.args
     yield (
@@ -154,7 +155,7 @@ def _processes(trainer: Any) -> Refusals:
         )
 
 
-def _pairs(trainer: Any) -> Refusals:
+def _pairs(trainer: Any) -> Checks:
     """What cannot be measured."""
     data = trainer.train_dataset
     yield (
@@ -171,7 +172,7 @@ def _pairs(trainer: Any) -> Refusals:
         "eval_dataset has no length, and its reference log-probs are measured beforehand",
         "pass a datasets.Dataset",
     )
-    images = "image" in data.column_names or "images" in data.column_names
+    images = {"image", "images"} & set(getattr(data, "column_names", None) or ())
     yield (
         getattr(trainer, "_is_vision_dataset", False) or images,
         "pairs with images are not supported, since they cannot be measured",
@@ -185,7 +186,7 @@ def _pairs(trainer: Any) -> Refusals:
     )
 
 
-def _loss(trainer: Any) -> Refusals:
+def _loss(trainer: Any) -> Checks:
     """What needs more of a reference than its log-probs."""
     args = trainer.args
     yield (
@@ -212,13 +213,12 @@ def _loss(trainer: Any) -> Refusals:
         yield (_setting(trainer, name), f"{name} {why}", f"set {name}=False")
 
 
-def _reference(trainer: Any) -> Refusals:
+def _reference(trainer: Any) -> Checks:
     """What the reference may not have been, before selection is attached."""
     args = trainer.args
-    data = trainer.train_dataset
+    names = set(getattr(trainer.train_dataset, "column_names", None) or ())
     yield (
-        args.precompute_ref_log_probs
-        or {"ref_chosen_logps", "ref_rejected_logps"} & set(data.column_names),
+        args.precompute_ref_log_probs or {"ref_chosen_logps", "ref_rejected_logps"} & names,
         "the trainer has reference log-probs of its own (precompute_ref_log_probs, or columns "
         "ref_chosen_logps and ref_rejected_logps), and they may be rounded otherwise",
         "set precompute_ref_log_probs=False and leave the columns out: attach measures and keeps "

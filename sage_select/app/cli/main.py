@@ -1,0 +1,33 @@
+"""The console script: its commands, put together."""
+
+import os
+import sys
+
+import typer
+
+from sage_select.app.cli import configs, runs, stores
+from sage_select.app.cli.output import BROKEN_PIPE
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Which preference pairs the current policy should train on next, and why.",
+    epilog="Exit codes: 0 done, 1 a bug in sage-select, 2 wrong command line or configuration, 3 "
+    "data, files or models that cannot be used, 4 doctor found something that would stop the run, "
+    "130 interrupted. SAGE_SELECT_DEBUG=1 shows where an error comes from.",
+)
+for command in (runs.plan, runs.score, runs.select, runs.train, runs.flips):
+    app.command()(command)
+app.add_typer(stores.app, name="store")
+app.command()(configs.doctor)
+app.add_typer(configs.app, name="config")
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app(prog_name="sage-select")
+    except BrokenPipeError:  # whoever reads our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)

@@ -1,0 +1,62 @@
+"""Options that several commands share."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sage_select.app.config import SageConfig
+
+ConfigFile = Annotated[
+    Path, typer.Argument(help="The run's description, a YAML or JSON file.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Change a setting, as in --set training.epochs=1; the value as in YAML; may be "
+        "repeated.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Interval = Annotated[
+    int | None,
+    typer.Option(help="The pool of this interval of the plan, from 0.", show_default=False),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint of the policy; by default model.name.", show_default=False),
+]
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option("--store", help="Its folder; by default the one in the user's cache."),
+]
+
+
+def read_config(path: Path, overrides: list[str] | None) -> "SageConfig":
+    """Read a configuration, with the overrides of the command line.
+
+    The current folder is put on the import path, for scores and losses of the user's own.
+    """
+    from sage_select.app.config import SageConfig, parsed_value
+    from sage_select.system.settings import ConfigError
+
+    changes = {}
+    for text in overrides or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: give a name and a value, as in training.epochs=1")
+        changes[name] = parsed_value(value, f"--set {name}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    return SageConfig.read(path, overrides=changes)
+
+
+def bars(quiet: bool) -> bool | None:
+    """What `show_progress` takes."""
+    return False if quiet else None

@@ -1,0 +1,170 @@
+"""From names in a configuration to tokenizers, models, devices and functions."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sage_select.app.config import SageConfig
+from sage_select.app.sections import ModelSection, ReferenceSection
+from sage_select.losses import LOSSES
+from sage_select.pairs import Score
+from sage_select.scores import SCORES
+from sage_select.system.settings import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {None: "none"}
+"""What a configuration calls a dtype; None is no mixed precision."""
+
+
+def load_tokenizer(model: ModelSection) -> Any:
+    """The tokenizer, with the configured chat template and end token."""
+    name = model.tokenizer or required(model.name, "model.name")
+    setting = "model.name" if model.tokenizer is None else "model.tokenizer"
+    revision = model.revision if model.tokenizer is None else None
+    tokenizer = _from_pretrained(AutoTokenizer, name, setting, revision=revision)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what a folder without one gives
+        raise FileNotFoundError(
+            f"{setting}: there is no tokenizer in {name!r}; model.tokenizer says where it is"
+        )
+    if model.eos_token is not None:
+        token = tokenizer.convert_tokens_to_ids(model.eos_token)
+        if token in (None, tokenizer.unk_token_id):
+            raise ConfigError(f"model.eos_token: {model.eos_token!r} is not a token of {name!r}")
+        tokenizer.eos_token = model.eos_token
+    if model.chat_template is not None:
+        file = Path(model.chat_template)
+        if not file.is_file():
+            raise ConfigError(f"model.chat_template: there is no file {file}")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_policy(model: ModelSection, checkpoint: str | None = None) -> Any:
+    """The policy on its device, or a checkpoint of it.
+
+    Args:
+        model: The configuration's section.
+        checkpoint: A folder or a hub name, in place of `model.name`.
+    """
+    name, setting = checkpoint or required(model.name, "model.name"), "model.name"
+    revision = model.revision if checkpoint is None else None
+    if checkpoint is not None:
+        setting = "--policy"
+    return _load_model(model, name, setting, revision).to(device_named(model.device))
+
+
+def load_reference(model: ModelSection, reference: ReferenceSection) -> Any:
+    """The reference on its device: its own model if it has one, otherwise the initial policy."""
+    if reference.model is not None:
+        loaded = _load_model(model, reference.model, "reference.model", reference.revision)
+    else:
+        name = required(model.name, "model.name")
+        loaded = _load_model(model, name, "model.name", model.revision)
+    if reference.device is not None:
+        return loaded.to(device_named(reference.device, "reference.device"))
+    return loaded.to(device_named(model.device))
+
+
+def policy_config(model: ModelSection) -> Any:
+    """The policy's transformers configuration, without weights."""
+    name = required(model.name, "model.name")
+    return _from_pretrained(AutoConfig, name, "model.name", revision=model.revision)
+
+
+def reference_config(reference: ReferenceSection) -> Any:
+    """The same for a reference with a model of its own."""
+    name = required(reference.model, "reference.model")
+    return _from_pretrained(AutoConfig, name, "reference.model", revision=reference.revision)
+
+
+def device_named(name: str, setting: str = "model.device") -> torch.device:
+    """The device of this name; "auto" is cuda if there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{setting}: {name!r} cannot be used here: {reason}; auto takes what there is"
+        ) from None
+
+
+def function_named(
+    name: str, table: dict[str, Callable[..., Any]], setting: str
+) -> Callable[..., Any]:
+    """A function of the library by its name, or one of the user's as `module:function`.
+
+    Raises:
+        ConfigError: If it cannot be imported.
+    """
+    if name in table:
+        return table[name]
+    module, _, attribute = name.partition(":")
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{setting}: {name!r} cannot be imported: {error}") from None
+    return function
+
+
+def load_score(config: SageConfig) -> Score:
+    """The score, with the settings bound that it has parameters for."""
+    settings = {
+        "beta": config.beta,
+        "eps": config.selection.eps,
+        "length_norm": config.selection.length_norm,
+        "seed": config.seed,
+    }
+    score = function_named(config.selection.score, SCORES, "selection.score")
+    parameters = signature(score).parameters
+    return partial(score, **{name: x for name, x in settings.items() if name in parameters})
+
+
+def load_loss(config: SageConfig) -> Callable[..., Tensor]:
+    """The loss, which takes beta."""
+    return function_named(config.training.loss, LOSSES, "training.loss")
+
+
+def required(value: str | None, setting: str) -> str:
+    """A setting without a default.
+
+    Raises:
+        ConfigError: If it is not set.
+    """
+    if value is None:
+        raise ConfigError(f"{setting} is not set, and there is no default for it")
+    return value
+
+
+def _load_model(model: ModelSection, name: str, setting: str, revision: str | None) -> Any:
+    options: dict[str, Any] = {"revision": revision, "dtype": DTYPES.get(model.dtype, "auto")}
+    if model.attention != "auto":
+        options["attn_implementation"] = model.attention
+    return _from_pretrained(AutoModelForCausalLM, name, setting, **options)
+
+
+def _from_pretrained(kind: Any, name: str, setting: str, **options: Any) -> Any:
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{setting}: there is no folder {name}")
+    if Path(name).is_file():
+        raise FileNotFoundError(
+            f"{setting}: {name} is a file; give the folder of a model, as save_pretrained writes it"
+        )
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{setting}: {name!r} cannot be loaded: {reason}") from error

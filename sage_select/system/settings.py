@@ -1,0 +1,116 @@
+"""Validated settings: unknown names, wrong values and what decides a result, in one place."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+FREE = "free"
+"""Marks a setting that a result does not depend on, beyond rounding: where and how fast it is
+computed, and what of it is kept. A resumed run may change it."""
+
+LATER = "later"
+"""Marks a setting that did not exist from the beginning: at its default it does not enter the hash,
+so that runs of earlier versions keep theirs."""
+
+Problem = tuple[str, str]
+"""A setting's dotted name, and what is wrong with its value."""
+
+
+class ConfigError(ValueError):
+    """Settings that describe no run; the message names each of them and the fix.
+
+    Attributes:
+        problems: What is wrong, setting by setting, if more than one thing may be.
+    """
+
+    def __init__(self, message: str, problems: list[Problem] | None = None) -> None:
+        super().__init__(message)
+        self.problems = problems or []
+
+
+class Section(BaseModel):
+    """Frozen settings; a name that does not exist is refused, with the nearest one that does."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for name in values:
+                if name not in cls.model_fields:
+                    raise ValueError(unknown_name(str(name), list(cls.model_fields)))
+        return values
+
+    @classmethod
+    def is_free(cls, name: str) -> bool:
+        """Whether results do not depend on this setting, see `FREE`."""
+        return FREE in cls.model_fields[name].metadata
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that results depend on, as plain values."""
+        values = self.model_dump(mode="json")
+        kept: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if FREE in field.metadata or (LATER in field.metadata and value == field.default):
+                continue
+            kept[name] = value.deciding() if isinstance(value, Section) else values[name]
+        return kept
+
+
+class Settings(Section):
+    """Settings that users construct themselves: all problems come as one `ConfigError`."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = problems_of(error)
+            message = describe_problems(problems, lambda _: type(self).__name__)
+            raise ConfigError(message, problems) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, checked like a new one."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**(given | changes))
+
+
+def unknown_name(name: str, known: list[str], what: str = "setting") -> str:
+    """The message for a name that does not exist.
+
+    Example:
+        >>> unknown_name("epoch", ["epochs", "batch_size"])
+        "there is no setting 'epoch'; did you mean 'epochs'?"
+    """
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"there is no {what} {name!r}; {hint}"
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """Each setting that is wrong, and what is wrong with it."""
+    problems = []
+    for problem in error.errors():
+        what = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if problem["type"] in ("model_type", "model_attributes_type"):
+            what = "should be a mapping of settings"
+        got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+        problems.append((".".join(map(str, problem["loc"])), what + got))
+    return problems
+
+
+def describe_problems(problems: list[Problem], origin: Callable[[str], str]) -> str:
+    """One line for each setting that is wrong, beginning with where it was set."""
+    return "\n".join(
+        f"{origin(name)}: {name}{': ' if name else ''}{what}" for name, what in problems
+    )

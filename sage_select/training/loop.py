@@ -1,0 +1,318 @@
+"""The library's own training loop, which reads from top to bottom.
+
+loader -> batch of rows -> log-probs -> loss -> update -> metrics, evaluation, checkpoint
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sage_select.arrays import Int64Array
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.metrics import preference_metrics
+from sage_select.models.wrappers import is_spread, unwrapped
+from sage_select.pairs import Reference
+from sage_select.selecting.loader import SelectiveLoader
+from sage_select.selecting.selector import check_same_precision
+from sage_select.system.files import partial_path, replace_durably
+from sage_select.system.heartbeats import at, during, watched
+from sage_select.system.ledger import Ledger, append_costs, phase, read_costs, side_by_side
+from sage_select.system.processes import Processes
+from sage_select.system.progress_bars import progress_bar
+from sage_select.training.checkpoints import (
+    drop_old,
+    load_newest,
+    save_checkpoint,
+    whole_weights,
+)
+from sage_select.training.run_folder import RunFolder
+from sage_select.training.settings import Training
+from sage_select.training.sharding import make_ready
+from sage_select.training.update import optimizer_of, update
+
+
+class Loader(Protocol):
+    """Batches of dataset rows over a whole run, such as `SelectiveLoader`."""
+
+    step: int
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Int64Array]: ...
+    def metrics(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class History:
+    """What happened: one record per step, one per evaluation, and what all of it took."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    costs: Ledger = field(default_factory=Ledger)
+
+
+def fit(
+    model: nn.Module,
+    loader: Loader,
+    dataset: PreferenceDataset,
+    reference: Reference,
+    training: Training,
+    *,
+    held_out: PreferenceDataset | None = None,
+    folder: str | Path | RunFolder | None = None,
+    resume: bool = False,
+    show_progress: bool | None = None,
+) -> History:
+    """Train a policy on the batches of a loader; the model stays in train mode.
+
+    With several processes all call this with the same arguments, each with the model on its
+    device, replicated by DistributedDataParallel or sharded by `fully_shard` (see `shard`). Each
+    batch is dealt to them; updates are those of one process to within rounding.
+
+    Args:
+        model: The policy, a Hugging Face causal language model on its device, or wrapped.
+        loader: Batches of rows, such as `SelectiveLoader` or `ShuffledLoader`.
+        dataset: The pairs that the rows refer to.
+        reference: Log-probs under the reference of every pair trained on or held out.
+        training: How to train.
+        held_out: Pairs to evaluate on, `dataset.take(rows)`.
+        folder: Where `metrics.jsonl`, `evaluations.jsonl`, `costs.jsonl`, checkpoints and
+            `best.pt` are written; the same place for all processes, and process 0 writes.
+        resume: Resume from the folder's newest checkpoint, if there is one. The run then ends with
+            the same bits as one that was never interrupted, if the device is deterministic and the
+            number of processes the same; any other number may resume it, too.
+        show_progress: False for no progress bar.
+
+    Returns:
+        Metrics per step and per evaluation, including those before the run was resumed.
+
+    Raises:
+        FileExistsError: If the folder holds a run already and resume is False, or another process
+            trains there.
+        ValueError: If the loader was made for another model or precision, has handed out batches
+            already, or the folder's run was trained with other settings.
+        FloatingPointError: If a gradient is not finite.
+        TypeError: If there are several processes, and each has a model of its own.
+    """
+    _check_belongs(model, loader, training, held_out)
+    run = _Run(model, loader, training, None if folder is None else RunFolder(folder))
+    if isinstance(folder, RunFolder):  # which may be held already
+        run.folder = folder
+    writes = run.folder is not None and run.processes.rank == 0
+    with run.folder.hold() if run.folder is not None and writes else nullcontext():
+        run.start(resume)
+        make_ready(model, training)
+        training.reader.check(model, dataset)
+        if loader.step == 0:
+            run.evaluate(held_out, reference)
+        batches = iter(loader)
+        bar = progress_bar(
+            len(loader),
+            "training",
+            "steps",
+            initial=loader.step,
+            show=show_progress if run.processes.rank == 0 else False,
+        )
+        with watched(run.processes), bar:
+            while loader.step < len(loader):
+                with Ledger() as spent:  # pulling a batch scores a pool where an interval begins
+                    metrics = run.update(dataset.take(next(batches)), reference)
+                run.record(metrics)
+                run.spend(spent, int(metrics.get("interval", 0)))
+                bar.set_postfix(
+                    {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy")}, refresh=False
+                )
+                bar.update()
+                last = loader.step == len(loader)
+                if last or loader.step % training.evaluate_every == 0:
+                    run.evaluate(held_out, reference)
+                if last or loader.step % training.checkpoint_every == 0:
+                    run.checkpoint()
+    return run.history
+
+
+def _check_belongs(
+    model: nn.Module, loader: Loader, training: Training, held_out: PreferenceDataset | None
+) -> None:
+    size = Processes.all().size
+    if size > 1 and not is_spread(model):
+        raise TypeError(
+            f"train: torch.distributed has {size} processes, but each has a model of its own, and "
+            "they would drift apart; pass shard(model), or DistributedDataParallel(model)"
+        )
+    if held_out is not None and len(held_out) == 0:
+        raise ValueError("train: held_out has no pairs; pass None to train without evaluation")
+    if loader.step:
+        raise ValueError(
+            f"train: the loader has handed out {loader.step} batches already; make a new one (a "
+            "run is resumed from its folder, with resume=True)"
+        )
+    if not isinstance(loader, SelectiveLoader):
+        return
+    if unwrapped(loader.model) is not unwrapped(model):
+        raise ValueError(
+            "train: the loader scores pools with another model than the one to train; make it with "
+            "SelectiveLoader(..., model=model)"
+        )
+    check_same_precision(loader.selector, training.reader.mixed_precision, "train")
+
+
+class _Run:
+    """A training run: what changes while it runs, and what of it is on disk."""
+
+    def __init__(
+        self, model: nn.Module, loader: Loader, training: Training, folder: RunFolder | None
+    ) -> None:
+        self.model = model
+        self.loader = loader
+        self.training = training
+        self.folder = folder
+        self.processes = Processes.all()
+        self.history = History()
+        self.interval = 0
+        self.unwritten = Ledger()  # costs of the interval that are not on disk yet
+        self.tokens_trained = 0
+        self.optimizer, self.scheduler = optimizer_of(model, training, len(loader))
+
+    @property
+    def writes(self) -> RunFolder | None:
+        """The folder, in the one process that writes to it."""
+        return self.folder if self.processes.rank == 0 else None
+
+    def update(self, batch: PreferenceDataset, reference: Reference) -> dict[str, float]:
+        """One optimizer step, and its record."""
+        step, learning_rate = self.loader.step, float(self.scheduler.get_last_lr()[0])
+        try:
+            with during(f"step {step}"):
+                metrics = update(self.model, self.optimizer, batch, reference, self.training)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"train: step {step}: {error}") from None
+        self.scheduler.step()
+        self.tokens_trained += int(batch.num_tokens.sum())
+        return {
+            **metrics,
+            "learning_rate": learning_rate,
+            "pairs": len(batch),
+            "tokens_trained": self.tokens_trained,
+            **self.loader.metrics(),
+        }
+
+    def evaluate(self, held_out: PreferenceDataset | None, reference: Reference) -> None:
+        """Measure the held-out pairs, and keep the weights if they are the best so far."""
+        if held_out is None:
+            return
+        training = self.training
+        with Ledger() as spent, phase("evaluation"):
+            policy = training.reader(self.model, held_out)
+        self.spend(spent, int(self.loader.metrics().get("interval", 0)))
+        reference_logps = reference.take(held_out.index)
+        losses = training.loss(policy, reference_logps, beta=training.beta)
+        evaluation = {
+            "step": self.loader.step,
+            "loss": losses.mean().item(),
+            **preference_metrics(policy, reference_logps, beta=training.beta),
+        }
+        earlier = [self._merit(e) for e in self.history.evaluations]
+        self.history.evaluations.append(evaluation)
+        if self.writes is not None:
+            self.writes.append_line(self.writes.evaluations, evaluation)
+        if self.folder is not None and self._merit(evaluation) > max(earlier, default=-math.inf):
+            weights = whole_weights(self.model)  # a collective call
+            if self.writes is not None:
+                partial = partial_path(self.writes.best)
+                torch.save({"model": weights, "evaluation": evaluation}, partial)
+                replace_durably(partial, self.writes.best)
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Add a step's metrics to the history and to the file."""
+        record = {"step": self.loader.step, **metrics}
+        self.history.steps.append(record)
+        if self.writes is not None:
+            self.writes.append_line(self.writes.metrics, record)
+
+    def spend(self, spent: Ledger, interval: int) -> None:
+        """Add what some passes took to the run's costs, and to those of the interval."""
+        if interval != self.interval:
+            self._write_costs()
+            self.interval = interval
+        for name, work in spent.items():
+            self.unwritten.add(name, work)
+
+    def _write_costs(self) -> None:
+        spent = side_by_side(self.processes.each(self.unwritten))
+        if self.writes is not None:
+            append_costs(self.writes.costs, spent, self.interval)
+        for name, work in spent.items():
+            self.history.costs.add(name, work)
+        self.unwritten = Ledger()
+
+    def checkpoint(self) -> None:
+        """Put on disk all that a resumed run needs, and drop the oldest checkpoints."""
+        at(f"checkpoint of step {self.loader.step}")
+        self._write_costs()
+        if self.folder is None:
+            return
+        save_checkpoint(
+            self.folder,
+            self.loader.step,
+            self.model,
+            self.optimizer,
+            {
+                "scheduler": self.scheduler.state_dict(),
+                "loader": self.loader.state_dict(),
+                "training": self.training.decides(),
+                "tokens_trained": self.tokens_trained,
+                "steps": self.history.steps,
+                "evaluations": self.history.evaluations,
+            },
+        )
+        if self.writes is not None:
+            drop_old(self.writes, self.training.keep_checkpoints)
+
+    def start(self, resume: bool) -> None:
+        """Begin in an empty folder, or at the newest readable checkpoint."""
+        if self.folder is None:
+            return
+        if not resume and self.folder.holds_a_run():
+            raise FileExistsError(
+                f"train: {self.folder.path} holds a run already; pass resume=True to resume it, or "
+                "another folder"
+            )
+        self.processes.wait()  # all have looked before anything is written
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.history.costs.update(read_costs(self.folder.costs))
+        if (state := load_newest(self.folder, self.model, self.optimizer)) is not None:
+            self._restore(state)
+        if self.writes is not None:
+            # lines of steps after the checkpoint are void: those steps are taken again
+            self.writes.write_lines(self.writes.metrics, self.history.steps)
+            self.writes.write_lines(self.writes.evaluations, self.history.evaluations)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        ours = self.training.decides()
+        other = [
+            f"{name} was {value} and is now {ours[name]}"
+            for name, value in state["training"].items()
+            if ours[name] != value
+        ]
+        if other:
+            assert self.folder is not None
+            raise ValueError(
+                f"train: the run in {self.folder.path} was trained with other settings: "
+                f"{'; '.join(other)}. Resume with the same, or start a new run in another folder"
+            )
+        self.loader.load_state_dict(state["loader"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.tokens_trained = state["tokens_trained"]
+        self.history = History(state["steps"], state["evaluations"], self.history.costs)
+
+    def _merit(self, evaluation: dict[str, float]) -> float:
+        value = evaluation[self.training.best_by]
+        return -value if self.training.best_by == "loss" else value

@@ -1,0 +1,90 @@
+"""The settings of updates: one declaration for the loop, Lightning's module and configurations."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import SkipValidation, field_validator
+from torch import Tensor
+
+from sage_select.losses import nca
+from sage_select.models.reader import Reader
+from sage_select.system.identity import describe
+from sage_select.system.settings import FREE, Count, NotNegative, Positive, Section, Settings, Share
+
+LearningRateSchedule = Literal["linear", "cosine", "constant_with_warmup"]
+Metric = Literal["loss", "accuracy", "margin"]
+
+
+class UpdateSettings(Section):
+    """Settings that the loop and a configuration's `training` section share.
+
+    Defaults are the paper's (Table 4) where the paper gives a value.
+    """
+
+    learning_rate: Positive = 5e-7
+    """Peak of the schedule."""
+    micro_batch_size: Annotated[Count | None, FREE] = None
+    """Pairs per process, forward and backward pass; by default its whole share of a batch."""
+    schedule: LearningRateSchedule = "linear"
+    """Decay of the learning rate over the exact total of steps."""
+    warmup_share: Share = 0.1
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: NotNegative = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    activation_checkpointing: Annotated[bool, FREE] = False
+    """Whether to recompute each layer in the backward pass, to save memory."""
+    compile_model: Annotated[bool, FREE] = False
+    """Whether to compile the model's body with torch.compile."""
+    evaluate_every: Annotated[Count, FREE] = 50
+    """Steps between evaluations on held-out pairs; also at the start and at the end."""
+    best_by: Annotated[Metric, FREE] = "loss"
+    """Metric on held-out pairs by which the best weights are kept."""
+    checkpoint_every: Annotated[Count, FREE] = 50
+    """Steps between checkpoints; also at the end."""
+    keep_checkpoints: Annotated[Count, FREE] = 2
+    """How many checkpoints are kept."""
+
+
+class Training(UpdateSettings, Settings):
+    """How to train: for `fit`, for `update`, and for Lightning's `PreferenceModule`.
+
+    Example:
+        >>> Training(learning_rate=1e-6).max_grad_norm
+        1.0
+        >>> Training(learning_rate=0)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ...
+        ConfigError: Training: learning_rate: should be greater than 0, got 0
+    """
+
+    beta: Positive = 0.1
+    """Temperature of the implicit reward, handed to the loss."""
+    loss: Callable[..., Tensor] = nca
+    """`(policy, reference, beta=...) -> [P]`."""
+    reader: SkipValidation[Reader] = Reader()
+    """How the policy is read in updates and evaluations: the reader of selector and reference."""
+
+    @field_validator("reader")
+    @classmethod
+    def _check_reader(cls, reader: Any) -> Any:
+        if not isinstance(reader, Reader):
+            raise ValueError(f"should be a Reader, got {type(reader).__name__}")
+        if reader.mixed_precision == torch.float16:
+            raise ValueError(
+                "float16 autocast needs a gradient scaler, which this loop does not have; use "
+                "Reader(mixed_precision=torch.bfloat16)"
+            )
+        return reader
+
+    def decides(self) -> dict[str, str]:
+        """The settings that a resumed run must share with the run it resumes."""
+        values = {name: repr(getattr(self, name)) for name in type(self).model_fields}
+        del values["reader"]
+        return {name: value for name, value in values.items() if not self.is_free(name)} | {
+            "loss": describe(self.loss),
+            "mixed_precision": repr(self.reader.mixed_precision),
+            "impl": repr(self.reader.impl),
+        }

@@ -1,0 +1,97 @@
+"""Models in training: sharded over processes, compiled, checkpointed, and saved whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from sage_select.models.wrappers import unwrapped
+from sage_select.system.processes import Processes
+from sage_select.training.checkpoints import load_whole, whole_weights
+from sage_select.training.run_folder import RunFolder
+from sage_select.training.settings import UpdateSettings
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """Shard a Hugging Face model over all processes with `fully_shard` (FSDP2), layer by layer.
+
+    Args:
+        model: The model, the same in every process, on its device.
+        options: Arguments of `fully_shard`, such as `mesh` or `mp_policy`.
+
+    Returns:
+        The same model.
+
+    Example:
+        >>> torch.distributed.init_process_group()  # doctest: +SKIP
+        >>> model = shard(model)  # doctest: +SKIP
+
+    Raises:
+        TypeError: If the model does not say what its layers are.
+    """
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    if not layers:
+        raise TypeError(
+            f"shard: {type(model).__name__} does not say what its layers are "
+            "(_no_split_modules); call fully_shard on each of them, and on the model"
+        )
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each layer of a Hugging Face model in the backward pass from now on.
+
+    Raises:
+        TypeError: If the model does not offer it.
+    """
+    for kind in ("activation", "gradient"):  # the name in newer transformers, and in older
+        enable = getattr(model, f"{kind}_checkpointing_enable", None)
+        if enable is not None:
+            enable({"use_reentrant": False})
+            return
+    raise TypeError(
+        f"train: {type(model).__name__} has no gradient_checkpointing_enable(); checkpoint its "
+        "layers yourself and leave activation_checkpointing off"
+    )
+
+
+def make_ready(model: nn.Module, settings: UpdateSettings) -> None:
+    """Compile the body and checkpoint activations as the settings say, and enter train mode."""
+    inner = unwrapped(model)
+    if settings.compile_model:
+        inner.base_model.compile()  # type: ignore[union-attr]
+    if settings.activation_checkpointing:
+        checkpoint_activations(inner)
+    model.train()
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Save the whole model where any other program can read it, whatever it is wrapped in.
+
+    Args:
+        model: A Hugging Face model, in all processes that share it.
+        folder: Where process 0 writes it.
+    """
+    weights = whole_weights(model)
+    if Processes.all().rank == 0:
+        inner: Any = unwrapped(model)
+        inner.save_pretrained(folder, state_dict=weights)
+    Processes.all().wait()
+
+
+def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
+    """Load the best weights of a run into the model, and return the evaluation they won.
+
+    Raises:
+        FileNotFoundError: If the run was never evaluated.
+    """
+    best = torch.load(RunFolder(folder).best, map_location="cpu", weights_only=True)
+    load_whole(model, best["model"])
+    evaluation: dict[str, float] = best["evaluation"]
+    return evaluation

@@ -1,0 +1,173 @@
+"""One update: the pairs of a batch, forward and backward, and one optimizer step.
+
+`update` does all of it, for the library's loop and for loops of one's own. Lightning runs the loop
+itself, so its module uses the parts: `preference_losses`, `Passes` and `clip_gradients`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.metrics import preference_metrics
+from sage_select.models.wrappers import gradient_sync, whole
+from sage_select.pairs import PairLogps, Reference
+from sage_select.system.heartbeats import at
+from sage_select.system.ledger import phase
+from sage_select.system.processes import Processes
+from sage_select.training.micro_batches import MicroBatch, dealt
+from sage_select.training.settings import Training
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: PreferenceDataset,
+    reference: Reference,
+    training: Training | None = None,
+) -> dict[str, float]:
+    """Train on one batch: with default settings, the NCA update of its pairs (Eq. 4).
+
+    Gradients of micro-batches add up, are clipped, and the optimizer makes one step. With several
+    processes all call this with the same batch, each with the model replicated by
+    DistributedDataParallel or sharded by `shard`; the batch is dealt to them, and the update is
+    that of one process to within rounding.
+
+    Args:
+        model: The policy, in the mode it should train in, on its device, or wrapped.
+        optimizer: Of its parameters; its gradients are zero afterwards.
+        batch: The pairs of this step over all processes, `dataset.take(rows)`.
+        reference: Log-probs under the reference that cover the batch.
+        training: Loss, beta, micro-batches, clipping and reader; by default `Training()`.
+
+    Returns:
+        `loss` (mean over the batch, in nats), the metrics of `preference_metrics`, and
+        `gradient_norm` before clipping; the same in every process.
+
+    Raises:
+        FloatingPointError: If the gradient is not finite; the optimizer has made no step then.
+
+    Example:
+        >>> for rows in loader:  # doctest: +SKIP
+        ...     update(model, optimizer, dataset.take(rows), reference)
+    """
+    training = training or Training()
+    processes, passes = Processes.all(), Passes()
+    micro_batches = dealt(batch.index, processes, training.micro_batch_size or len(batch))
+    for number, micro in enumerate(micro_batches, 1):
+        at(f"pass {number} of {len(micro_batches)}")
+        pairs = batch.take(micro.rows)
+        logps = reference.take(pairs.index)
+        with phase("training"), gradient_sync(model, number == len(micro_batches)):
+            policy, losses = add_gradients(model, pairs, logps, training, micro)
+        passes.add(micro, policy, losses)
+    with phase("training"):
+        norm = clip_gradients(model, training.max_grad_norm)
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient has norm {norm}; the rows of the batch are {batch.index.tolist()}"
+        )
+    with phase("training"):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    policy, losses = passes.gathered(processes)
+    return {
+        "loss": losses.mean().item(),
+        **preference_metrics(policy, reference.take(policy.index), beta=training.beta),
+        "gradient_norm": norm,
+    }
+
+
+def preference_losses(
+    model: nn.Module, pairs: PreferenceDataset, reference: PairLogps, training: Training
+) -> tuple[PairLogps, Tensor]:
+    """Forward pass of a micro-batch: its log-probs under the policy, and its losses [P].
+
+    Call it inside `training.reader.updating(model, pairs)`.
+
+    Args:
+        model: The policy, in the mode it should train in.
+        pairs: The micro-batch.
+        reference: Its log-probs under the reference, in its order.
+        training: Loss, beta and reader.
+    """
+    policy = training.reader.pair_logps(model, pairs)
+    return policy, training.loss(policy, reference.to(policy.chosen.device), beta=training.beta)
+
+
+def add_gradients(
+    model: nn.Module,
+    pairs: PreferenceDataset,
+    reference: PairLogps,
+    training: Training,
+    micro: MicroBatch,
+) -> tuple[PairLogps, Tensor]:
+    """Forward and backward of one micro-batch; gradients are added to those the model has.
+
+    Args:
+        model: The policy, in the mode it should train in.
+        pairs: The pairs of the micro-batch.
+        reference: Their log-probs under the reference.
+        training: Loss, beta and reader.
+        micro: What their losses weigh.
+
+    Returns:
+        Log-probs under the policy, and the losses [P].
+    """
+    with training.reader.updating(model, pairs):
+        policy, losses = preference_losses(model, pairs, reference, training)
+        losses = weighted(losses, micro)
+        torch.autograd.backward(losses.sum() * micro.share)
+    return policy, losses
+
+
+def weighted(losses: Tensor, micro: MicroBatch) -> Tensor:
+    """Losses [P] times the weights of their pairs, if the micro-batch has any."""
+    return losses if micro.weights is None else losses * torch.from_numpy(micro.weights).to(losses)
+
+
+class Passes:
+    """What the passes of one update have measured in this process, for its metrics."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = [
+            torch.empty(0, len(PairLogps._fields) + 1, dtype=torch.float64)
+        ]
+
+    def add(self, micro: MicroBatch, policy: PairLogps, losses: Tensor) -> None:
+        """Record a pass, unless it was made only because other processes wait for it."""
+        if micro.share:
+            columns = [x.detach().double().cpu() for x in (*policy, losses)]
+            self._parts.append(torch.stack(columns, dim=1))
+
+    def gathered(self, processes: Processes) -> tuple[PairLogps, Tensor]:
+        """Log-probs and losses of the whole batch, from all processes; forgets them afterwards."""
+        table = torch.cat(self._parts)
+        del self._parts[1:]
+        index, *logps, losses = processes.joined(table).T
+        return PairLogps(index.long(), *logps), losses
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Clip the gradients of a model to a norm, and return the norm they had."""
+    return float(whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item())
+
+
+def optimizer_of(
+    model: nn.Module, training: Training, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and the schedule of its learning rate over this many steps."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    scheduler = get_scheduler(
+        training.schedule,
+        optimizer,
+        num_warmup_steps=round(training.warmup_share * steps),
+        num_training_steps=steps,
+    )
+    return optimizer, scheduler
