@@ -7,16 +7,16 @@ from pathlib import Path
 
 from worlds import arithmetic_world
 
-from sage_select import ReferenceStore
-from sage_select.references import store
+from sage_select import Reader, ReferenceStore
+from sage_select.references import parts
 
 NEVER = -1
 
 
 def fill(folder: Path, fatal_write: int, moment: str) -> None:
     """Fill the store in small parts; at the fatal write, die."""
-    store.WRITE_EVERY = 0.0
-    write, writes = store.replace_durably, 0
+    parts.WRITE_EVERY = 0.0
+    write, writes = parts.replace_durably, 0
 
     def replace_durably(partial: Path, path: Path) -> None:
         nonlocal writes
@@ -31,9 +31,11 @@ def fill(folder: Path, fatal_write: int, moment: str) -> None:
         if writes == fatal_write:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store.replace_durably = replace_durably
+    parts.replace_durably = replace_durably
     world = arithmetic_world()
-    ReferenceStore(world.model, world.dataset, folder=folder, max_batch_tokens=256).fill()
+    ReferenceStore(
+        world.model, world.dataset, folder=folder, reader=Reader(max_batch_tokens=256)
+    ).fill()
 
 
 if __name__ == "__main__":

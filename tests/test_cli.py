@@ -78,7 +78,7 @@ def test_plan(config):
     assert scored[0] == 0
     assert sum(scored) == pytest.approx(tokens["scoring"] / 1e6)
     text = sage_select("plan", config).stdout
-    for word in ("60 rows read", "intervals", "TFLOP needed", "pays below", plan["config"]):
+    for word in ("60 rows read", "intervals", "TFLOP needed", "pays off below", plan["config"]):
         assert word in text
     assert not (config.parent / "run").exists()  # nothing but the plan
 
@@ -315,7 +315,7 @@ def test_doctor(config):
     assert {"python", "torch", "devices", "cache"} <= {f["about"] for f in found["findings"]}
     found = told("doctor", config)
     about = {finding["about"]: finding for finding in found["findings"]}
-    assert about["data"]["said"].startswith("60 rows")
+    assert about["data"]["message"].startswith("60 rows")
     assert about["model"]["verdict"] == about["memory"]["verdict"] == "ok"
     assert "0 of" in sage_select("doctor", config).stdout
 
@@ -346,7 +346,7 @@ def test_doctor_finds_what_would_stop_a_run(change, config):
     shutil.copytree(BASE, "tokenizer-only", ignore=shutil.ignore_patterns("*.safetensors"))
     result = sage_select("doctor", config, "--set", change, "--json", code=4)
     about, words = SICK[change]
-    said = [f["said"] for f in json.loads(result.stdout)["findings"]
+    said = [f["message"] for f in json.loads(result.stdout)["findings"]
             if (f["about"], f["verdict"]) == (about, "fail")]  # fmt: skip
     assert any(words in text for text in said), result.stdout
 
@@ -366,17 +366,17 @@ def test_doctor_warns_of_what_would_spoil_a_run(change, config):
     rate = ["--set", "training.learning_rate=1e-6"]
     found = told("doctor", config, *rate, "--set", change)
     assert found["fit"]
-    assert any(WARNED[change] in f["said"] for f in found["findings"] if f["verdict"] == "warn")
+    assert any(WARNED[change] in f["message"] for f in found["findings"] if f["verdict"] == "warn")
 
 
 def test_a_thorough_doctor_tries_the_largest_batch(config, data):
     found = {f["about"]: f for f in told("doctor", config, "--thorough")["findings"]}
-    assert "4 pairs of up to" in found["largest batch"]["said"]
+    assert "4 pairs of up to" in found["largest batch"]["message"]
     stranger = data / "models" / "stories260K"
     result = sage_select(
         "doctor", config, "--thorough", "--json", "--set", f"model.tokenizer={stranger}", code=4
     )
-    said = [f["said"] for f in json.loads(result.stdout)["findings"] if f["verdict"] == "fail"]
+    said = [f["message"] for f in json.loads(result.stdout)["findings"] if f["verdict"] == "fail"]
     assert any("they do not belong together" in text for text in said)
     assert any("outside the model's vocabulary" in text for text in said)
 
@@ -469,7 +469,7 @@ WRONG = [
      "reference.device: 'cuda:9' cannot be used here"),
     (["select", "CONFIG", "--out", "run.yaml/x.jsonl", "--keep", "1"], 3,
      "--out run.yaml/x.jsonl: cannot be written"),
-    (["score", "CONFIG", "--out", "x.txt"], 2, "give a .parquet or .csv file"),
+    (["score", "CONFIG", "--out", "x.txt"], 2, "known endings are .parquet, .csv"),
     (["score", "CONFIG", "--out", "x.csv", "--interval", "99"], 2, "has intervals 0 to"),
     (["score", "CONFIG", "--out", "x.csv", "--policy", "none/there"], 3, "cannot be loaded"),
     (["select", "CONFIG", "--out", "x.jsonl"], 2, "give --interval, for a pool of the plan, or"),

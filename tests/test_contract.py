@@ -187,9 +187,9 @@ def totals_and_learning_rates_are_exact(run, of):
 def killed_and_resumed_it_ends_with_the_same_bits(run, of):
     if len(run.run.attempts) == 1 or len({attempt[:2] for attempt in run.run.attempts}) > 1:
         pytest.skip("it was not killed, or resumed on other processes")
-    undisturbed = of(run.run.attempts[0][0])
-    assert run.kept == undisturbed.kept
-    for key, weight in undisturbed.weights.items():
+    eval_mode = of(run.run.attempts[0][0])
+    assert run.kept == eval_mode.kept
+    for key, weight in eval_mode.weights.items():
         assert torch.equal(weight, run.weights[key]), key
 
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from arithmetic import build_tokenizer
 from sage_select import PreferenceDataset, Reader, nca_responses
+from sage_select.data import chunks
 from sage_select.data import dataset as dataset_module
-from sage_select.data import tokenising
 from sage_select.data.chunks import CHUNK_ROWS
 from sage_select.data.records import BadRecord, checked_pair, shared_start
 from sage_select.losses import response_weights
@@ -494,13 +494,13 @@ def test_tokens_on_disk_are_those_in_memory(tokenizer, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """How many chunks were tokenised, not found in the cache."""
-    made, make = [], tokenising.make_table
+    made, make = [], chunks.make_table
 
     def counting(rows, *args):
         made.append(len(rows))
         return make(rows, *args)
 
-    monkeypatch.setattr(tokenising, "make_table", counting)
+    monkeypatch.setattr(chunks, "make_table", counting)
     return made
 
 
@@ -725,7 +725,7 @@ def test_a_folder_of_our_own_exports_reads_back(tokenizer, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_done_without(tokenizer, tmp_path, monkeypatch):
     write(".jsonl", records(), tmp_path / "pairs.jsonl")
-    monkeypatch.setattr(tokenising, "replace_durably", refuse)
+    monkeypatch.setattr(chunks, "replace_durably", refuse)
     with pytest.warns(UserWarning, match="tokens stay in memory"):
         pairs = PreferenceDataset.read(
             tmp_path / "pairs.jsonl", tokenizer=tokenizer, max_length=64, cache=tmp_path / "cache"

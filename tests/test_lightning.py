@@ -254,11 +254,25 @@ def splitting() -> ModelParallelStrategy:
     return strategy
 
 
+FITTING = {
+    "accumulate_grad_batches": 1,
+    "callbacks": [],
+    "limit_train_batches": 1.0,
+    "max_epochs": 1,
+    "max_steps": -1,
+    "overfit_batches": 0,
+    "precision": "32-true",
+    "reload_dataloaders_every_n_epochs": 0,
+    "world_size": 2,
+}
+"""A trainer's settings that go with selection."""
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
         (object.__new__(FSDPStrategy), "FSDP1, .*data_parallel_size=2, tensor_parallel_size=1"),
-        (object.__new__(DeepSpeedStrategy), "DeepSpeedStrategy steps and accumulates by itself"),
+        (object.__new__(DeepSpeedStrategy), "DeepSpeedStrategy steps and accumulates itself"),
         (SimpleNamespace(), "SimpleNamespace is not supported; use one device"),
         (splitting(), "'auto' means.*data_parallel_size=2, tensor_parallel_size=1"),
     ],
@@ -267,7 +281,7 @@ def splitting() -> ModelParallelStrategy:
 def test_strategies_that_are_refused(untouched, strategy, message):
     with pytest.raises(TypeError, match=message):
         SageSelection(untouched).setup(
-            SimpleNamespace(strategy=strategy, world_size=2), LightningModule(), "fit"
+            SimpleNamespace(strategy=strategy, **FITTING), LightningModule(), "fit"
         )
 
 
@@ -282,7 +296,7 @@ def test_modules_and_batches_that_are_refused(untouched):
     with pytest.raises(ValueError, match="scores pools with another model than Own trains"):
         fit(untouched, module=Own(policy(), known()))
     selection = SageSelection(untouched)
-    other = Batches(lambda: 1, lambda: iter([MicroBatch(untouched.dataset.index[:2], 1.0)]))
+    other = Batches(lambda: 1, lambda: iter([MicroBatch(untouched.dataset.index[:2], 1.0, 1.0)]))
     with pytest.raises(ValueError, match=r"use Trainer\(callbacks=\[selection\]\)"):
         trainer().fit(PreferenceModule(untouched, TRAINING), selection.batches)
     with pytest.raises(ValueError, match=r"trainer.fit\(module, selection.batches\)"):
@@ -331,7 +345,7 @@ def test_a_gradient_that_is_not_finite_names_the_rows():
         return nca(policy, reference, beta=beta) * torch.inf
 
     module = PreferenceModule(batches, Training(loss=broken))
-    with pytest.raises(FloatingPointError, match=r"gradient of step 0 .* its rows are \[\d+"):
+    with pytest.raises(FloatingPointError, match=r"step 0: the gradient .* batch are \[\d+"):
         fit(batches, module=module)
 
 

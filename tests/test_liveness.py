@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conftest import launched
 
 from sage_select import Processes
-from sage_select.system.heartbeats import at, during, watched
+from sage_select.system.heartbeats import beat, during, monitored
 
 WORKER = Path(__file__).with_name("liveness_worker.py")
 
@@ -31,8 +31,8 @@ def lonely(monkeypatch):
 
 def test_an_error_inside_says_where_all_processes_were(lonely):
     def fail():
-        with watched(lonely), during("interval 3"):
-            at("batch 2 of 7")
+        with monitored(lonely), during("interval 3"):
+            beat("batch 2 of 7")
             raise ValueError("overflow")
 
     with pytest.raises(ValueError, match="overflow") as caught:
@@ -41,7 +41,7 @@ def test_an_error_inside_says_where_all_processes_were(lonely):
 
 
 def test_signals_are_as_they_were_afterwards(lonely):
-    with watched(lonely):
+    with monitored(lonely):
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.set_wakeup_fd(-1) == -1
@@ -50,7 +50,7 @@ def test_signals_are_as_they_were_afterwards(lonely):
 def test_somebody_elses_signals_are_left_alone(lonely):
     before = signal.signal(signal.SIGTERM, theirs := lambda *_: None)
     try:
-        with watched(lonely):
+        with monitored(lonely):
             assert signal.getsignal(signal.SIGTERM) is theirs
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -59,7 +59,7 @@ def test_somebody_elses_signals_are_left_alone(lonely):
 def test_other_signals_do_not_end_the_watch(lonely):
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
-        with watched(lonely):
+        with monitored(lonely):
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.2)
             assert any(thread.name == "sage-select watch" for thread in threading.enumerate())
@@ -73,7 +73,7 @@ def test_an_event_loop_keeps_its_signals(lonely):
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno())
         try:
-            with watched(lonely):
+            with monitored(lonely):
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         finally:
             assert signal.set_wakeup_fd(-1) == theirs.fileno()

@@ -210,8 +210,14 @@ def test_a_batch_is_dealt_once_and_in_as_many_passes_everywhere(size, world, mic
 
     shares = [dealt(np.arange(size), Rank(rank), micro) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
-    assert max(len(rows) for share in shares for rows in share) <= micro
-    assert sorted(np.concatenate([rows for share in shares for rows in share])) == [*range(size)]
+    assert max(len(part.rows) for share in shares for part in share) <= micro
+    trained = [part.rows for share in shares for part in share if part.share]
+    assert sorted(np.concatenate(trained)) == [*range(size)]
+    # weighted as the host weighs them, all passes of all processes make one mean over the batch
+    total = sum(len(part.rows) * part.share for share in shares for part in share)
+    assert total / world == pytest.approx(1)
+    means = [sum(part.mean_share for part in share) / len(share) for share in shares]
+    assert sum(means) / world == pytest.approx(1)
 
 
 def test_a_state_of_another_selector_is_refused(pairs):
@@ -318,7 +324,7 @@ def test_the_log_holds_the_evidence_for_the_same_decision(still, tmp_path):
     log.write(0, decision, pool.ids)
     table = log.read()
     assert table["pair_id"].to_list() == pool.ids.tolist()
-    names = ["row", "policy_chosen", "policy_rejected", "chosen_tokens", "rejected_tokens"]
+    names = ["row", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens"]
     policy = pair_logps(*(table[name].to_list() for name in names))
     again = decide.rank(policy, decide.reference, 0.5, 3, ids=table["pair_id"].to_list())
     assert list(again) == list(decision)
@@ -349,7 +355,7 @@ def test_a_log_of_a_later_version_is_refused(tmp_path):
     path = tmp_path / "interval-000000.parquet"
     pl.read_parquet(path).with_columns(schema_version=SCHEMA_VERSION + 1).write_parquet(path)
     with pytest.raises(
-        ValueError, match="has schema version 2, this version of sage-select reads 1"
+        ValueError, match="has schema version 3, this version of sage-select reads 1 to 2"
     ):
         log.read()
 

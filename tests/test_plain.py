@@ -235,7 +235,10 @@ def test_a_compiled_model_trains_alike(worlds):
 REFUSED = [
     ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is now 0.002"),
     ({"loss": dpo}, "loss was sage_select.losses.nca and is now sage_select.losses.dpo"),
-    ({"beta": 0.2, "schedule": "cosine"}, "beta was 0.1 and is now 0.2; schedule was"),
+    (
+        {"beta": 0.2, "schedule": "cosine"},
+        "is now 'cosine'; beta was 0.1 and is now 0.2",
+    ),
 ]
 
 

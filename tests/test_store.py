@@ -18,7 +18,7 @@ from sage_select import PreferenceDataset, Reader, ReferenceStore, measure
 from sage_select.data.token_cache import evict_tokens
 from sage_select.models import measuring, reader
 from sage_select.models.fingerprints import model_digest
-from sage_select.references import store
+from sage_select.references import parts as parts_on_disk
 from sage_select.references.eviction import evict, stored_references
 from sage_select.references.logp_tables import read_reference
 
@@ -268,7 +268,7 @@ def test_a_store_that_was_killed_twice_equals_one_that_was_not(
     moment, still, tmp_path, monkeypatch
 ):
     for name in ("WRITE_EVERY", "replace_durably"):  # `fill` sets them; put back afterwards
-        monkeypatch.setattr(store, name, getattr(store, name))
+        monkeypatch.setattr(parts_on_disk, name, getattr(parts_on_disk, name))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "examples")])
@@ -283,7 +283,9 @@ def test_a_store_that_was_killed_twice_equals_one_that_was_not(
     fill(whole, NEVER, "")
     fill(killed, NEVER, "")
     (one,), (other,) = stored_references(whole), stored_references(killed)
-    left, right = (store._read_parts(f / r.identity) for f, r in ((whole, one), (killed, other)))
+    left, right = (
+        parts_on_disk.read_parts(f / r.identity) for f, r in ((whole, one), (killed, other))
+    )
     assert left.keys.tobytes() == right.keys.tobytes()
     assert left.logps.tobytes() == right.logps.tobytes()
 
@@ -293,9 +295,9 @@ def stored_total(still) -> int:
 
 
 def test_many_parts_become_one(still, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(store, "MERGE_ABOVE", 3)
-    options = {"folder": tmp_path, "max_batch_tokens": 256}
+    monkeypatch.setattr(parts_on_disk, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(parts_on_disk, "MERGE_ABOVE", 3)
+    options = {"folder": tmp_path, "reader": Reader(max_batch_tokens=256)}
     reference = ReferenceStore(still.model, still.dataset, **options)
     leftover = reference.folder / ".part-x.arrow.0.partial"
     leftover.parent.mkdir()
@@ -310,26 +312,26 @@ def test_many_parts_become_one(still, tmp_path, monkeypatch):
 
 def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
     """Whoever merges while another reads or writes, nothing is lost and nothing is torn."""
-    monkeypatch.setattr(store, "MERGE_ABOVE", 1)
+    monkeypatch.setattr(parts_on_disk, "MERGE_ABOVE", 1)
     folder = tmp_path / "reference"
     folder.mkdir()
     keys = np.frombuffer(np.random.default_rng(0).bytes(16 * 60), dtype="S16")
     values = np.arange(60.0)
     for start in range(0, 60, 10):
-        store._write_part(
+        parts_on_disk._write_part(
             folder, keys[start : start + 10], torch.from_numpy(values).numpy()[start : start + 10]
         )
         before = sorted(folder.glob("part-*"))
-        read = store._read_part
+        read = parts_on_disk._read_part
 
         def merged_meanwhile(path, read=read):
-            monkeypatch.setattr(store, "_read_part", read)
-            store._merge(folder)
+            monkeypatch.setattr(parts_on_disk, "_read_part", read)
+            parts_on_disk.merge_parts(folder)
             return read(path)
 
-        monkeypatch.setattr(store, "_read_part", merged_meanwhile)
-        entries = store._read_parts(folder)
-        monkeypatch.setattr(store, "_read_part", read)
+        monkeypatch.setattr(parts_on_disk, "_read_part", merged_meanwhile)
+        entries = parts_on_disk.read_parts(folder)
+        monkeypatch.setattr(parts_on_disk, "_read_part", read)
         known = start + 10
         assert entries.look_up(keys[:known]).tolist() == values[:known].tolist(), before
         assert np.isnan(entries.look_up(keys[known:])).all()
@@ -337,17 +339,19 @@ def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
 
 def test_an_entry_in_two_parts_is_one(tmp_path):
     keys = np.frombuffer(np.random.default_rng(0).bytes(16 * 3), dtype="S16")
-    store._write_part(tmp_path, keys, np.array([-1.0, -2.0, -3.0]))
-    store._write_part(tmp_path, keys[:2], np.array([-1.5, -1.5]))  # the rounding of another batch
-    entries = store._read_parts(tmp_path)
+    parts_on_disk._write_part(tmp_path, keys, np.array([-1.0, -2.0, -3.0]))
+    parts_on_disk._write_part(tmp_path, keys[:2], np.array([-1.5, -1.5]))  # rounded otherwise
+    entries = parts_on_disk.read_parts(tmp_path)
     assert len(entries.keys) == 3
     assert entries.look_up(keys).tolist() == [-1.5, -2.0, -3.0]  # the least, whatever the order
 
 
 def test_a_reference_that_was_evicted_under_way_is_written_anew(still, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "WRITE_EVERY", 0.0)
-    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path, max_batch_tokens=256)
-    write, parts = store._write_part, []
+    monkeypatch.setattr(parts_on_disk, "WRITE_EVERY", 0.0)
+    reference = ReferenceStore(
+        still.model, still.dataset, folder=tmp_path, reader=Reader(max_batch_tokens=256)
+    )
+    write, parts = parts_on_disk._write_part, []
 
     def evicted_once(folder, keys, logps):
         parts.append(write(folder, keys, logps))
@@ -355,7 +359,7 @@ def test_a_reference_that_was_evicted_under_way_is_written_anew(still, tmp_path,
             evict(tmp_path, identity=reference.identity)
         return parts[-1]
 
-    monkeypatch.setattr(store, "_write_part", evicted_once)
+    monkeypatch.setattr(parts_on_disk, "_write_part", evicted_once)
     reference.fill()
     assert 0 < len(reference.missing()) < len(still.dataset)
     assert reference.fill() > 0
@@ -401,7 +405,7 @@ def test_eviction(still, tmp_path):
     assert len(evict(tmp_path, max_size=size)) == 1
     (left,) = stored_references(tmp_path)
     assert left.identity == reference.identity
-    assert left.told["dtype"] == "torch.float32"
+    assert left.description["dtype"] == "torch.float32"
     evict(tmp_path, identity=left.identity)
     assert stored_references(tmp_path) == []
     with pytest.raises(ValueError, match="has no reference"):

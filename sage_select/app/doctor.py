@@ -51,12 +51,12 @@ class Finding:
     Attributes:
         about: What.
         verdict: "ok", "warn" (it will run, but look at it) or "fail" (it will not).
-        said: What was found, and what to do about it.
+        message: What was found, and what to do about it.
     """
 
     about: str
     verdict: Literal["ok", "warn", "fail"]
-    said: str
+    message: str
 
 
 def examine(
@@ -360,4 +360,4 @@ def _size(num_bytes: float) -> str:
 
 def as_records(findings: list[Finding]) -> list[dict[str, Any]]:
     """Findings as plain values."""
-    return [{"about": f.about, "verdict": f.verdict, "said": f.said} for f in findings]
+    return [{"about": f.about, "verdict": f.verdict, "message": f.message} for f in findings]

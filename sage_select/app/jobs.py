@@ -272,7 +272,7 @@ def train(
         if first and say is not None:
             say(f"{run.dataset.waterfall()}\n{run.timeline.plan}")
             say(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}")
-        processes.wait()
+        processes.barrier()
         return _train(run, training, folder, resume)
 
 
@@ -282,7 +282,7 @@ def _train(run: Run, training: Training, folder: RunFolder, resume: bool) -> Tra
     model = run.load_policy()
     with Ledger() as spent:
         reference = run.open_reference(model)
-    spent = side_by_side(processes.each(spent))
+    spent = side_by_side(processes.all_gather_object(spent))
     if processes.rank == 0:
         append_costs(folder.costs, spent)
     model = spread(model, config.training.strategy)

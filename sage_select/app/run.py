@@ -164,8 +164,8 @@ class Run:
         """How to train."""
         section = self.config.training
         shared = {name: getattr(section, name) for name in UpdateSettings.model_fields}
-        loss, beta = load_loss(self.config), self.config.beta
-        return Training(**shared, loss=loss, beta=beta, reader=self.reader)
+        shared |= {"loss": load_loss(self.config), "beta": self.config.beta}
+        return Training(**shared, reader=self.reader)
 
     def load_policy(self, checkpoint: str | None = None) -> Any:
         """The policy on its device, or a checkpoint of it (a folder or a hub name)."""

@@ -136,7 +136,7 @@ def _executed(model: nn.Module, batch: Batch) -> Work:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; modes and generators as before afterwards."""
     training = [module for module in model.modules() if module.training]
     device = device_of(model)

@@ -15,7 +15,7 @@ from sage_select.models.heads import head_of, text_config
 from sage_select.models.sequences import DistinctSequences
 from sage_select.models.trials import is_out_of_memory
 from sage_select.ops.token_logps import Implementation
-from sage_select.system.heartbeats import at
+from sage_select.system.heartbeats import beat
 from sage_select.system.processes import Processes
 from sage_select.system.progress_bars import progress_bar
 
@@ -53,7 +53,7 @@ def forward_batches(
     """
     for i, batch in enumerate(batches, 1):
         first, last = distinct.rows(batch)
-        at(f"{desc}, batch {i} of {len(batches)}, pairs in rows {first} to {last}")
+        beat(f"{desc}, batch {i} of {len(batches)}, pairs in rows {first} to {last}")
         waiting: list[Sequence[int]] = [batch]
         while waiting:
             # known sequences are left out after the parts are composed, as for whole batches
@@ -87,7 +87,7 @@ def check_same_pass(
     said.update(distinct.keys.tobytes())
     said.update(new.tobytes())
     facts = [len(distinct.pairs), len(distinct), int.from_bytes(said.digest())]
-    every = processes.agree(facts)
+    every = processes.all_gather(facts)
     for rank, facts in enumerate(every):
         if facts != every[0]:
             raise ValueError(

@@ -13,7 +13,7 @@ from sage_select.data.dataset import PreferenceDataset
 from sage_select.data.pair_table import TokenSequence
 from sage_select.models.attention import packed_attention, packs
 from sage_select.models.batches import lay_out
-from sage_select.models.forward import autocast, forward_logps, known_shape, recomputes, undisturbed
+from sage_select.models.forward import autocast, eval_mode, forward_logps, known_shape, recomputes
 from sage_select.models.measuring import (
     Rates,
     check_same_pass,
@@ -25,7 +25,7 @@ from sage_select.models.trials import Layout, check_head, packs_exactly
 from sage_select.models.wrappers import checked, is_sharded, resharded, uncompiled, unwrapped
 from sage_select.ops.token_logps import Implementation
 from sage_select.pairs import PairLogps
-from sage_select.system.heartbeats import at, watched
+from sage_select.system.heartbeats import beat, monitored
 from sage_select.system.ledger import book, recording
 from sage_select.system.processes import Processes
 
@@ -101,10 +101,10 @@ class Reader:
         def keep(places: list[int], measured: Tensor) -> None:
             logps[places] = measured
 
-        with watched(processes):
+        with monitored(processes):
             self.measure_sequences(model, distinct, keep, processes=processes)
             # one process has each log-prob and all others have zero, so the sum changes no bit
-            logps = processes.total(logps.to(processes.device)).cpu()
+            logps = processes.all_reduce(logps.to(processes.device)).cpu()
         return as_pair_logps(pool, logps[distinct.of_pairs])
 
     def measure_sequences(
@@ -139,7 +139,7 @@ class Reader:
         if not new.any():
             return
         together = is_sharded(model) and processes.size > 1
-        with resharded(model), undisturbed(model), autocast(model, self.mixed_precision):
+        with resharded(model), eval_mode(model), autocast(model, self.mixed_precision):
             check_head(model, distinct.sequences([len(distinct) - 1])[0], self.impl)
             first = distinct.sequences([0])
             packed = packs_exactly(model, first, self.layout, self.impl, self.max_batch_tokens)
@@ -171,7 +171,7 @@ class Reader:
                 # every rank must make as many forward calls, or the others wait for its weights
                 sequences = distinct.sequences([place for place in batches[-1] if new[place]])
                 forward_logps(model, lay_out(sequences, packed=packed), self.impl)
-        at(f"{desc}, done with {len(own)} batches")
+        beat(f"{desc}, done with {len(own)} batches")
 
     def pair_logps(self, model: nn.Module, pairs: PreferenceDataset) -> PairLogps:
         """Differentiable log-probs of a few pairs in one batch: what an update needs.

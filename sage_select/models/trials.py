@@ -13,10 +13,10 @@ from sage_select.models.batches import pack, pad
 from sage_select.models.forward import (
     call,
     device_of,
+    eval_mode,
     forward_logps,
     logits_of,
     precision_of,
-    undisturbed,
 )
 from sage_select.models.heads import of_transformers
 from sage_select.models.known import known, own_attention
@@ -54,7 +54,7 @@ def check_head(
         return
     tokens = sequence.tokens[max(0, sequence.response_start - 32) : sequence.response_start + 32]
     piece = pad([TokenSequence(tokens, min(sequence.response_start, 32))])
-    with undisturbed(model):
+    with eval_mode(model):
         found = forward_logps(model, piece, impl)[0]
         batch = piece.to(device_of(model))
         logits = logits_of(call(model, batch))
@@ -99,12 +99,12 @@ def packs_exactly(
     path, record = _path(model), known(model)
     longest = max(sequences, key=lambda s: len(s.tokens))
     if is_sharded(model):  # whether to try, and how often, must be the same in all processes
-        (lengths,) = zip(*Processes.all().agree([len(longest.tokens)]), strict=True)
+        (lengths,) = zip(*Processes.all().all_gather([len(longest.tokens)]), strict=True)
         longest = TokenSequence(np.resize(longest.tokens, max(lengths)), longest.response_start)
     proven, reason = record.packing.get(path, (0, ""))
     if not (reason := _unfit(model) or reason) and len(longest.tokens) > proven:
         try:
-            with undisturbed(model):
+            with eval_mode(model):
                 found = _why_not_packed(model, longest, impl, max_tokens)
         except RuntimeError as error:
             if not is_out_of_memory(error):

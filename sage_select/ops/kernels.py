@@ -252,8 +252,8 @@ def target_logits_kernel(
     here = (target >= 0) & (target < V)
     logits = _logits(
         hidden, weight, bias_V, tl.minimum(rows, N - 1), tl.where(here, target, 0), 0, 0, H,
-        hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, False, EVEN, INTERPRETED, ROWS,
-        ROWS, DEPTH,
+        hidden_stride, weight_stride, softcap, HAS_BIAS, HAS_SOFTCAP, False, EVEN,
+        INTERPRETED, ROWS, ROWS, DEPTH,
     )  # fmt: skip
     place = tl.arange(0, ROWS)
     own = place[:, None] == place[None, :]

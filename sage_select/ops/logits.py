@@ -67,16 +67,18 @@ class Logits(ABC):
 
 def forward(logits: Logits, target_N: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
     """Each token's log-prob and the logsumexp of its logits."""
-    anchor_N = processes.total(logits.of_targets(target_N))
+    anchor_N = processes.all_reduce(logits.of_targets(target_N))
     sum_N, own_N = logits.sum_exp(anchor_N, target_N)
-    sum_N = processes.total(sum_N)
-    target_logit_N = anchor_N if own_N is None else processes.total(own_N)
+    sum_N = processes.all_reduce(sum_N)
+    target_logit_N = anchor_N if own_N is None else processes.all_reduce(own_N)
     far_N = ~sum_N.isfinite()
     if bool(far_N.any()):
         maximum_n, sum_n = logits.rows(far_N).around_maximum()
-        anchor_n = processes.largest(maximum_n)
+        anchor_n = processes.all_reduce_max(maximum_n)
         anchor_N = anchor_N.masked_scatter(far_N, anchor_n)
-        sum_N = sum_N.masked_scatter(far_N, processes.total(sum_n * (maximum_n - anchor_n).exp()))
+        sum_N = sum_N.masked_scatter(
+            far_N, processes.all_reduce(sum_n * (maximum_n - anchor_n).exp())
+        )
     # a sum of rounded exponentials, of which one is that of the target
     logps_N = (target_logit_N - anchor_N - sum_N.log()).clamp(max=0)
     return logps_N, anchor_N + sum_N.log()

@@ -52,7 +52,7 @@ def _agreed(
     checksum = int((target_N * torch.arange(1, len(target_N) + 1, device=target_N.device)).sum())
     said = hashlib.blake2b(f"{own_tokens} {options}".encode(), digest_size=7).digest()
     facts = [int(scored_N.sum()), checksum, start, len(weight_VH), int.from_bytes(said)]
-    every = processes.agree(facts, target_N.device)
+    every = processes.all_gather(facts, target_N.device)
     for process, fact in enumerate(every):
         if fact[-1] != every[0][-1]:
             raise ValueError(
@@ -74,7 +74,7 @@ def _agreed(
             "give all the same tokens, or say Shard(..., own_tokens=True), with weight.to_local() "
             "where it is a DTensor"
         )
-    wrong = processes.agree([first_wrong(target_N, end)], target_N.device)
+    wrong = processes.all_gather([first_wrong(target_N, end)], target_N.device)
     check_targets(target_N, end)
     for process, (position,) in enumerate(wrong):
         if position >= 0:
@@ -145,7 +145,7 @@ def token_logps_operator(
     keep_N = target_N != IGNORED
     hidden_nH, target_n = _kept(keep_N, hidden_NH, target_N)
     if own_tokens:
-        hidden_nH, target_n = (processes.gathered(x, counts) for x in (hidden_nH, target_n))
+        hidden_nH, target_n = (processes.all_gather_rows(x, counts) for x in (hidden_nH, target_n))
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would round the logits to bf16
         logits = _logits(impl, hidden_nH, weight_VH, bias_V, softcap, temperature)
         logps_n, logsumexp_n = forward(logits, target_n - start, processes)
@@ -189,10 +189,10 @@ def token_logps_backward_operator(
     need_hidden, need_weight, need_bias = needed
     if group is not None:
         # what one process needs, all must help with
-        every = processes.agree([len(rows[0]), need_hidden], target_N.device)
+        every = processes.all_gather([len(rows[0]), need_hidden], target_N.device)
         counts, need_hidden = [count for count, _ in every], any(need for _, need in every)
     if own_tokens:
-        rows = tuple(processes.gathered(x, counts) for x in rows)
+        rows = tuple(processes.all_gather_rows(x, counts) for x in rows)
     hidden_nH, target_n, grad_n, logsumexp_n = rows
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logits = _logits(impl, hidden_nH, weight_VH, bias_V, softcap, temperature)
@@ -202,7 +202,9 @@ def token_logps_backward_operator(
     hidden_grad, weight_grad, bias_grad = gradients
     if hidden_grad is not None:
         hidden_grad = (
-            processes.own_total(hidden_grad, counts) if own_tokens else processes.total(hidden_grad)
+            processes.reduce_scatter_rows(hidden_grad, counts)
+            if own_tokens
+            else processes.all_reduce(hidden_grad)
         )
         hidden_grad = _spread(hidden_grad.to(hidden_NH.dtype), keep_N) if needed[0] else None
     return [x for x in (hidden_grad, weight_grad, bias_grad) if x is not None]

@@ -23,14 +23,14 @@ class StoredReference:
 
     Attributes:
         identity: Its name.
-        told: What it is: the model's name, its dtype and path.
+        description: What it is: the model's name, its dtype and path.
         sequences: Entries.
         size: Bytes on disk.
         used: When it was last used, in seconds since the epoch.
     """
 
     identity: str
-    told: dict[str, Any]
+    description: dict[str, Any]
     sequences: int
     size: int
     used: float
@@ -47,13 +47,13 @@ def stored_references(folder: str | Path | None = None) -> list[StoredReference]
         for file in place.iterdir():
             with suppress(FileNotFoundError):  # merged or finished meanwhile
                 states.append(file.stat())
-        told = {}
+        description = {}
         with suppress(OSError, ValueError):
-            told = json.loads((place / "reference.json").read_text())
+            description = json.loads((place / "reference.json").read_text())
         found.append(
             StoredReference(
                 identity=place.name,
-                told=told,
+                description=description,
                 sequences=len(read_parts(place).keys),
                 size=sum(state.st_size for state in states),
                 used=max((state.st_mtime for state in states), default=0.0),

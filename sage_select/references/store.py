@@ -39,7 +39,7 @@ from sage_select.pairs import PairLogps
 from sage_select.references.eviction import default_store, stored_references
 from sage_select.references.parts import PartWriter, merge_parts, read_parts
 from sage_select.system.files import mark_as_used, partial_path, replace_durably
-from sage_select.system.heartbeats import watched
+from sage_select.system.heartbeats import monitored
 from sage_select.system.identity import digest
 from sage_select.system.ledger import phase
 from sage_select.system.processes import Processes
@@ -153,9 +153,9 @@ class ReferenceStore:
         self._describe(self.model)
         distinct = distinct_sequences(wanted)
         found = np.flatnonzero(~np.isnan(read_parts(self.folder).look_up(distinct.keys)))
-        with watched(processes):
+        with monitored(processes):
             self._measure(distinct, set(found.tolist()))
-            processes.wait()  # all have written
+            processes.barrier()  # all have written
         if processes.rank == 0:
             merge_parts(self.folder)
         self._logps = None  # what was written is read back
@@ -198,7 +198,7 @@ class ReferenceStore:
 
     def _check_shared(self, processes: Processes, unknown: int) -> None:
         """All processes must see the same files."""
-        every = [count for (count,) in processes.agree([unknown])]
+        every = [count for (count,) in processes.all_gather([unknown])]
         if len(set(every)) > 1:
             raise ValueError(
                 f"ReferenceStore: of the same pairs the processes miss {every}; their folder "

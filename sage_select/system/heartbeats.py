@@ -26,7 +26,7 @@ STOP = 0  # no signal's number
 GONE = (RuntimeError,)  # whoever kept the signs is: all that is known is what was
 
 
-def patience() -> float:
+def timeout() -> float:
     """Seconds without a sign of life, or without progress of anybody, before a run is ended.
 
     From the environment variable `SAGE_SELECT_PATIENCE`; 600 without it.
@@ -44,16 +44,16 @@ def during(what: str) -> Iterator[None]:
         _during.reset(token)
 
 
-def at(place: str) -> None:
+def beat(place: str) -> None:
     """Say where this process is, to those that watch."""
-    if (watch := _watch.get()) is not None:
+    if (watch := _monitor.get()) is not None:
         watch.progress += 1
         watch.place = ", ".join((*_during.get(), place))
         watch.tell()
 
 
 @contextmanager
-def watched(processes: Processes) -> Iterator[None]:
+def monitored(processes: Processes) -> Iterator[None]:
     """Around what processes do together: if one is lost inside, the others say which and where.
 
     With an error that is raised inside it is said where all processes were.
@@ -61,11 +61,11 @@ def watched(processes: Processes) -> Iterator[None]:
     Args:
         processes: Those that do it, all of them.
     """
-    if processes.group is None or _watch.get() is not None:
+    if processes.group is None or _monitor.get() is not None:
         yield
         return
-    watch = _Watch(processes)
-    token = _watch.set(watch)
+    watch = _Monitor(processes)
+    token = _monitor.set(watch)
     watch.start()
     try:
         yield
@@ -79,14 +79,14 @@ def watched(processes: Processes) -> Iterator[None]:
         raise
     finally:
         watch.stop()
-        _watch.reset(token)
+        _monitor.reset(token)
 
 
 _during: ContextVar[tuple[str, ...]] = ContextVar("during", default=())
-_watch: ContextVar["_Watch | None"] = ContextVar("watch", default=None)
+_monitor: ContextVar["_Monitor | None"] = ContextVar("watch", default=None)
 
 
-class _Sign(NamedTuple):
+class _Heartbeat(NamedTuple):
     """What a process last said of itself."""
 
     signs: int = 0  # how many it gave; a process that stands still gives none
@@ -94,7 +94,7 @@ class _Sign(NamedTuple):
     place: str = "not there yet"
 
 
-class _Watch:
+class _Monitor:
     """A thread that gives signs of this process and looks for those of the others."""
 
     def __init__(self, processes: Processes) -> None:
@@ -107,7 +107,7 @@ class _Watch:
         store = default.clone() if hasattr(default, "clone") else default
         self._store = c10d.PrefixStore(f"sage_select/{processes.group.group_name}", store)
         self._signs = 0
-        self._heard = {rank: (time.monotonic(), _Sign()) for rank in range(self.size)}
+        self._heard = {rank: (time.monotonic(), _Heartbeat()) for rank in range(self.size)}
         self._got_on = time.monotonic()
         self._over, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._look, name="sage-select watch", daemon=True)
@@ -171,7 +171,7 @@ class _Watch:
         """Give a sign to the others."""
         self._signs += 1
         with suppress(*GONE):
-            own = _Sign(self._signs, self.progress, self.place)
+            own = _Heartbeat(self._signs, self.progress, self.place)
             self._store.set(str(self.rank), json.dumps(own))
 
     def _exchange(self) -> None:
@@ -181,7 +181,7 @@ class _Watch:
             for rank in range(self.size):
                 if not self._store.check([str(rank)]):
                     continue
-                sign = _Sign(*json.loads(self._store.get(str(rank))))
+                sign = _Heartbeat(*json.loads(self._store.get(str(rank))))
                 _, before = self._heard[rank]
                 if sign[1:] != before[1:]:
                     self._got_on = time.monotonic()
@@ -192,12 +192,12 @@ class _Watch:
         """Why there is nothing left to wait for, or nothing."""
         now = time.monotonic()
         for rank, (heard, sign) in self._heard.items():
-            if rank != self.rank and now - heard > patience():
+            if rank != self.rank and now - heard > timeout():
                 return (
                     f"process {rank} has given no sign of life for {now - heard:.0f} s; it was "
                     f"last heard of at: {sign.place}"
                 )
-        if now - self._got_on > patience():
+        if now - self._got_on > timeout():
             rank, (_, sign) = min(self._heard.items(), key=lambda entry: entry[1][1].progress)
             return (
                 f"no process has got on for {now - self._got_on:.0f} s; process {rank} is the "

@@ -86,17 +86,17 @@ class Processes(NamedTuple):
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all are here."""
-        self.agree([0])
+        self.all_gather([0])
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
         if self.group is not None:
             dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
         return x
 
-    def largest(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         """The maximum over processes."""
         if self.group is None:
             return x
@@ -104,14 +104,14 @@ class Processes(NamedTuple):
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
-    def joined(self, x: Tensor) -> Tensor:
+    def gather_rows(self, x: Tensor) -> Tensor:
         """The rows of all processes, by rank, of which each may have another number."""
         if self.group is None:
             return x
-        counts = [count for (count,) in self.agree([len(x)])]
-        return self.gathered(x.to(self.device), counts).to(x.device)
+        counts = [count for (count,) in self.all_gather([len(x)])]
+        return self.all_gather_rows(x.to(self.device), counts).to(x.device)
 
-    def agree(self, facts: list[int], device: torch.device | None = None) -> list[list[int]]:
+    def all_gather(self, facts: list[int], device: torch.device | None = None) -> list[list[int]]:
         """What every process says, by rank."""
         if self.group is None:
             return [facts]
@@ -121,7 +121,7 @@ class Processes(NamedTuple):
         said: list[list[int]] = every.view(-1, len(facts)).tolist()
         return said
 
-    def each(self, thing: T) -> list[T]:
+    def all_gather_object(self, thing: T) -> list[T]:
         """What every process has of something, by rank."""
         if self.group is None:
             return [thing]
@@ -129,7 +129,7 @@ class Processes(NamedTuple):
         dist.all_gather_object(every, thing, group=self.group)
         return every
 
-    def gathered(self, x: Tensor, counts: list[int]) -> Tensor:
+    def all_gather_rows(self, x: Tensor, counts: list[int]) -> Tensor:
         """The rows of all processes, by rank."""
         longest = max(counts)
         padded = x.new_zeros(longest, *x.shape[1:])
@@ -142,7 +142,7 @@ class Processes(NamedTuple):
         """This process's rows of what `gathered` puts together."""
         return torch.split(x, counts)[self.rank]
 
-    def own_total(self, x: Tensor, counts: list[int]) -> Tensor:
+    def reduce_scatter_rows(self, x: Tensor, counts: list[int]) -> Tensor:
         """This process's rows of the sum over processes."""
         longest = max(counts)
         padded = x.new_zeros(len(counts), longest, *x.shape[1:])

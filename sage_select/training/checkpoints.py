@@ -56,7 +56,7 @@ def save_checkpoint(
     if processes.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
         partial.mkdir(parents=True)
-    processes.wait()
+    processes.barrier()
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     with _quiet():
@@ -67,7 +67,7 @@ def save_checkpoint(
     torch.save(own, partial / f"rng-{processes.rank}.pt")
     if processes.rank == 0:
         torch.save(run, partial / "run.pt")
-    processes.wait()
+    processes.barrier()
     if processes.rank == 0:
         for file in partial.iterdir():
             flush(file)

@@ -21,7 +21,7 @@ from sage_select.pairs import Reference
 from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.selector import check_same_precision
 from sage_select.system.files import partial_path, replace_durably
-from sage_select.system.heartbeats import at, during, watched
+from sage_select.system.heartbeats import beat, during, monitored
 from sage_select.system.ledger import Ledger, append_costs, phase, read_costs, side_by_side
 from sage_select.system.processes import Processes
 from sage_select.system.progress_bars import progress_bar
@@ -120,7 +120,7 @@ def fit(
             initial=loader.step,
             show=show_progress if run.processes.rank == 0 else False,
         )
-        with watched(run.processes), bar:
+        with monitored(run.processes), bar:
             while loader.step < len(loader):
                 with Ledger() as spent:  # pulling a batch scores a pool where an interval begins
                     metrics = run.update(dataset.take(next(batches)), reference)
@@ -246,7 +246,7 @@ class _Run:
             self.unwritten.add(name, work)
 
     def _write_costs(self) -> None:
-        spent = side_by_side(self.processes.each(self.unwritten))
+        spent = side_by_side(self.processes.all_gather_object(self.unwritten))
         if self.writes is not None:
             append_costs(self.writes.costs, spent, self.interval)
         for name, work in spent.items():
@@ -255,7 +255,7 @@ class _Run:
 
     def checkpoint(self) -> None:
         """Put on disk all that a resumed run needs, and drop the oldest checkpoints."""
-        at(f"checkpoint of step {self.loader.step}")
+        beat(f"checkpoint of step {self.loader.step}")
         self._write_costs()
         if self.folder is None:
             return
@@ -285,7 +285,7 @@ class _Run:
                 f"train: {self.folder.path} holds a run already; pass resume=True to resume it, or "
                 "another folder"
             )
-        self.processes.wait()  # all have looked before anything is written
+        self.processes.barrier()  # all have looked before anything is written
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.history.costs.update(read_costs(self.folder.costs))
         if (state := load_newest(self.folder, self.model, self.optimizer)) is not None:

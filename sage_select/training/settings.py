@@ -22,6 +22,8 @@ class UpdateSettings(Section):
     Defaults are the paper's (Table 4) where the paper gives a value.
     """
 
+    loss: Any = "nca"
+    """What pairs are trained on."""
     learning_rate: Positive = 5e-7
     """Peak of the schedule."""
     micro_batch_size: Annotated[Count | None, FREE] = None

@@ -82,7 +82,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     if Processes.all().rank == 0:
         inner: Any = unwrapped(model)
         inner.save_pretrained(folder, state_dict=weights)
-    Processes.all().wait()
+    Processes.all().barrier()
 
 
 def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:

@@ -8,13 +8,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
 from sage_select.models.wrappers import gradient_sync, whole
 from sage_select.pairs import PairLogps, Reference
-from sage_select.system.heartbeats import at
+from sage_select.system.heartbeats import beat
 from sage_select.system.ledger import phase
 from sage_select.system.processes import Processes
 from sage_select.training.micro_batches import MicroBatch, dealt
@@ -57,7 +56,7 @@ def update(
     processes, passes = Processes.all(), Passes()
     micro_batches = dealt(batch.index, processes, training.micro_batch_size or len(batch))
     for number, micro in enumerate(micro_batches, 1):
-        at(f"pass {number} of {len(micro_batches)}")
+        beat(f"pass {number} of {len(micro_batches)}")
         pairs = batch.take(micro.rows)
         logps = reference.take(pairs.index)
         with phase("training"), gradient_sync(model, number == len(micro_batches)):
@@ -146,7 +145,7 @@ class Passes:
         """Log-probs and losses of the whole batch, from all processes; forgets them afterwards."""
         table = torch.cat(self._parts)
         del self._parts[1:]
-        index, *logps, losses = processes.joined(table).T
+        index, *logps, losses = processes.gather_rows(table).T
         return PairLogps(index.long(), *logps), losses
 
 
@@ -159,6 +158,8 @@ def optimizer_of(
     model: nn.Module, training: Training, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW, and the schedule of its learning rate over this many steps."""
+    from transformers import get_scheduler  # slow to import, and not needed for `update`
+
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=training.learning_rate,

@@ -42,7 +42,7 @@ def doctor(
             screen = console()
             for finding in findings:
                 screen.print(f"{finding.verdict:5}", style=COLOURS[finding.verdict], end="")
-                screen.print(f"{finding.about:14} {finding.said}", markup=False)
+                screen.print(f"{finding.about:14} {finding.message}", markup=False)
             typer.echo(f"{len(failed)} of {len(findings)} checks failed")
         if failed:
             raise typer.Exit(NOT_FIT)

@@ -37,7 +37,13 @@ def list_references(store: StoreFolder = None, as_json: AsJson = False) -> None:
             print_json({"references": listed, "bytes": total, "token_bytes": tokens})
             return
         rows = [
-            (r.identity, r.told.get("model", ""), r.told.get("dtype", ""), r.sequences, r.size)
+            (
+                r.identity,
+                r.description.get("model", ""),
+                r.description.get("dtype", ""),
+                r.sequences,
+                r.size,
+            )
             for r in references
         ]
         title = f"references in {store or default_store()}"
