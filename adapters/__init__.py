@@ -1,1 +1,1 @@
-"""One thin file per host."""
+"""Adapters for trainers: TRL, Lightning and plain PyTorch."""

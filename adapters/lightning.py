@@ -1,7 +1,7 @@
-"""Lightning: a callback that selects, and a small module that trains on what was selected.
+"""Lightning: a callback that selects pairs, and a small module that trains on them.
 
-`SageSelection` is all that an existing LightningModule needs; `PreferenceModule` is a module of the
-library's own. Both are for the package `lightning`.
+An existing LightningModule needs `SageSelection` only; `PreferenceModule` is a ready-made module.
+Both are for the package `lightning`.
 """
 
 import math
@@ -51,17 +51,18 @@ from sage_select.training.update import (
 )
 
 AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
-"""The trainer's precisions that are supported, with the autocast dtype of each."""
+"""The supported precisions of a Trainer, with the autocast dtype of each."""
 
 
 class Batches:
-    """A sized iterable for a trainer, which asks for its length and begins with it when it runs.
+    """An iterable for a Trainer that is sized and starts only when it is iterated.
 
-    Lightning fetches nothing ahead from what has a length.
+    It has a length since Lightning prefetches from iterables without one, and a prefetched batch
+    would be selected before the update that it should follow.
 
     Args:
-        count: How many batches there are.
-        begin: Called when the first is wanted.
+        count: Returns the number of batches.
+        begin: Returns an iterator over the batches; called when the first one is requested.
     """
 
     def __init__(self, count: Callable[[], int], begin: Callable[[], Iterator[Any]]) -> None:
@@ -72,22 +73,22 @@ class Batches:
         return self._count()
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._begin()  # a generator: nothing happens before the first batch is wanted
+        yield from self._begin()  # a generator: nothing runs before the first batch is requested
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: where a run stands is the callback's to say. Lightning warns without this."""
+        """Return nothing: the callback saves the state. Lightning warns without this method."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing, likewise."""
+        """Do nothing: the callback restores the state."""
 
 
 def held_out_batches(pairs: PreferenceDataset) -> Batches:
-    """Pairs for `PreferenceModule` to validate on: one batch, which all processes measure together.
+    """Return validation batches for `PreferenceModule`: one batch, measured by all ranks together.
 
     Args:
-        pairs: Rows of the loader's dataset or beside them, `dataset.take(rows)`, whose reference
-            log-probs are known.
+        pairs: Held-out pairs, `dataset.take(rows)`, in the loader's dataset or not; the loader's
+            reference must have their log-probs.
 
     Example:
         >>> len(held_out_batches(dataset.take(held_out)))  # doctest: +SKIP
@@ -97,42 +98,42 @@ def held_out_batches(pairs: PreferenceDataset) -> Batches:
 
 
 class SageSelection(Callback):
-    """Lets a Lightning run train on the pairs that a loader selects.
+    """A callback that lets a Lightning run train on the pairs that a loader selects.
 
-    `batches` are the train batches of the whole run for this process: one epoch, in
+    `batches` are this rank's training batches for the whole run: one epoch, with
     `accumulate_grad_batches` passes per optimizer step. An interval's pool is scored when its first
-    pass is due, with the policy as it is after all earlier updates. What is kept stands in the
-    checkpoints; a resumed run scores no interval again, and repeats or loses no pair.
+    pass is due, with the policy after all earlier updates. Checkpoints contain the kept pairs; a
+    resumed run scores no interval again, and repeats or loses no pair.
 
-    A training step returns the mean loss of its pairs, as ever. Only passes of the run's last batch
-    may hold fewer pairs than others; the callback weighs their losses before the backward pass, so
-    that an update follows the mean over the pairs of its batch.
+    A training step returns the mean loss of its pairs, as usual. Only passes of the run's last
+    batch may have fewer pairs than the others; the callback weights their losses before the
+    backward pass, so that an update follows the mean over all pairs of its batch.
 
-    Strategies are those of one device, DDP, and FSDP2 (`ModelParallelStrategy`), with any number of
-    processes that divides the loader's batches; a run that some number of them began, another goes
-    on with. FSDP2 shards the policy at its root, which is what scoring calls. The trainer's
-    `use_distributed_sampler` does not matter: batches are dealt to processes here.
+    It supports the strategies for one device, DDP, and FSDP2 (`ModelParallelStrategy`), with any
+    number of processes that divides the loader's batches; a run can resume with another number.
+    Under FSDP2 the policy must be sharded at its root, since scoring calls the root. The trainer's
+    `use_distributed_sampler` has no effect: the callback deals batches to processes.
 
     Args:
         loader: Batches over all processes. Its model is the Hugging Face model inside the
-            LightningModule. Where its reference is a store, all processes measure together what is
-            missing when the trainer begins, on the device on which the policy came.
-        collate: Makes of some pairs what the LightningModule's `training_step` takes; by default it
-            gets a `MicroBatch`.
+            LightningModule. If its reference is a store, all processes measure the missing
+            log-probs together when the trainer starts, on the policy's current device.
+        collate: Turns the pairs of a pass into the batch that the LightningModule's `training_step`
+            takes; by default the batch is a `MicroBatch`.
 
     Attributes:
-        batches: For `Trainer.fit`, or to be returned by a `train_dataloader`.
+        batches: Pass them to `Trainer.fit`, or return them from `train_dataloader`.
 
     Example:
-        >>> loader = loader_of(config, pairs, policy, reference, batch_size=16)  # doctest: +SKIP
+        >>> loader = build_loader(config, pairs, policy, reference, batch_size=16)  # doctest: +SKIP
         >>> selection = SageSelection(loader)  # doctest: +SKIP
         >>> trainer = Trainer(max_epochs=1, callbacks=[selection])  # doctest: +SKIP
         >>> trainer.fit(PreferenceModule(loader, Training()), selection.batches)  # doctest: +SKIP
 
     Raises:
         TypeError: From `fit`, if its strategy or LightningModule is not supported.
-        ValueError: From `fit`, if the trainer would cut the run short, deal other batches, compute
-            in another precision than the selector, or go on with another run's checkpoint.
+        ValueError: From `fit`, if the trainer would end the run early, train on other batches,
+            compute in another precision than the selector, or resume another run's checkpoint.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class SageSelection(Callback):
         self._weight = 1.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would go wrong, then complete the reference, with the policy as it came."""
+        """Refuse incompatible settings, then complete the reference with the untrained policy."""
         if stage == "fit":
             self._trainer = trainer
             refuse("SageSelection", _refusals(trainer, pl_module, self.loader))
@@ -159,43 +160,44 @@ class SageSelection(Callback):
             self.loader.selector.reference.fill()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a model that is not the one to train, or that would drift apart."""
+        """Refuse a loader of another model, or a policy that is not sharded at its root."""
         model = self.loader.model
         if not any(module is model for module in pl_module.modules()):
             raise ValueError(
-                "SageSelection: the loader scores pools with another model than "
-                f"{type(pl_module).__name__} trains; make the loader with the very model that the "
-                "module holds"
+                "SageSelection: the loader scores pools with a different model than "
+                f"{type(pl_module).__name__} trains; make the loader with the model object that "
+                "the module contains"
             )
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if sharded and not (is_sharded(model) and isinstance(model, FSDPModule)):
             raise TypeError(
-                f"SageSelection: ModelParallelStrategy leaves it to {type(pl_module).__name__} to "
-                f"shard, and the {type(model).__name__} that is scored is not sharded at its root; "
-                "call shard(model, mesh=self.device_mesh['data_parallel']) in configure_model "
+                "SageSelection: ModelParallelStrategy requires "
+                f"{type(pl_module).__name__} to shard its model, and the {type(model).__name__} "
+                "that is scored is not sharded at its root; call "
+                "shard(model, mesh=self.device_mesh['data_parallel']) in configure_model "
                 "(sage_select.adapters.plain.shard)"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse other batches than ours, and a start at another place than the loader's."""
+        """Refuse other batches than `batches`, and a trainer at another step than the loader."""
         if trainer.train_dataloader is not self.batches:
             raise ValueError(
-                "SageSelection: the trainer was given other batches than the selected ones; call "
+                "SageSelection: the trainer was not given the selected batches; call "
                 "trainer.fit(module, selection.batches), or return them from train_dataloader"
             )
         if trainer.global_step != self.loader.step:
             raise ValueError(
-                f"SageSelection: the trainer stands at step {trainer.global_step}, the loader at "
-                f"{self.loader.step}; a run goes on with fit(ckpt_path=...) from a checkpoint that "
-                "was written with this callback, and begins with a new loader"
+                f"SageSelection: the trainer is at step {trainer.global_step}, but the loader is "
+                f"at {self.loader.step}; start a run with a new loader, or resume one with "
+                "fit(ckpt_path=...) from a checkpoint that was written with this callback"
             )
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Weigh a pass that holds fewer pairs than others."""
+        """Weight the loss of a pass that has fewer pairs than the others."""
         if self._weight != 1:
-            loss.mul_(self._weight)  # in place, since Lightning goes on with the loss it has
+            loss.mul_(self._weight)  # in place, since Lightning ignores the hook's return value
 
     def on_train_batch_end(
         self,
@@ -205,33 +207,34 @@ class SageSelection(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log what is selected: the same in every process."""
+        """Log the selection's metrics, which are equal on all ranks."""
         metrics = self.loader.metrics().items()
         pl_module.log_dict({f"selection/{name}": float(x) for name, x in metrics}, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands after the optimizer steps taken so far."""
+        """Return the loader's state after the optimizer steps taken so far."""
         if self._trainer is None:
             return {}
+        # `decided` hands out whole intervals, so the trainer counts the steps.
         self.loader.step = self._trainer.global_step
         return self.loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, if this is a fit."""
+        """Restore the loader's state, if this is `fit`; other calls train nothing."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
             self.loader.load_state_dict(state)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Begin an update that was under way from its first pass, in as many passes as now."""
+        """Restart an unfinished update from its first pass, with the current passes per update."""
         if trainer.state.fn != "fit":
             return
         if self.state_key not in checkpoint["callbacks"]:
             raise ValueError(
                 f"SageSelection: the checkpoint of step {checkpoint['global_step']} was written "
-                "without this callback, and does not say what was kept; go on from one that was, "
-                "or start over with its weights alone"
+                "without this callback, so the kept pairs are not in it; resume from one that was "
+                "written with it, or start a new run from its weights alone"
             )
         step = checkpoint["callbacks"][self.state_key]["step"]
         passes = step * trainer.accumulate_grad_batches
@@ -240,9 +243,9 @@ class SageSelection(Callback):
             return
         progress["is_last_batch"] = step == len(self.loader)
         for counts in (progress["current"], progress["total"]):
-            open_end = counts["processed"] - counts["completed"]  # it was written within a pass
+            uncompleted = counts["processed"] - counts["completed"]  # 1 if saved within a pass
             counts.update(ready=passes, started=passes, processed=passes)
-            counts["completed"] = passes - open_end
+            counts["completed"] = passes - uncompleted
 
     def _count(self) -> int:
         return len(self.loader) * self._attached().accumulate_grad_batches
@@ -258,31 +261,31 @@ class SageSelection(Callback):
                     pairs = loader.dataset.take(micro.rows)
                     yield micro if self.collate is None else self.collate(pairs)
             for optimizer in trainer.optimizers:
-                optimizer.zero_grad()  # Lightning would in the next pass: scoring needs the room
+                optimizer.zero_grad()  # Lightning waits for the next pass; scoring needs the memory
 
     def _attached(self) -> Trainer:
         if self._trainer is None:
             raise ValueError(
-                "SageSelection: its batches are asked for, but it is not among the trainer's "
-                "callbacks; use Trainer(callbacks=[selection]). Before fit only len(loader), the "
-                "optimizer steps, is known"
+                "SageSelection: its batches were requested, but it is not one of the trainer's "
+                "callbacks; use Trainer(callbacks=[selection]). Before fit, use len(loader), the "
+                "number of optimizer steps"
             )
         return self._trainer
 
 
 class PreferenceModule(LightningModule):
-    """Trains a loader's policy on the pairs that it selects: NCA with AdamW, by default.
+    """A LightningModule that trains a loader's policy on the selected pairs: NCA by default.
 
-    Of the settings, those that are the Trainer's to say are not looked at: micro-batches,
-    precision, evaluations and checkpoints. A `gradient_clip_val` of the Trainer goes before
-    `max_grad_norm`.
+    The Trainer sets micro-batches, precision, evaluations and checkpoints, and these settings of
+    `training` are ignored. The Trainer's `gradient_clip_val` overrides `max_grad_norm`.
 
-    Logs `loss`, `accuracy`, `margin` and the rewards over all pairs of each update, its
+    It logs `loss`, `accuracy`, `margin` and the rewards over all pairs of each update, its
     `gradient_norm`, and `held_out/loss` and so on for each validation.
 
     Args:
-        loader: Its model is trained, `self.policy`; its reference is the loss's.
-        training: How to train.
+        loader: The selected batches. Its model becomes `self.policy` and is trained; its reference
+            is used in the loss.
+        training: Loss, beta, optimizer, schedule, clipping and reader.
 
     Example:
         >>> module = PreferenceModule(loader, Training(learning_rate=1e-6))  # doctest: +SKIP
@@ -295,15 +298,15 @@ class PreferenceModule(LightningModule):
         self.policy: nn.Module = loader.model
         self.settings = training
         self._packed = False
-        self._passes = Passes()  # of the update under way
+        self._passes = Passes()  # of the current update
 
     def configure_model(self) -> None:
-        """Shard the policy where the strategy is FSDP2."""
+        """Shard the policy if the strategy is FSDP2."""
         if self.device_mesh is not None and not isinstance(self.policy, FSDPModule):
             shard(self.policy, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and a schedule over the exact total of steps."""
+        """Return AdamW and a schedule over the exact number of steps."""
         optimizer, scheduler = optimizer_of(self.policy, self.settings, len(self.loader))
         return {
             "optimizer": optimizer,
@@ -311,13 +314,13 @@ class PreferenceModule(LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        """Find out, on the device and in all processes together, how batches can be made."""
-        # Lightning leaves modes as they are, and from_pretrained gives a model in eval mode
+        """Enter train mode, and check on the device how the policy's batches can be laid out."""
+        # Lightning does not change modes, and from_pretrained returns a model in eval mode.
         make_ready(self.policy, self.settings)
         self.training_settings.reader.check(self.policy, self.loader.dataset)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        """The mean loss of a micro-batch."""
+        """Return the mean loss of a micro-batch."""
         training, pairs = self.training_settings, self.loader.dataset.take(batch.rows)
         reference = self.loader.selector.reference.take(batch.rows)
         with training.reader.updating(self.policy, pairs):
@@ -328,7 +331,7 @@ class PreferenceModule(LightningModule):
         return losses.mean()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward, in which a packed batch may need its attention again."""
+        """Run the backward pass, in which checkpointed layers of a packed batch run again."""
         with packed_attention(self.policy) if self._packed else nullcontext():
             super().backward(loss, *args, **kwargs)
 
@@ -338,7 +341,7 @@ class PreferenceModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and log the update.
+        """Clip the gradients, and log the update.
 
         Raises:
             FloatingPointError: If the gradient is not finite.
@@ -346,7 +349,7 @@ class PreferenceModule(LightningModule):
         """
         if gradient_clip_algorithm == "value":
             raise ValueError(
-                "PreferenceModule: gradients are clipped to a norm; leave out "
+                "PreferenceModule: gradients are clipped by norm; leave out "
                 "Trainer(gradient_clip_algorithm='value')"
             )
         limit = self.settings.max_grad_norm if gradient_clip_val is None else gradient_clip_val
@@ -362,14 +365,15 @@ class PreferenceModule(LightningModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Batches are rows or pairs; tokens go to the device when they are laid out."""
+        """Return the batch unchanged: tokens of its rows or pairs are moved when laid out."""
         return batch
 
     def validation_step(self, pairs: PreferenceDataset, batch_idx: int) -> None:
-        """Measure held-out pairs, which are the same in every process."""
+        """Measure the held-out pairs, which are equal on all ranks, and log their metrics."""
         training = self.training_settings
         reader = replace(training.reader, show_progress=False)
-        with torch.inference_mode(False):  # what is gathered or cached meanwhile is trained on, too
+        # Lightning validates in inference mode, but tensors cached here are used in training too.
+        with torch.inference_mode(False):
             policy = reader(self.policy, pairs)
         losses = training.loss(
             policy, self.loader.selector.reference.take(pairs.index), beta=training.beta
@@ -378,7 +382,7 @@ class PreferenceModule(LightningModule):
 
     @property
     def training_settings(self) -> Training:
-        """The settings, with the precision that the Trainer has."""
+        """The training settings, with the Trainer's precision."""
         precision = AUTOCASTS.get(str(self.trainer.precision))
         reader: Reader = replace(self.settings.reader, mixed_precision=precision)
         return self.settings.replace(reader=reader)
@@ -391,8 +395,8 @@ class PreferenceModule(LightningModule):
         others: dict[str, float],
         **options: Any,
     ) -> None:
-        known = self.loader.selector.reference.take(policy.index.numpy())
-        metrics = preference_metrics(policy, known, beta=self.settings.beta) | others
+        reference_logps = self.loader.selector.reference.take(policy.index.numpy())
+        metrics = preference_metrics(policy, reference_logps, beta=self.settings.beta) | others
         size = len(policy.index)
         self.log(f"{prefix}loss", losses.mean().item(), prog_bar=True, batch_size=size, **options)
         self.log_dict({prefix + name: x for name, x in metrics.items()}, batch_size=size, **options)
@@ -401,19 +405,19 @@ class PreferenceModule(LightningModule):
 def _refusals(
     trainer: Any, pl_module: LightningModule, loader: SelectiveLoader
 ) -> Iterator[Refusal]:
-    """Everything about a trainer and a module that does not go with selection."""
-    yield from _strategy(trainer)
-    yield from _settings(trainer, loader)
+    """Yield everything about a trainer and a module that is incompatible with selection."""
+    yield from _strategy_refusals(trainer)
+    yield from _settings_refusals(trainer, loader)
     if not pl_module.automatic_optimization:
         yield Refusal(
             f"{type(pl_module).__name__} steps its optimizers itself "
-            "(automatic_optimization=False), so nobody knows which pairs an update is made of",
+            "(automatic_optimization=False), so the pairs of an update cannot be determined",
             "return the loss from training_step instead",
         )
 
 
-def _strategy(trainer: Any) -> Iterator[Refusal]:
-    """Strategies under which weights or gradients are not where this library looks for them."""
+def _strategy_refusals(trainer: Any) -> Iterator[Refusal]:
+    """Refuse strategies whose weights cannot be scored or whose gradients cannot be clipped."""
     strategy = trainer.strategy
     name, size = type(strategy).__name__, trainer.world_size
     fsdp2 = f"ModelParallelStrategy(data_parallel_size={size}, tensor_parallel_size=1)"
@@ -424,7 +428,7 @@ def _strategy(trainer: Any) -> Iterator[Refusal]:
         )
     elif isinstance(strategy, DeepSpeedStrategy):
         yield Refusal(
-            f"{name} steps and accumulates itself, and gathers weights module by module",
+            f"{name} steps and accumulates by itself, and gathers weights module by module",
             f"use strategy={fsdp2} (FSDP2), or 'ddp'",
         )
     elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
@@ -437,29 +441,30 @@ def _strategy(trainer: Any) -> Iterator[Refusal]:
         if parts > 1:
             yield Refusal(
                 f"ModelParallelStrategy splits each layer over {parts} processes (tensor "
-                "parallelism, which is what 'auto' means), and that is not supported",
+                "parallelism, the meaning of 'auto'), which is not supported",
                 f"use strategy={fsdp2}",
             )
 
 
-def _settings(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
-    """Settings that would end the run early, run it twice, change its batches or its precision."""
+def _settings_refusals(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
+    """Refuse settings that would end the run early, repeat it, or change batches or precision."""
     steps, size = len(loader), loader.timeline.batch_size
     passes, processes = trainer.accumulate_grad_batches, trainer.world_size
     changing = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
     for callback in trainer.callbacks:
         if isinstance(callback, changing):
             yield Refusal(
-                f"{type(callback).__name__} changes the run while it is under way, and its batches "
-                "and schedule are planned beforehand",
+                f"{type(callback).__name__} changes the run while it trains, but batches and "
+                "schedule are planned before it starts",
                 "leave it out",
             )
     limit = trainer.limit_train_batches
+    # Lightning counts batches if it is an int, and takes a share of them if it is a float.
     cut = limit < (steps * passes if isinstance(limit, int) else 1.0)
     if trainer.max_epochs != 1:
         yield Refusal(
-            f"Trainer(max_epochs={trainer.max_epochs}) does not fit: the batches are those of the "
-            "whole run, however many epochs it has",
+            f"Trainer(max_epochs={trainer.max_epochs}) does not fit: one pass over the batches is "
+            "the whole run, with all its epochs",
             "set max_epochs=1",
         )
     if 0 <= trainer.max_steps < steps:
@@ -469,8 +474,8 @@ def _settings(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
         )
     if trainer.overfit_batches:
         yield Refusal(
-            f"Trainer(overfit_batches={trainer.overfit_batches}) does not fit: it would cut the "
-            "run short",
+            f"Trainer(overfit_batches={trainer.overfit_batches}) does not fit: it would end the "
+            "run early",
             "leave it out",
         )
     if cut:
@@ -481,8 +486,8 @@ def _settings(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
         )
     if trainer.reload_dataloaders_every_n_epochs:
         yield Refusal(
-            "Trainer(reload_dataloaders_every_n_epochs) does not fit: the run goes through its "
-            "batches once",
+            "Trainer(reload_dataloaders_every_n_epochs) does not fit: the run iterates its batches "
+            "once",
             "leave it out",
         )
     if size % (passes * processes):
@@ -490,11 +495,12 @@ def _settings(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
             f"Trainer(accumulate_grad_batches={passes}) does not fit: the loader's {size} pairs "
             "per optimizer step cannot be dealt evenly to processes x passes = "
             f"{processes} x {passes}",
-            "choose it so that the product divides them, or make a loader with another batch size",
+            "choose a value such that the product divides the pairs, or make a loader with another "
+            "batch size",
         )
     if (precision := str(trainer.precision)) not in AUTOCASTS:
         yield Refusal(
             f"Trainer(precision={precision!r}) is not supported",
-            "use 'bf16-mixed', or '32-true', which leaves weights as they are: for weights in "
-            "bfloat16, load the policy in bfloat16",
+            "use 'bf16-mixed' or '32-true'; '32-true' keeps the dtype of the weights, so for "
+            "bfloat16 weights load the policy in bfloat16",
         )

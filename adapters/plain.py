@@ -1,14 +1,15 @@
-"""Plain PyTorch: everything a loop of one's own needs, and the library's own loop.
+"""Plain PyTorch: everything that a custom loop needs, and the library's own loop.
 
     for rows in loader:  # a SelectiveLoader: a pool is scored when its first batch is pulled
         update(model, optimizer, dataset.take(rows), reference, training)
 
-`update` is the NCA update of a batch (or of any other loss, `Training(loss=...)`), on one process
-or many. `train` is the loop of `sage_select.fit`, with evaluations, checkpoints and resuming.
+`update` is the NCA update of a batch (or that of another loss, `Training(loss=...)`), on one
+process or several. `train` is the loop of `sage_select.fit`, with evaluations, checkpoints and
+resuming.
 """
 
 from sage_select.training.loop import History as History
-from sage_select.training.loop import fit as train  # the name in a plain loop; also sage_select.fit
+from sage_select.training.loop import fit as train  # also sage_select.fit
 from sage_select.training.micro_batches import MicroBatch as MicroBatch
 from sage_select.training.micro_batches import dealt as dealt
 from sage_select.training.settings import Training as Training

@@ -1,4 +1,4 @@
-"""What TRL must not be told: settings that do not go with selection, refused beforehand."""
+"""Trainer settings of TRL that are incompatible with selection, each with its fix."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,60 +9,60 @@ from torch.distributed.fsdp import FSDPModule
 from sage_select.models.wrappers import is_sharded, resharded
 from sage_select.training.refusals import Refusal
 
-OLDEST, BEFORE = (0, 24), (2, 0)
+OLDEST, FIRST_UNSUPPORTED = (0, 24), (2, 0)
 
 Checks = Iterator[tuple[Any, str, str]]
-"""Whether something applies, what it is, and what to do instead."""
+"""Tuples of (truthy if it applies, the refused setting and the reason, the fix)."""
 
 
 def check_host(trainer: Any) -> None:
-    """Refuse other versions of TRL and other trainers.
+    """Refuse unsupported versions of TRL and other trainers than DPOTrainer.
 
     Raises:
         ImportError: If this version of TRL is not supported.
         TypeError: If it is not a DPOTrainer.
     """
     version = tuple(int(part) for part in trl.__version__.split(".")[:2])
-    if not OLDEST <= version < BEFORE:
+    if not OLDEST <= version < FIRST_UNSUPPORTED:
         raise ImportError(
-            f"attach: TRL {trl.__version__} is not supported; install one from "
-            f"{'.'.join(map(str, OLDEST))} on and before {'.'.join(map(str, BEFORE))}"
+            f"attach: TRL {trl.__version__} is not supported; install a version from "
+            f"{'.'.join(map(str, OLDEST))} to before {'.'.join(map(str, FIRST_UNSUPPORTED))}"
         )
     if not isinstance(trainer, trl.DPOTrainer):
         raise TypeError(
-            f"attach: the trainer must be a DPOTrainer, got {type(trainer).__name__}; for a loop "
-            "of your own, iterate a SelectiveLoader"
+            f"attach: the trainer must be a DPOTrainer, got {type(trainer).__name__}; in a "
+            "custom loop, iterate a SelectiveLoader"
         )
 
 
 def refusals_of(trainer: Any, *, attached: bool = False) -> Iterator[Refusal]:
-    """Everything about a trainer that does not go with selection.
+    """Yield everything about a trainer that is incompatible with selection.
 
     Args:
         trainer: A DPOTrainer.
-        attached: Whether selection is attached to it already, as when training begins.
+        attached: True if selection is attached already, as it is when training starts.
     """
-    fits = True
+    compatible = True
     for checks in (_schedule, _processes, _pairs, _loss, *([] if attached else [_reference])):
         for applies, what, fix in checks(trainer):
             if applies:
-                fits = False
+                compatible = False
                 yield Refusal(what, fix)
-    if fits and _head_is_left_behind(trainer.model):  # which gathers weights
+    if compatible and _head_is_untied(trainer.model):  # last: it gathers weights
         yield Refusal(
-            "the policy's head is tied to its embedding, and this version of transformers shards "
-            "them apart, so that the head would stay as it was loaded",
-            "use DDP, or load a copy with config.tie_word_embeddings=False and a head of its own",
+            "the policy's head is tied to its embedding, but this version of transformers shards "
+            "them separately, so the head would keep the weights it was loaded with",
+            "use DDP, or load a copy with config.tie_word_embeddings=False and an untied head",
         )
 
 
 def losses_of(args: Any) -> list[str]:
-    """The names of its losses, of which TRL adds up several."""
+    """Return the names of a trainer's losses: TRL can add up several."""
     return [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
 
 
-def _head_is_left_behind(model: Any) -> bool:
-    """Whether a head that is tied to the embedding is another tensor where weights are whole."""
+def _head_is_untied(model: Any) -> bool:
+    """Return whether a head that is tied to the embedding is a separate tensor once gathered."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if not is_sharded(model) or ends[0].weight is not ends[1].weight:
         return False
@@ -70,27 +70,28 @@ def _head_is_left_behind(model: Any) -> bool:
         for module in (model, *ends):
             if isinstance(module, FSDPModule):
                 module.unshard()
-        together: bool = ends[0].weight.data_ptr() == ends[1].weight.data_ptr()
-        return not together
+        # While sharded, both are one parameter; only the gathered weights show the difference.
+        tied: bool = ends[0].weight.data_ptr() == ends[1].weight.data_ptr()
+        return not tied
 
 
 def _setting(trainer: Any, name: str) -> Any:
-    """One that not every version has."""
+    """Return a setting that not every version of TRL has, or None."""
     return getattr(trainer.args, name, None)
 
 
 def _schedule(trainer: Any) -> Checks:
-    """What would have other batches than the selection's."""
+    """Yield checks for settings that would change which pairs are trained."""
     args = trainer.args
     yield (
         args.num_train_epochs != 1,
-        f"num_train_epochs is {args.num_train_epochs:g}, and the selection's batches are one epoch",
-        "set num_train_epochs=1, and how often pairs are traversed with "
+        f"num_train_epochs is {args.num_train_epochs:g}, but the selected batches are one epoch",
+        "set num_train_epochs=1, and the number of passes over the pairs with "
         "SageConfig(training={'epochs': ...})",
     )
     yield (
         args.max_steps > 0,
-        f"max_steps is {args.max_steps}, but the number of updates follows from the selection",
+        f"max_steps is {args.max_steps}, but the selection determines the number of updates",
         "leave max_steps out",
     )
     for name in ("dispatch_batches", "split_batches"):
@@ -101,14 +102,14 @@ def _schedule(trainer: Any) -> Checks:
         )
     yield (
         _setting(trainer, "auto_find_batch_size"),
-        "auto_find_batch_size changes the pairs per update while it runs",
-        "set per_device_train_batch_size to what fits, and leave it out",
+        "auto_find_batch_size changes the number of pairs per update during the run",
+        "set per_device_train_batch_size to a value that fits in memory, and leave it out",
     )
     yield (
         _setting(trainer, "group_by_length")
         or _setting(trainer, "train_sampling_strategy") not in (None, "random"),
-        "the trainer is told to order pairs (group_by_length or train_sampling_strategy), but the "
-        "selection does",
+        "group_by_length or train_sampling_strategy would reorder pairs, but the selection "
+        "determines their order",
         "leave it out",
     )
     yield (
@@ -119,7 +120,7 @@ def _schedule(trainer: Any) -> Checks:
 
 
 def _processes(trainer: Any) -> Checks:
-    """How processes may not share the work."""
+    """Yield checks for unsupported ways to distribute the work."""
     args = trainer.args
     yield (
         args.n_gpu > 1,
@@ -129,25 +130,27 @@ def _processes(trainer: Any) -> Checks:
     yield (
         trainer.accelerator.mixed_precision not in ("no", "bf16"),
         f"mixed precision is {trainer.accelerator.mixed_precision}, and only bf16 is supported: "
-        "fp16 leaves updates out where gradients overflow, and the selection counts them",
-        "set bf16=True, or neither",
+        "fp16 skips updates whose gradients overflow, but the selection counts them",
+        "set bf16=True, or neither bf16 nor fp16",
     )
     yield (
         trainer.is_deepspeed_enabled,
         "DeepSpeed is not supported",
-        "use DDP, or FSDP2 by from_pretrained(..., distributed_config=DistributedConfig(fsdp_size="
-        "...))",
+        "use DDP, or FSDP2 with from_pretrained(..., "
+        "distributed_config=DistributedConfig(fsdp_size=...))",
     )
+    # The argument as well: on CPUs it becomes DDP, and accelerate reports no FSDP.
     yield (
         trainer.is_fsdp_enabled or _setting(trainer, "fsdp"),
-        "FSDP by accelerate (fsdp=...) is not supported, and is silently DDP on CPUs",
-        "use DDP, or FSDP2 by from_pretrained(..., distributed_config=DistributedConfig(fsdp_size="
-        "...))",
+        "accelerate's FSDP (fsdp=...) is not supported, and is silently DDP on CPUs",
+        "use DDP, or FSDP2 with from_pretrained(..., "
+        "distributed_config=DistributedConfig(fsdp_size=...))",
     )
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for kind, name in (("tensor", "tp"), ("context", "cp"), ("sequence", "sp")):
-        own = getattr(trainer.model, "_tp_size", None) if name == "tp" else None
-        size = max(getattr(parallel, f"{name}_size", None) or 1, own or 1)
+        # transformers' own tensor parallelism does not appear in parallelism_config.
+        model_size = getattr(trainer.model, "_tp_size", None) if name == "tp" else None
+        size = max(getattr(parallel, f"{name}_size", None) or 1, model_size or 1)
         yield (
             size > 1,
             f"{kind} parallelism ({name}_size={size}) is not supported",
@@ -156,77 +159,78 @@ def _processes(trainer: Any) -> Checks:
 
 
 def _pairs(trainer: Any) -> Checks:
-    """What cannot be measured."""
+    """Yield checks for datasets and models that cannot be measured."""
     data = trainer.train_dataset
     yield (
         not hasattr(data, "add_column") or not hasattr(data, "__len__"),
-        f"train_dataset is a {type(data).__name__}, which has no length and no rows to select",
+        f"train_dataset is a {type(data).__name__}, which has no length or no rows to select",
         "pass a datasets.Dataset",
     )
-    given = trainer.eval_dataset
+    datasets = trainer.eval_dataset
     yield (
         any(
             part is not None and not hasattr(part, "__len__")
-            for part in (given.values() if isinstance(given, dict) else [given])
+            for part in (datasets.values() if isinstance(datasets, dict) else [datasets])
         ),
-        "eval_dataset has no length, and its reference log-probs are measured beforehand",
+        "eval_dataset has no length, but its reference log-probs are measured before training",
         "pass a datasets.Dataset",
     )
     images = {"image", "images"} & set(getattr(data, "column_names", None) or ())
     yield (
         getattr(trainer, "_is_vision_dataset", False) or images,
         "pairs with images are not supported, since they cannot be measured",
-        "use pairs of text",
+        "use text-only pairs",
     )
     adapters = getattr(trainer.model, "peft_config", {}).values()
     yield (
         any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters),
-        "prompt tuning puts tokens of its own into a sequence, and cannot be measured",
+        "prompt tuning inserts virtual tokens into each sequence, and cannot be measured",
         "use LoRA, or train all weights",
     )
 
 
 def _loss(trainer: Any) -> Checks:
-    """What needs more of a reference than its log-probs."""
+    """Yield checks for losses and settings that need more of the reference than its log-probs."""
     args = trainer.args
     yield (
         args.sync_ref_model,
-        "sync_ref_model moves the reference, but its log-probs are measured once",
+        "sync_ref_model updates the reference, but its log-probs are measured once",
         "set sync_ref_model=False",
     )
     yield (
         _setting(trainer, "ld_alpha") is not None,
-        f"ld_alpha is {_setting(trainer, 'ld_alpha')}, for which a response's summed log-prob is "
-        "not enough",
+        f"ld_alpha is {_setting(trainer, 'ld_alpha')}, which needs more than a response's summed "
+        "log-prob",
         "leave ld_alpha out",
     )
     yield (
         "ipo" in losses_of(args) and hasattr(trainer, "ref_adapter_name"),  # TRL before 0.29
-        f"the ipo loss of TRL {trl.__version__} averages log-probs, and would not the reference's",
+        f"the ipo loss of TRL {trl.__version__} averages the policy's log-probs, but would not "
+        "average the reference's",
         "install TRL 0.29 or newer, or use another loss",
     )
-    for name, why in (
+    for name, reason in (
         ("use_liger_loss", "needs the reference model in every update"),
         ("generate_during_eval", "needs the reference model in every evaluation"),
-        ("reference_free", "has no reference, which the score compares with"),
+        ("reference_free", "uses no reference, but the selection score needs one"),
     ):
-        yield (_setting(trainer, name), f"{name} {why}", f"set {name}=False")
+        yield (_setting(trainer, name), f"{name} {reason}", f"set {name}=False")
 
 
 def _reference(trainer: Any) -> Checks:
-    """What the reference may not have been, before selection is attached."""
+    """Yield checks for reasons that the current reference log-probs or policy cannot be used."""
     args = trainer.args
     names = set(getattr(trainer.train_dataset, "column_names", None) or ())
     yield (
         args.precompute_ref_log_probs or {"ref_chosen_logps", "ref_rejected_logps"} & names,
-        "the trainer has reference log-probs of its own (precompute_ref_log_probs, or columns "
-        "ref_chosen_logps and ref_rejected_logps), and they may be rounded otherwise",
-        "set precompute_ref_log_probs=False and leave the columns out: attach measures and keeps "
-        "them",
+        "the trainer has reference log-probs already (precompute_ref_log_probs, or columns "
+        "ref_chosen_logps and ref_rejected_logps), and they may be rounded differently",
+        "set precompute_ref_log_probs=False and leave the columns out: attach measures and stores "
+        "the log-probs",
     )
     yield (
         trainer.state.global_step > 0,
-        f"the trainer has made {trainer.state.global_step} updates, so its policy may be no "
-        "reference any more",
-        "attach before trainer.train(); a resumed run attaches before it, too",
+        f"the trainer has made {trainer.state.global_step} updates, so its policy may no longer "
+        "equal the reference",
+        "attach before trainer.train(), in a resumed run as well",
     )

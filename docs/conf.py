@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 
 from sage_select import SageConfig
 
-SETTINGS = "% settings %"
+SETTINGS = "% settings %"  # placeholder for the tables of settings
 
 project = "sage-select"
 author = "the authors of sage-select"
@@ -26,11 +26,11 @@ html_show_sphinx = False
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
-# docstrings are read as they are written: `names` are code, sections are Google's
+# docstrings use single backquotes for code, and Google's sections
 default_role = "code"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-napoleon_attr_annotations = False  # the signature has them
+napoleon_attr_annotations = False  # the signature already shows the types
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -40,17 +40,18 @@ autodoc_default_options = {"exclude-members": "model_config, model_post_init"}
 
 
 def math(writer: Any, node: Any) -> None:
-    """A formula as MathML, which browsers draw without a script or a network."""
+    """Write a formula as MathML, which browsers display without a script or a network."""
     display = "block" if type(node).__name__ == "math_block" else "inline"
     writer.body.append(latex2mathml.converter.convert(node.astext(), display=display))
     raise SkipNode
 
 
 def settings_tables(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put a table of every setting where a page asks for it, made from the JSON schema."""
+    """Replace the placeholder in a page by tables of all settings, made from the JSON schema."""
     if SETTINGS not in source[0]:
         return
     schema = SageConfig.model_json_schema()
+    # settings at the top level first, then section by section
     sections = {"": schema} | {
         name: schema["$defs"][field["$ref"].rpartition("/")[2]]
         for name, field in schema["properties"].items()
@@ -58,25 +59,24 @@ def settings_tables(app: Sphinx, page: str, source: list[str]) -> None:
     }
     text = []
     for name, section in sections.items():
-        title = f"`{name}`: {section['description']}" if name else "At the top"
+        title = f"`{name}`: {section['description']}" if name else "Top level"
         text += [
             f"### {title}",
             "",
-            "| setting | default | values | what it is |",
+            "| setting | default | values | description |",
             "|---|---|---|---|",
         ]
         for key, field in section["properties"].items():
             if "$ref" not in field:
-                told = " ".join(field["description"].split())
-                text.append(
-                    f"| `{key}` | `{json.dumps(field['default'])}` | {values(field)} | {told} |"
-                )
+                description = " ".join(field["description"].split())
+                default = json.dumps(field["default"])
+                text.append(f"| `{key}` | `{default}` | {values(field)} | {description} |")
         text.append("")
     source[0] = source[0].replace(SETTINGS, "\n".join(text))
 
 
 def values(field: dict[str, Any]) -> str:
-    """What a setting may be, in words."""
+    """Describe the possible values of a setting."""
     if "anyOf" in field:
         return " or ".join(values(option) for option in field["anyOf"])
     if "enum" in field:
@@ -89,7 +89,7 @@ def values(field: dict[str, Any]) -> str:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx's entry point."""
+    """Register the tables of settings and the MathML renderer; called by Sphinx."""
     app.connect("source-read", settings_tables)
     app.add_html_math_renderer(
         "mathml", inline_renderers=(math, None), block_renderers=(math, None)

@@ -1,14 +1,14 @@
-"""A task small enough for a laptop, and a policy that really makes mistakes on it.
+"""A task small enough for a laptop, and a policy that makes real mistakes on it.
 
-The task is arithmetic modulo 13, worked from left to right without precedence:
+The task is arithmetic modulo 13, evaluated from left to right without operator precedence:
 
     prompt    7+3*8?
     response  7+3=10,10*8=2,\\boxed{2}
 
 A half-trained model of half a million parameters gets about two in three of these right when it
-decodes greedily. It fails for want of the rarer facts (`12*11=2`) and shows its steps, so every
-answer can be verified and every mistake located. `train_arithmetic.py` makes that model and
-`arithmetic_base/` holds it.
+decodes greedily. It has not learned the rarer facts (`12*11=2`), and it shows its steps, so every
+answer can be verified and every mistake located. `train_arithmetic.py` makes that model;
+`arithmetic_base/` contains it.
 """
 
 import itertools
@@ -40,7 +40,7 @@ BASE = Path(__file__).parent / "arithmetic_base"
 
 PAD, EOS, BOX = "<pad>", "<eos>", r"\boxed{"
 VOCABULARY = [PAD, EOS, *map(str, range(MODULUS)), *OPERATIONS, "=", ",", "?", BOX, "}"]
-# Ten, eleven and twelve are tried before single digits. Whatever the model strings together, even
+# 10, 11 and 12 match before single digits. Every string of tokens that the model can generate, even
 # `13`, then has a tokenization, so its samples can always be encoded again.
 TOKEN = r"\\boxed\{|1[0-2]|."
 IGNORED = -100  # the label that cross-entropy skips
@@ -48,7 +48,7 @@ IGNORED = -100  # the label that cross-entropy skips
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, its working from left to right (without end token), and the final number."""
+    """A prompt, its solution step by step (without end token), and the final number."""
 
     prompt: str
     solution: str
@@ -58,10 +58,10 @@ class Problem:
 def make_problems(
     count: int, *, seed: int, zipf: float, exclude: Collection[Problem] = ()
 ) -> list[Problem]:
-    """Draws `count` distinct problems of 1 to 6 steps, none of them in `exclude`.
+    """Draw `count` distinct problems of 1 to 6 steps, none of them in `exclude`.
 
-    The number n is drawn with weight (n + 1)^-zipf. Fewer problems from the same seed are a
-    prefix of more. One-step problems run out (there are 507), longer ones then take their place.
+    The number n is drawn with weight (n + 1)^-zipf. With the same seed, fewer problems are a prefix
+    of more. There are only 507 one-step problems; once they are used up, longer ones are drawn.
 
     >>> make_problems(1, seed=0, zipf=0.3)[0].prompt
     '7*2-0-0-9*11+6?'
@@ -81,7 +81,7 @@ def make_problems(
 
 
 def held_out_problems() -> tuple[list[Problem], list[Problem]]:
-    """The 1000 test problems and the 2000 that pairs are made from: disjoint, and never in SFT."""
+    """1000 test problems and 2000 problems to make pairs from: disjoint, and never used in SFT."""
     test = make_problems(1000, seed=1, zipf=0.3)
     return test, make_problems(2000, seed=2, zipf=0.3, exclude=test)
 
@@ -97,7 +97,7 @@ def _work_out(numbers: Sequence[int], signs: Sequence[str]) -> Problem:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per number or symbol. Text survives encoding and decoding; nothing is prepended."""
+    """Build a tokenizer with one token per number or symbol; lossless, without a start token."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
@@ -112,7 +112,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCausalLM:
-    """A fresh Qwen2 of 0.5M parameters. Leaves the global random state as it was."""
+    """Build a random Qwen2 of 0.5M parameters; the global random state does not change."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -132,11 +132,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCau
 
 
 def load_base(path: Path = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The shipped model and its tokenizer, on the CPU and in float32.
+    """Load the shipped model and its tokenizer, on the CPU and in float32.
 
-    The file holds float16 to stay small. Training in it would not work: AdamW's epsilon
-    underflows. The tokenizer has a folder of its own: beside a Qwen2 model, `AutoTokenizer` takes
-    any tokenizer for Qwen2's.
+    The file has float16 weights to stay small. Training in float16 would not work: AdamW's epsilon
+    underflows. The tokenizer has a separate folder because `AutoTokenizer` would load any tokenizer
+    in a Qwen2 model's folder as a Qwen2 tokenizer.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(path / "tokenizer")
@@ -154,15 +154,15 @@ def generate(
     max_new_tokens: int = 48,
     batch_size: int = 256,
 ) -> list[list[str]]:
-    """Returns `num_samples` responses to each prompt, without the end token.
+    """Generate `num_samples` responses to each prompt, without the end token.
 
-    Temperature 0 is greedy. The global random state is neither read nor changed.
+    Temperature 0 decodes greedily. The global random state is neither read nor changed.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     encoded = tokenizer(list(prompts))["input_ids"]
     rows = [index for index in range(len(prompts)) for _ in range(num_samples)]
     responses: list[list[str]] = [[] for _ in prompts]
-    # Prompts of one length need no padding, and their responses end at about the same token.
+    # Prompts of equal length need no padding, and their responses end at about the same token.
     for batch in _batches(sorted(rows, key=lambda row: len(encoded[row])), encoded, batch_size):
         prompt_ids = torch.tensor([encoded[row] for row in batch], device=model.device)
         tokens = _continue(model, prompt_ids, temperature, generator, max_new_tokens)
@@ -195,7 +195,7 @@ def _continue(
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         ids = _draw(output.logits[:, -1].float(), temperature, generator)
-        ids = ids.masked_fill(ended, eos)
+        ids = ids.masked_fill(ended, eos)  # ended rows still run until the whole batch has ended
         ended = ended | (ids == eos)
         tokens.append(ids)
     return torch.cat(tokens, dim=1)
@@ -208,7 +208,7 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Ten
 
 
 def answer_of(response: str) -> str | None:
-    """The boxed number that the response ends on.
+    """Boxed number at the end of a response, or None.
 
     >>> answer_of(r"7+3=10,\\boxed{10}")
     '10'
@@ -218,13 +218,14 @@ def answer_of(response: str) -> str | None:
 
 
 def is_correct(response: str, problem: Problem) -> bool:
+    """Return whether the response ends with the right answer; its steps are not checked."""
     return answer_of(response) == problem.answer
 
 
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
 ) -> float:
-    """The share of problems whose greedy response has the right answer."""
+    """Share of problems whose greedy response has the right answer."""
     prompts = [problem.prompt for problem in problems]
     responses = generate(model, tokenizer, prompts, temperature=0, seed=0)
     pairs = zip(responses, problems, strict=True)
@@ -239,12 +240,12 @@ def solution_probability(
     *,
     batch_size: int = 256,
 ) -> float:
-    """The mean probability of the whole worked solution, end token included, given the prompt.
+    """Mean probability of the whole reference solution, end token included, given the prompt.
 
-    A lower bound on the sampled accuracy at temperature 1 (other workings may also arrive), with
-    half the noise from seed to seed of greedy accuracy.
+    This is a lower bound on the sampled accuracy at temperature 1 (other steps may lead to the same
+    answer). It varies half as much between seeds as greedy accuracy.
     """
-    # In order of length, so that short problems are not padded to the longest.
+    # Sorted by length, so that short problems are not padded to the longest.
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     total = 0.0
     for start in range(0, len(ordered), batch_size):
@@ -260,9 +261,9 @@ def solution_probability(
 def supervised_batch(
     tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
 ) -> tuple[Tensor, Tensor]:
-    """Input ids and labels, (B, T) each; only the solution and its end token carry labels.
+    """Input ids and labels, (B, T) each; only the solution and its end token have labels.
 
-    Padding is on the right, where a causal model never looks, so no attention mask is needed.
+    Padding is on the right. Causal attention never reads it, so no attention mask is needed.
     """
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
     solutions = tokenizer([problem.solution + EOS for problem in problems])["input_ids"]
@@ -277,11 +278,11 @@ def supervised_batch(
 
 
 def judge(problem: Problem, chosen: str, rejected: str) -> tuple[str, int]:
-    """Grades a pair as an LLM judge would: how clear the gap is, how good the rejected side.
+    """Grade a pair as an LLM judge would: clarity of the gap, score of the rejected response.
 
-    The score counts the right steps before the first wrong one: 1 none, 2 under half, 3 under
-    three quarters, 4 not all, 5 all (only the box is wrong). The clarity is "high" where score is
-    1 or a quarter of the tokens differ, "medium" from a tenth, else "low".
+    The score grades the share of right steps before the first wrong one: 1 for none, 2 under half,
+    3 under three quarters, 4 not all, 5 all (only the box is wrong). The clarity is "high" if the
+    score is 1 or at least a quarter of the tokens differ, "medium" from a tenth, otherwise "low".
     """
     steps = problem.solution.split(",")[:-1]
     same = (ours == theirs for ours, theirs in zip(steps, rejected.split(","), strict=False))
@@ -294,7 +295,7 @@ def judge(problem: Problem, chosen: str, rejected: str) -> tuple[str, int]:
 
 
 def _edit_distance(left: Sequence[str], right: Sequence[str]) -> float:
-    """Levenshtein distance over the length of the longer sequence."""
+    """Levenshtein distance divided by the length of the longer sequence."""
     previous = list(range(len(right) + 1))
     for i, a in enumerate(left, 1):
         current = [i]
@@ -313,11 +314,11 @@ def make_pairs(
     temperature: float = 1.0,
     seed: int,
 ) -> list[dict[str, str | int]]:
-    """Verified pairs of the policy's own samples: at most two per problem, in problem order.
+    """Make verified pairs from the policy's samples: at most two per problem, in problem order.
 
-    A right sample is chosen over a wrong one to the same prompt (`origin` is "policy"). Where no
-    sample is right, the worked solution is chosen over one of them ("gold"). A problem that the
-    policy solved every time yields no pair; the others all do.
+    A right sample is chosen over a wrong one for the same prompt (`origin` is "policy"). If no
+    sample is right, the reference solution is chosen over one of them ("gold"). A problem without a
+    wrong sample yields no pair; every other problem does.
     """
     prompts = [problem.prompt for problem in problems]
     sampled = generate(
@@ -331,7 +332,7 @@ def make_pairs(
 
 
 def _pairs_of(problem: Problem, responses: Sequence[str]) -> Iterator[dict[str, str | int]]:
-    distinct = dict.fromkeys(responses)  # a set that keeps the order of sampling
+    distinct = dict.fromkeys(responses)  # unique responses in sampling order
     right = [response for response in distinct if is_correct(response, problem)]
     wrong = [response for response in distinct if not is_correct(response, problem)]
     origin, count = ("policy", 2) if right else ("gold", 1)

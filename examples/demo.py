@@ -2,9 +2,9 @@
 
     make demo
 
-A half-trained policy solves chain arithmetic modulo 13. Its own verified answers become preference
-pairs, a transparent rule grades them in place of an LLM judge, and four arms train on them:
-DPO and NCA on all pairs, NCA on a random part, and NCA on the part that SAGE selects.
+A half-trained policy solves chain arithmetic modulo 13. Its samples are verified and become
+preference pairs, a simple rule grades them in place of an LLM judge, and four arms train on them:
+DPO and NCA on all pairs, NCA on a random subset, and NCA on the subset that SAGE selects.
 """
 
 import argparse
@@ -39,27 +39,28 @@ from sage_select import (
     Selector,
     ShuffledLoader,
     Timeline,
+    Training,
     dpo,
+    fit,
     measure,
     nca,
     plan_run,
     sage,
     strata_from_judgments,
 )
-from sage_select.adapters.plain import Training, train
 from sage_select.scores import random as random_score
 from sage_select.strata import STRATA
 
 BATCH_SIZE = 16
-# As in the paper, the schedule's mean is the strata's own shares, so that every pair is dealt once
+# As in the paper, the schedule's mean is the strata's shares, so that each pair is used once
 MIX = Linear((0.58, 0.37, 0.05), (0.30, 0.40, 0.30))
 KEEP = Linear(1.0, 0.4)
-DPO_RATE, NCA_RATE = 1e-4, 2e-4  # the best few tried for each loss
+DPO_RATE, NCA_RATE = 1e-4, 2e-4  # the best of a few tried for each loss
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to."""
+    """Results of one run."""
 
     accuracy: float
     solution_probability: float
@@ -70,7 +71,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """A seed's draw of pairs, and what every arm shares."""
+    """Everything that all arms of one seed share: pairs, plan and reference log-probs."""
 
     dataset: PreferenceDataset
     rows: np.ndarray
@@ -81,25 +82,26 @@ class Setting:
 
 
 def all_pairs(setting: Setting, model: Any) -> ShuffledLoader:
-    """Every pair once, shuffled."""
+    """Make a loader of every pair once, shuffled."""
     pairs = setting.dataset.take(setting.rows)
     return ShuffledLoader(pairs, batch_size=BATCH_SIZE, seed=setting.seed)
 
 
 def random_pairs(setting: Setting, model: Any) -> SelectiveLoader:
-    """As many pairs of the same pools as SAGE keeps, by lot. No lot needs a forward pass."""
-    known = setting.reference
+    """Make a loader of random pairs: from the same pools, as many as SAGE keeps."""
+    reference_logps = setting.reference
 
-    def measure_nothing(model: Any, pool: PreferenceDataset) -> PairLogps:
-        return known.take(pool.index)
+    def skip_measuring(model: Any, pool: PreferenceDataset) -> PairLogps:
+        # random scores do not depend on log-probs, so the policy needs no forward pass
+        return reference_logps.take(pool.index)
 
     score = partial(random_score, seed=setting.seed)
     selector = Selector(
         score,
         KEEP,
-        known,
+        reference_logps,
         setting.timeline.progress,
-        measure_nothing,
+        skip_measuring,
         seed=setting.seed,
     )
     pairs = setting.dataset.take(setting.rows)
@@ -107,7 +109,7 @@ def random_pairs(setting: Setting, model: Any) -> SelectiveLoader:
 
 
 def sage_pairs(setting: Setting, model: Any) -> SelectiveLoader:
-    """The pairs that SAGE keeps, with every decision in the log."""
+    """Make a loader of the pairs that SAGE keeps, with every decision in the log."""
     selector = Selector(sage, KEEP, setting.reference, setting.timeline.progress, seed=setting.seed)
     log = SelectionLog(setting.folder / "selection")
     pairs = setting.dataset.take(setting.rows)
@@ -126,8 +128,8 @@ ARMS: dict[str, Arm] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--problems", type=int, default=2000, help="to make pairs from")
-    parser.add_argument("--pairs", type=int, default=1280, help="drawn per seed")
+    parser.add_argument("--problems", type=int, default=2000, help="problems to make pairs from")
+    parser.add_argument("--pairs", type=int, default=1280, help="pairs drawn per seed")
     parser.add_argument(
         "--refresh-steps", type=int, default=16, help="candidate batches per pool (paper: 25)"
     )
@@ -135,7 +137,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # faster for a model this small, and the same sums on any machine
+    # one thread is faster for so small a model, and sums do not depend on the number of cores
+    torch.set_num_threads(1)
     base, tokenizer = load_base()
     test, problems = held_out_problems()
     test = test[: args.test_problems]
@@ -173,12 +176,12 @@ def draw(
     seed: int,
     folder: Path,
 ) -> Setting:
-    """Draw a seed's pairs, deal them into pools, and measure the reference."""
+    """Draw a seed's pairs, plan the pools, and measure the reference."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num_pairs])
     pairs = dataset.take(rows)
     strata = strata_from_judgments(pairs.column("clarity"), pairs.column("rejected_score"))
     with catch_warnings():
-        # a draw's shares may be a point off the mix; the line printed below says how much
+        # the drawn shares may differ from the mix by a point; the line printed below has both
         simplefilter("ignore")
         plan = plan_run(
             strata,
@@ -196,15 +199,15 @@ def draw(
 
 
 def run(name: str, setting: Setting, base: Any, tokenizer: Any, test: Sequence[Problem]) -> Outcome:
-    """Train one arm from the base, and see what it can do."""
+    """Train one arm from the base model and evaluate it."""
     make_loader, loss, learning_rate = ARMS[name]
     model = deepcopy(base)
     folder = setting.folder / name
-    rmtree(folder, ignore_errors=True)  # an earlier demo's
+    rmtree(folder, ignore_errors=True)  # from an earlier demo
     arm = Setting(**{**vars(setting), "folder": folder})
     training = Training(learning_rate=learning_rate, loss=loss)
     loader = make_loader(arm, model)
-    history = train(model, loader, setting.dataset, setting.reference, training)
+    history = fit(model, loader, setting.dataset, setting.reference, training)
     return Outcome(
         accuracy=accuracy(model, tokenizer, test),
         solution_probability=solution_probability(model, tokenizer, test),
@@ -215,7 +218,7 @@ def run(name: str, setting: Setting, base: Any, tokenizer: Any, test: Sequence[P
 
 
 def table(before: tuple[float, float], outcomes: dict[str, list[Outcome]]) -> str:
-    """One line per arm: means over seeds, with 95 % t-intervals."""
+    """Format one line per arm: means over seeds, with 95 % t-intervals."""
     lines = [
         f"{'':23} {'accuracy':>16} {'p(gold)':>16} {'pairs':>7} {'tokens':>8} {'grad norm':>10}",
         f"{'before':23} {before[0]:8.3f} {'':7} {before[1]:8.3f}",
@@ -241,7 +244,7 @@ T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half-width of the 95 % interval over seeds."""
+    """Format the mean and the half-width of the 95 % interval over seeds."""
     if len(values) < 2:
         return f"{mean(values):8.3f} {'':7}"
     quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
@@ -249,8 +252,9 @@ def interval(values: Sequence[float]) -> str:
 
 
 def kept_and_dropped(folder: Path, seeds: int) -> str:
-    """From the log: what SAGE kept of the pools where it had to choose."""
+    """Summarise the lengths of kept and dropped pairs, from the selection log."""
     logs = [SelectionLog(folder / f"seed-{seed}" / "SAGE" / "selection") for seed in range(seeds)]
+    # the first interval is skipped: it keeps its whole pool
     decisions = pl.concat([log.read() for log in logs]).filter(pl.col("progress") > 0)
     length = pl.col("chosen_tokens") + pl.col("rejected_tokens")
     if decisions["kept"].all():
@@ -268,12 +272,13 @@ def kept_and_dropped(folder: Path, seeds: int) -> str:
 
 READING = """\
 How to read this. The intervals cover the draw of pairs and the order of training over a few seeds,
-not other base models or tasks: one base, one test set. SAGE and NCA (random) have the same loss,
-pools and number of pairs, so their difference is what selection did; where its interval holds zero,
-nothing was shown, and a few seeds that exclude zero are a lead, not a proof. NCA (full) and DPO
-(full) differ in the loss and in the learning rate (the best of a few tried for each), and half the
-gradient norm is the NCA loss's doing, not the selection's. At beta = 0.1 and small rewards, Eq. 8
-ranks largely by length (see the correlation): SAGE keeps short pairs and trains on fewer tokens."""
+not other base models or tasks: there is one base model and one test set. SAGE and NCA (random) have
+the same loss, pools and number of pairs, so their difference is the effect of selection. If its
+interval contains zero, no effect was shown; if it excludes zero over a few seeds, that is a hint,
+not a proof. NCA (full) and DPO (full) differ in the loss and in the learning rate (the best of a
+few tried for each). The NCA loss, not selection, roughly halves the gradient norm. At beta = 0.1
+and small rewards, Eq. 8 ranks largely by length (see the correlation): SAGE keeps short pairs and
+trains on fewer tokens."""
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/lightning_sage.py
     torchrun --nproc-per-node 2 examples/lightning_sage.py --strategy fsdp2
 
-What Lightning needs to know of SAGE is a loader, a callback, and the callback's batches.
+Selection adds a loader, a callback, and the callback's batches to a Lightning script.
 """
 
 import argparse
@@ -17,17 +17,23 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from arithmetic import load_base, make_pairs, make_problems
-from sage_select import PreferenceDataset, ReferenceStore, SageConfig, build_loader, leave
+from sage_select import (
+    PreferenceDataset,
+    ReferenceStore,
+    SageConfig,
+    Training,
+    build_loader,
+    leave,
+)
 from sage_select.adapters.lightning import PreferenceModule, SageSelection, held_out_batches
-from sage_select.adapters.plain import Training
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
-    parser.add_argument("--problems", type=int, default=120, help="of which pairs are made")
+    parser.add_argument("--problems", type=int, default=120, help="problems to make pairs from")
     parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp2"])
-    parser.add_argument("--folder", default="runs/lightning_sage", type=Path)
-    parser.add_argument("--resume", help="a checkpoint to go on from")
+    parser.add_argument("--folder", default="runs/lightning_sage", type=Path, help="for logs")
+    parser.add_argument("--resume", help="a checkpoint to resume from")
     args = parser.parse_args()
 
     policy, tokenizer = load_base()
@@ -44,7 +50,7 @@ def main() -> None:
         },
         training={"epochs": 1},
     )
-    reference = ReferenceStore(policy, dataset)  # the trainer fills it
+    reference = ReferenceStore(policy, dataset)  # filled when the trainer starts
     loader = build_loader(config, dataset.take(train_rows), policy, reference, batch_size=8)
     selection = SageSelection(loader)
     module = PreferenceModule(loader, Training(learning_rate=2e-4))
@@ -60,7 +66,7 @@ def main() -> None:
         callbacks=[selection, ModelCheckpoint(monitor="held_out/loss", save_last=True)],
         logger=CSVLogger(args.folder),
         log_every_n_steps=1,
-        val_check_interval=8,  # in passes: every four updates
+        val_check_interval=8,  # passes, so every four updates
         num_sanity_val_steps=0,
     )
     (before,) = trainer.validate(module, held_out, verbose=False)

@@ -1,7 +1,7 @@
 """Train on the pairs that SAGE selects, in a plain PyTorch loop.
 
 Its twin `plain_full.py` trains on all pairs; the difference between the two files is all that
-selection asks of you. With several processes the policy is sharded over them (FSDP2):
+selection requires. With several processes the policy is sharded (FSDP2):
 `torchrun --nproc-per-node 8 examples/plain_sage.py ...`.
 """
 
@@ -21,30 +21,33 @@ from sage_select import (
     SelectiveLoader,
     Selector,
     Timeline,
+    Training,
+    fit,
     join,
     leave,
     plan_run,
     sage,
+    save_pretrained,
+    shard,
     strata_from_judgments,
     strata_from_values,
 )
-from sage_select.adapters.plain import Training, save_pretrained, shard, train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     parser.add_argument("--pairs", required=True, help="a .jsonl or .parquet file of pairs")
     parser.add_argument("--model", required=True, help="a folder or hub name of a causal model")
-    parser.add_argument("--tokenizer", help="where it is not the model's own")
+    parser.add_argument("--tokenizer", help="folder or hub name; by default, the model")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens, prompt + response")
-    parser.add_argument("--folder", default="runs/plain_sage", help="where logs and checkpoints go")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--folder", default="runs/plain_sage", help="for logs and checkpoints")
+    parser.add_argument("--resume", action="store_true", help="resume the run in the folder")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs per forward pass")
     parser.add_argument("--learning-rate", type=float, default=1e-5, help="paper, 1.5B-7B: 5e-7")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
-    parser.add_argument("--limit", type=int, help="use this many pairs only")
+    parser.add_argument("--limit", type=int, help="use only this many pairs")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,7 +56,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    device = join(args.device)
+    device = join(args.device)  # under torchrun, one device per process
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
     if Processes.all().size > 1:
         shard(model)
@@ -62,14 +65,14 @@ def main() -> None:
     show(dataset.waterfall())
     rows, held_out = dataset.take(range(len(dataset))[: args.limit]).split(0.1, seed=args.seed)
 
-    # difficulty: a judge's labels where the file has them, else its margin (easy where it is wide)
+    # difficulty: a judge's labels if the file has them, otherwise its margin (wide means easy)
     pairs = dataset.take(rows)
     if "clarity" in dataset.columns:
         strata = strata_from_judgments(pairs.column("clarity"), pairs.column("rejected_score"))
     else:
         strata = strata_from_values(pairs.column("margin"), ids=pairs.ids)
 
-    # pools: all pairs dealt to intervals, easy ones early, hard ones late (Eq. 5-6)
+    # pools: each pair is assigned to one interval, easy pairs early, hard ones late (Eq. 5-6)
     mix = Linear((0.9, 0.1, 0.0), (0.4, 0.4, 0.2))
     plan = plan_run(
         strata,
@@ -81,11 +84,11 @@ def main() -> None:
         ids=pairs.ids,
     ).on_rows(rows)
 
-    # measured once and kept: a resumed run, or the next one, measures nothing
+    # measured once and kept on disk: a resumed run or another run measures nothing
     reference = ReferenceStore(model, dataset.take([*rows, *held_out]))
     reference.fill()
 
-    # of each pool, keep the highest scores under the policy as it is by then (Eq. 8-9)
+    # selection: in each pool, keep the highest scores under the current policy (Eq. 8-9)
     timeline = Timeline(plan, keep=Linear(1.0, 0.4), batch_size=args.batch_size)
     show(f"{plan}\n{timeline.total_steps} steps")
     selector = Selector(sage, timeline.keep, reference, timeline.progress)
@@ -103,7 +106,7 @@ def main() -> None:
         micro_batch_size=args.micro_batch_size,
         checkpoint_every=args.checkpoint_every,
     )
-    history = train(
+    history = fit(
         model,
         loader,
         dataset,
@@ -121,7 +124,7 @@ def main() -> None:
 
 
 def show(text: str) -> None:
-    """Once, however many processes there are."""
+    """Print in process 0 only."""
     if Processes.all().rank == 0:
         print(text)
 

@@ -1,7 +1,8 @@
-"""A stand-in for vLLM and SGLang: the completions endpoint of a local model, for prompt log-probs.
+"""A stand-in for vLLM and SGLang: a completions endpoint that returns prompt log-probs.
 
-It answers as those servers do, so that scoring elsewhere can be tried and tested on a laptop. It is
-neither fast nor complete: one prompt of token ids at a time, one arbitrary token generated.
+It serves a local model and replies in the formats of those servers, so that scoring on a server
+can be tried and tested on a laptop. It is neither fast nor complete: one prompt of token ids per
+request, one arbitrary token generated.
 """
 
 import json
@@ -18,7 +19,7 @@ Shape = Literal["vllm", "sglang", "echo"]
 
 
 class Reply(NamedTuple):
-    """What goes back: text as it stands, anything else as JSON."""
+    """A reply: a string body is sent unchanged, anything else as JSON."""
 
     body: Any
     status: int = 200
@@ -26,11 +27,12 @@ class Reply(NamedTuple):
 
 
 def completion(model: Any, request: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """The answer to `POST /v1/completions` with the prompt's log-probs, in a server's shape."""
+    """Reply to `POST /v1/completions` with the prompt's log-probs, in a server's format."""
     tokens = request["prompt"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
     table = logits.float().log_softmax(-1)
+    # the first token has no prediction, and servers report it as null
     logps = [None, *table[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()]
     names = [f"token_id:{t}" if shape == "vllm" else f"<{t}>" for t in [*tokens, 0]]
     echoed = {"tokens": names, "token_logprobs": [*logps, float(table[-1, 0])]}
@@ -54,18 +56,18 @@ def serving(
     api_key: str | None = None,
     alter: Callable[[str, dict[str, Any], Reply], Reply] = lambda path, request, reply: reply,
 ) -> Iterator[str]:
-    """Serve a model at 127.0.0.1, on any free port.
+    """Serve a model at 127.0.0.1, on a free port.
 
     Args:
-        model: A causal language model; its weights are read at every request.
-        name: The name it is served under.
-        shape: As which server to answer; "echo" is plain OpenAI.
-        max_model_len: Tokens of prompt and generated token together.
-        api_key: The key that requests must have.
-        alter: Puts another reply in place of one.
+        model: A causal language model; each request runs its current weights.
+        name: Name under which the model is served.
+        shape: Server whose format to imitate; "echo" is the plain OpenAI format.
+        max_model_len: Reported limit on prompt tokens plus generated tokens.
+        api_key: Key that requests must send; None accepts every request.
+        alter: Called with path, request and reply; returns the reply to send.
 
     Yields:
-        The URL at which the API begins.
+        The API's base URL.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -80,11 +82,11 @@ def serving(
             self.reply(request, completion(model, request, shape))
 
         def reply(self, request: dict[str, Any], body: Any) -> None:
-            right = api_key is None or self.headers["Authorization"] == f"Bearer {api_key}"
-            reply = Reply(body) if right else Reply({"error": "Unauthorized"}, 401)
+            authorized = api_key is None or self.headers["Authorization"] == f"Bearer {api_key}"
+            reply = Reply(body) if authorized else Reply({"error": "Unauthorized"}, 401)
             body, status, headers = alter(self.path, request, reply)
             text = (body if isinstance(body, str) else json.dumps(body)).encode()
-            with suppress(ConnectionError):  # whoever asked may have left
+            with suppress(ConnectionError):  # the client may have closed the connection
                 self.send_response(status)
                 for header, value in {**headers, "Content-Length": str(len(text))}.items():
                     self.send_header(header, value)
@@ -92,7 +94,7 @@ def serving(
                 self.wfile.write(text)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: a stand-in is quiet."""
+            """Print nothing; the base class would log each request."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = Thread(target=server.serve_forever, daemon=True)

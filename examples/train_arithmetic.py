@@ -1,10 +1,10 @@
-"""Makes `arithmetic_base/`, the half-trained model that preference training starts from.
+"""Make `arithmetic_base/`, the half-trained model that preference training starts from.
 
     python examples/train_arithmetic.py
 
 Takes about two minutes on one core. Accuracy on this task rises from a third to nine tenths within
-a hundred steps, and which hundred depends on the last bits of the arithmetic, so accuracy and not
-a count of steps ends the training.
+a hundred steps, and when it rises depends on floating-point rounding. Training therefore stops at
+an accuracy, not after a fixed number of steps.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from arithmetic import (
     supervised_batch,
 )
 
-# Few enough that the hundred-odd one-step problems left to train on come up often: a model that
-# hardly sees them learns never to stop after one step.
+# About a hundred one-step problems remain for training. With few problems in total they are drawn
+# often; a model that rarely sees them learns never to stop after one step.
 NUM_PROBLEMS = 6400
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 25
 MAX_STEPS = 800
 CHECK_EVERY = 10
-USEFUL_ACCURACY = (0.40, 0.70)  # below, there is little to choose; above, little to reject
+USEFUL_ACCURACY = (0.40, 0.70)  # below, few samples are right; above, few are wrong
 
 
 def fit(
@@ -49,7 +49,7 @@ def fit(
     seed: int,
     stop_at: float,
 ) -> int:
-    """Trains until greedy accuracy on `validation` is `stop_at`. Returns the number of steps."""
+    """Train until greedy accuracy on `validation` reaches `stop_at`; return the number of steps."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     step = 0
@@ -71,10 +71,10 @@ def fit(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes both, the model in its own precision, for transformers 4 and 5 alike."""
+    """Save model and tokenizer so that transformers 4 and 5 can both load them."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
-    # Version 5 writes a class name that version 4 does not know; both know the older one.
+    # Version 5 writes a class name unknown to version 4; both accept the older name.
     config_file = folder / "tokenizer" / "tokenizer_config.json"
     config = json.loads(config_file.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -84,12 +84,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BASE, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    parser.add_argument("--stop-at", type=float, default=0.55, help="accuracy that is enough")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the weights and the batches")
+    parser.add_argument("--stop-at", type=float, default=0.55, help="accuracy to stop at")
     arguments = parser.parse_args()
 
-    # The model is too small to gain from a second thread, and with one the sums come out the same
-    # on any number of cores.
+    # The model is too small to gain from a second thread, and with one thread sums do not depend on
+    # the number of cores.
     torch.set_num_threads(1)
     test, pair_problems = held_out_problems()
     validation = make_problems(200, seed=4, zipf=0.3, exclude=test + pair_problems)
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"{steps} steps: greedy accuracy {trained:.3f} on {len(test)} test problems, in float32")
     low, high = USEFUL_ACCURACY
     if not low <= trained <= high:
-        parser.exit(1, f"not saved: need an accuracy in [{low}, {high}]; move --stop-at\n")
+        parser.exit(1, f"not saved: accuracy must be in [{low}, {high}]; change --stop-at\n")
 
     save(model.half(), tokenizer, arguments.out)
     rounded, tokenizer = load_base(arguments.out)

@@ -16,14 +16,14 @@ from arithmetic import load_base, make_pairs, make_problems
 from sage_select import SageConfig, leave
 from sage_select.adapters.trl import attach
 
-BATCH = 8  # pairs per update, whatever the number of processes
+BATCH = 8  # pairs per update, over all processes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
-    parser.add_argument("--folder", default="runs/trl_sage", help="where checkpoints and logs go")
-    parser.add_argument("--problems", type=int, default=120, help="that pairs are made from")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--folder", default="runs/trl_sage", help="for checkpoints and logs")
+    parser.add_argument("--problems", type=int, default=120, help="problems to make pairs from")
+    parser.add_argument("--resume", action="store_true", help="resume the run in the folder")
     options = parser.parse_args()
 
     model, tokenizer = load_base()
@@ -39,11 +39,11 @@ def main() -> None:
             loss_type=["nca_pair"],
             learning_rate=2e-4,
             max_length=96,
-            num_train_epochs=1,  # of the selection, which knows how often to traverse the pairs
+            num_train_epochs=1,  # keep at 1: SageConfig has the number of epochs
             per_device_train_batch_size=BATCH // (2 * int(os.environ.get("WORLD_SIZE", 1))),
             gradient_accumulation_steps=2,
             logging_steps=1,
-            save_strategy="epoch",  # of the selection again: at the end of each interval
+            save_strategy="epoch",  # with selection, at the end of each interval
             bf16=gpu,
             use_cpu=not gpu,
             report_to="none",
@@ -55,10 +55,10 @@ def main() -> None:
     )
 
     selection = {
-        "mix_start": (0.5, 0.45, 0.05),  # easy, medium and hard pairs in the first pool
-        "mix_end": (0.25, 0.5, 0.25),
+        "mix_start": (0.5, 0.45, 0.05),  # shares of easy, medium and hard pairs, first pool
+        "mix_end": (0.25, 0.5, 0.25),  # and last pool
         "refresh_steps": 4,
-        "multiple": 4,  # so that two processes can share the last update, too
+        "multiple": 4,  # so that the last update divides evenly over two processes
     }
     loader = attach(trainer, SageConfig(selection=selection, training={"epochs": 1}))
     before = trainer.evaluate()

@@ -1,4 +1,4 @@
-"""Array types, and row numbers as a caller gives them."""
+"""NumPy array types, and the check of row numbers that callers pass."""
 
 from typing import Any
 
@@ -13,10 +13,14 @@ UInt64Array = npt.NDArray[np.uint64]
 
 
 def checked_rows(rows: Any, call: str) -> Int64Array:
-    """Row numbers as int64 [P].
+    """Return row numbers as int64 [P], or refuse them.
+
+    Args:
+        rows: Row numbers [P], in any sequence or array.
+        call: Name of the calling function, for the error message.
 
     Raises:
-        TypeError: If they are no whole numbers: a mask would be read as rows 0 and 1.
+        TypeError: If they are not whole numbers; a mask would be read as rows 0 and 1.
         ValueError: If they are not one-dimensional.
 
     Example:
@@ -26,6 +30,7 @@ def checked_rows(rows: Any, call: str) -> Int64Array:
     array = np.asarray(rows)
     if array.ndim != 1:
         raise ValueError(f"{call}: rows must be [P], got shape {array.shape}")
+    # NumPy makes an empty list float64, which is no mistake of the caller
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(
             f"{call}: rows must be whole numbers, got an array of {array.dtype}; "
@@ -35,6 +40,7 @@ def checked_rows(rows: Any, call: str) -> Int64Array:
 
 
 def all_different(values: Int64Array | UInt64Array) -> bool:
-    """Whether no value stands twice; one sort, where `np.unique` fills a hash table."""
+    """True if no value occurs twice."""
+    # one sort, since np.unique fills a hash table
     ascending = np.sort(values)
     return not bool((ascending[1:] == ascending[:-1]).any())

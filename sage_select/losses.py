@@ -1,4 +1,4 @@
-"""Losses: what a pair is trained on. `(policy, reference) -> [P]`, one value per pair, in nats."""
+"""Training losses of preference pairs: `(policy, reference) -> [P]`, in nats, one per pair."""
 
 from collections.abc import Callable
 
@@ -28,8 +28,8 @@ def nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor
 
         -log sigmoid(r_w) - 0.5 log sigmoid(-r_w) - 0.5 log sigmoid(-r_l)
 
-    The formula known elsewhere as `nca_pair`. Its slopes at zero are (-1/4, +1/4), half of DPO's,
-    and it is lowest at r_w = log 2: the chosen response is not pushed up without end.
+    Other libraries call this formula `nca_pair`. Its slopes at zero are (-1/4, +1/4), half of
+    DPO's, and its minimum is at r_w = log 2, so the chosen response is not pushed up indefinitely.
 
     Args:
         policy: Log-probs under the policy; gradients flow through them.
@@ -55,12 +55,12 @@ def nca_responses(
 
         -sum_i [ w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i) ]
 
-    The weights come from the data (see `response_weights`). Taken from the policy itself, as
-    Eq. 3 is printed, they would contain no label: the loss would not know which response is better.
+    The weights come from the data (see `response_weights`). Computed from the policy itself, as
+    Eq. 3 is printed, they would contain no label of the better response.
 
     Args:
         policy: [B, K] summed log-probs under the policy; gradients flow through them.
-        reference: [B, K] the same under the reference.
+        reference: [B, K] summed log-probs under the reference.
         weights: [B, K], >= 0, each row sums to 1.
         beta: Temperature of the implicit reward (Eq. 1), > 0.
 
@@ -68,7 +68,8 @@ def nca_responses(
         [B].
 
     Raises:
-        ValueError: If shapes differ, or weights are negative or do not sum to 1.
+        ValueError: If shapes differ, beta is not positive, or weights are negative or do not sum
+            to 1.
 
     Example:
         >>> logps = torch.zeros(1, 2)
@@ -91,7 +92,7 @@ def nca_responses(
 
 
 def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
-    """Weights of K responses from the scores a dataset gives them: softmax(score / alpha)  (Eq. 3).
+    """Weights of K responses from their scores in the dataset: softmax(score / alpha)  (Eq. 3).
 
     Args:
         scores: [B, K] ratings, rewards or judge scores; higher is better.
@@ -100,6 +101,9 @@ def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
 
     Returns:
         [B, K], each row sums to 1. Equal scores get equal weights.
+
+    Raises:
+        ValueError: If alpha is not positive, or the scores are not finite or not [B, K].
 
     Example:
         >>> response_weights(torch.tensor([[1.0, 5.0, 3.0]])).tolist()
@@ -113,11 +117,13 @@ def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
         )
     spread = scores.amax(dim=1, keepdim=True) - scores.amin(dim=1, keepdim=True)
     if alpha is None:
+        # a row of equal scores has no spread; any temperature gives it equal weights
         temperature = torch.where(spread > 0, 1e-3 * spread, torch.ones_like(spread))
     else:
         temperature = torch.full_like(spread, alpha)
+    # subtract the maximum before dividing, so that a small alpha cannot overflow to inf - inf
     return torch.softmax((scores - scores.amax(dim=1, keepdim=True)) / temperature, dim=1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"nca": nca, "dpo": dpo}
-"""The pairwise losses by their names, for configurations."""
+"""The pairwise losses by name, for configurations."""

@@ -1,4 +1,4 @@
-"""What a set of pairs says about a policy, as numbers for a log."""
+"""Metrics of a policy on preference pairs, as plain numbers for a log."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from sage_select.pairs import NOISE_FLOOR, PairLogps, rewards
 def preference_metrics(
     policy: PairLogps, reference: PairLogps, *, beta: float = 0.1
 ) -> dict[str, float]:
-    """Means over P pairs: rewards, their margin, and how often the chosen response is ahead.
+    """Return the mean rewards, margin and accuracy over P pairs.
 
     Args:
         policy: Log-probs under the policy.
@@ -18,9 +18,10 @@ def preference_metrics(
 
     Returns:
         `reward_chosen`, `reward_rejected`, `margin`: means. `accuracy`: share of pairs with
-        r_w > r_l, where a tie, to within the noise of rounding, counts one half; 0.5 at policy =
-        reference. `likelihood_accuracy`: share of pairs whose chosen response has the higher mean
-        log-prob per token under the policy alone, which says something before training, too.
+        r_w > r_l; a difference within rounding noise is a tie and counts one half, so that
+        accuracy is 0.5 at policy = reference. `likelihood_accuracy`: share of pairs whose chosen
+        response has the higher mean log-prob per token under the policy alone, which is
+        informative before training, too.
 
     Example:
         >>> pair = PairLogps(*torch.tensor([[0], [-30.0], [-20.0], [10], [5]]))
@@ -40,5 +41,6 @@ def preference_metrics(
 
 
 def _share_ahead(difference: Tensor, *, noise: float) -> float:
+    """Share of positive differences; those within the noise count one half."""
     sign = torch.where(difference.abs() <= noise, 0.0, difference.sign())
     return (sign / 2 + 0.5).double().mean().item()

@@ -1,4 +1,4 @@
-"""The words of the library: what a model thinks of some pairs, and what was decided about them."""
+"""Log-probs and implicit rewards of pairs, and the signatures of scores, losses and schedules."""
 
 from collections.abc import Callable
 from math import inf
@@ -11,15 +11,15 @@ from torch import Tensor
 from sage_select.arrays import Float64Array, checked_rows
 
 NOISE_FLOOR = 1e-3
-"""Nats of a log-ratio below which two models count as alike in fp32: the rounding of long sums is
-smaller, a few training steps move more."""
+"""Log-ratios below this many nats count as zero in fp32: rounding in long sums is smaller, and a
+few training steps change them by more."""
 
 
 def noise_floor(precision: torch.dtype) -> float:
-    """The same for another precision of the forward pass: 1e-3 nats in fp32, 0.2 in bfloat16.
+    """Return the noise floor for a dtype of the forward pass: 1e-3 nats in fp32, 0.2 in bfloat16.
 
-    Measured: equal weights in two batchings differ by 5 units in the last place of the dtype for
-    responses of 300 tokens, and by the root of the length more for longer ones.
+    Measured: equal weights in two different batchings differ by 5 units in the last place of the
+    dtype for responses of 300 tokens, and the difference grows with the square root of the length.
 
     Example:
         >>> noise_floor(torch.float32), round(noise_floor(torch.bfloat16), 1)
@@ -30,15 +30,15 @@ def noise_floor(precision: torch.dtype) -> float:
 
 CHOSEN, REJECTED = "chosen_logps", "rejected_logps"
 REFERENCE = "ref_"
-"""Names of log-prob columns in every table and file, with the prefix of those under the reference:
-TRL's own names."""
+"""Names of the log-prob columns in every table and file, and the prefix of those under the
+reference, as in TRL."""
 
 
 class PairLogps(NamedTuple):
-    """What one model thinks of P pairs. Every field has shape [P].
+    """Log-probs of P pairs under one model. Every field has shape [P].
 
-    Log-probabilities are natural (nats), summed over the response's tokens; the token counts are
-    those of the very tokens that were summed, after truncation and with the end token counted.
+    Log-probs are natural logarithms (nats), summed over the response's tokens. The token counts are
+    those of exactly the tokens that were summed: after truncation, with the end token.
 
     Example:
         >>> policy = PairLogps(
@@ -60,27 +60,27 @@ class PairLogps(NamedTuple):
 
     @property
     def tokens(self) -> Tensor:
-        """L of Eq. 8: response tokens of both sides together, int64 [P]."""
+        """Response tokens of both sides together, L in Eq. 8, int64 [P]."""
         return self.chosen_tokens + self.rejected_tokens
 
     def take(self, index: npt.ArrayLike | Tensor) -> "PairLogps":
-        """The pairs with these dataset rows, in the order asked for.
+        """Return the pairs with these dataset rows, in the order of `index`.
 
         Raises:
             KeyError: If a row was never measured.
-            ValueError: If a row stands here more than once.
+            ValueError: If these log-probs contain a row more than once.
         """
-        given = index.numpy(force=True) if isinstance(index, Tensor) else index
-        wanted = torch.from_numpy(checked_rows(given, "PairLogps.take")).to(self.index.device)
-        rows = _positions(self.index, wanted)
-        return PairLogps(*(field[rows] for field in self))
+        rows = index.numpy(force=True) if isinstance(index, Tensor) else index
+        wanted = torch.from_numpy(checked_rows(rows, "PairLogps.take")).to(self.index.device)
+        positions = _positions(self.index, wanted)
+        return PairLogps(*(field[positions] for field in self))
 
     def to(self, device: torch.device | str) -> "PairLogps":
-        """The same on another device."""
+        """Return these log-probs on another device."""
         return PairLogps(*(field.to(device) for field in self))
 
     def columns(self, prefix: str = "") -> dict[str, Float64Array]:
-        """The log-probs as columns of a table, under the names that all tables use.
+        """Return the log-probs as table columns, under the names that all tables use.
 
         Args:
             prefix: `REFERENCE` for log-probs under the reference.
@@ -97,12 +97,12 @@ class PairLogps(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: "list[PairLogps]") -> "PairLogps":
-        """The pairs of all parts, one after the other."""
+        """Join the pairs of all parts, in order."""
         return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 def _positions(index: Tensor, wanted: Tensor) -> Tensor:
-    """Where each wanted row stands in `index`."""
+    """Position of each wanted row in `index`."""
     size = len(index)
     if len(wanted) == 0:
         return wanted
@@ -112,28 +112,32 @@ def _positions(index: Tensor, wanted: Tensor) -> Tensor:
     order = index.argsort()
     ascending = index[order]
     if bool((ascending.diff() == 0).any()):
-        twice = ascending[:-1][ascending.diff() == 0][0].item()
-        raise ValueError(f"PairLogps.take: row {twice} stands in these log-probs more than once")
-    found = torch.searchsorted(ascending, wanted).clamp(max=max(size - 1, 0))
-    missing = wanted[ascending[found] != wanted] if size else wanted
+        duplicate = ascending[:-1][ascending.diff() == 0][0].item()
+        raise ValueError(
+            f"PairLogps.take: these log-probs contain row {duplicate} more than once; "
+            "measure or concatenate each row once"
+        )
+    # searchsorted gives `size` for a row beyond the last; clamp it, and the comparison rejects it
+    places = torch.searchsorted(ascending, wanted).clamp(max=max(size - 1, 0))
+    missing = wanted[ascending[places] != wanted] if size else wanted
     if len(missing):
         raise KeyError(
             f"PairLogps.take: {len(missing)} of {len(wanted)} rows were never measured, "
             f"the first is row {missing[0].item()}; measure them before selecting "
             f"(these log-probs cover {size} rows)"
         )
-    return order[found]
+    return order[places]
 
 
 class Rewards(NamedTuple):
-    """The implicit rewards of P pairs, float [P] each (Eq. 1)."""
+    """Implicit rewards of P pairs, float [P] each (Eq. 1)."""
 
     chosen: Tensor
     rejected: Tensor
 
     @property
     def margin(self) -> Tensor:
-        """The argument of the sigmoid in the DPO loss, r_w - r_l (Eq. 2)."""
+        """Reward margin r_w - r_l, the argument of the sigmoid in the DPO loss (Eq. 2)."""
         return self.chosen - self.rejected
 
 
@@ -146,7 +150,7 @@ def rewards(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Re
         beta: Temperature, > 0.
 
     Raises:
-        ValueError: If beta is not positive, or the two do not describe the same pairs.
+        ValueError: If beta is not positive, or policy and reference contain different pairs.
     """
     if not 0 < beta < inf:
         raise ValueError(f"rewards: beta must be positive and finite, got {beta}")
@@ -161,12 +165,14 @@ def rewards(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Re
             f"rewards: the policy has {len(policy.index)} pairs, the reference "
             f"{len(reference.index)}; align them with reference.take(policy.index)"
         )
-    # a comparison is a graph break for the compiler and a device sync; indices live on the CPU
+    # torch.equal breaks a compiled graph; in eager mode it is cheap, since indices live on the CPU
+    # and need no device sync
     if not torch.compiler.is_compiling() and not torch.equal(policy.index, reference.index):
         raise ValueError(
-            "rewards: policy and reference list their pairs in different order; "
+            "rewards: policy and reference list different pairs, or in a different order; "
             "align them with reference.take(policy.index)"
         )
+    # .to(policy.chosen): to the policy's dtype and device
     return Rewards(
         chosen=beta * (policy.chosen - reference.chosen.to(policy.chosen)),
         rejected=beta * (policy.rejected - reference.rejected.to(policy.rejected)),
@@ -177,7 +183,7 @@ Score = Callable[[PairLogps, PairLogps], Tensor]
 """`(policy, reference) -> [P]`: pairs with higher scores are kept first."""
 
 Loss = Callable[[PairLogps, PairLogps], Tensor]
-"""`(policy, reference) -> [P]`: what a pair is trained on. The same type as a score."""
+"""`(policy, reference) -> [P]`: the training loss of each pair. The same type as a score."""
 
 Schedule = Callable[[float], Any]
 """`progress in [0, 1] -> value`: a keep ratio, or a tuple of shares, one per stratum."""
@@ -187,8 +193,8 @@ Progress = Callable[[int], float]
 
 
 class Reference(Protocol):
-    """Anything that knows the reference log-probs of pairs: a `PairLogps`, or a store."""
+    """A source of reference log-probs: a `PairLogps`, or a store."""
 
     def take(self, index: npt.ArrayLike, /) -> PairLogps:
-        """The log-probs of these dataset rows, in the order asked for."""
+        """Return the log-probs of these dataset rows, in the order of `index`."""
         ...

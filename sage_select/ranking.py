@@ -1,4 +1,4 @@
-"""The cut: which candidates stand above it (Eq. 9)."""
+"""Ranking: the candidates with the highest scores (Eq. 9)."""
 
 import numpy as np
 import numpy.typing as npt
@@ -17,26 +17,29 @@ def top(
 
     Args:
         scores: float64 [P].
-        count: How many to keep, 0 to P.
+        count: Number of candidates to keep, 0 to P.
         ids: [P], a stable id per candidate.
         key: Key of the hash that breaks ties, such as a seed and a step.
 
     Raises:
-        ValueError: If a score is NaN, or the count does not fit.
+        ValueError: If a score is NaN, or `count` is not between 0 and P.
 
     Example:
         >>> top(np.array([0.1, 0.9, 0.5]), 2, ids=[10, 11, 12]).tolist()
         [1, 2]
     """
     if not 0 <= count <= len(scores):
-        raise ValueError(f"top: cannot keep {count} of {len(scores)} candidates")
-    names = np.asarray(ids)
+        raise ValueError(
+            f"top: cannot keep {count} of {len(scores)} candidates; count must lie in "
+            f"[0, {len(scores)}]"
+        )
+    id_array = np.asarray(ids)
     for position in np.flatnonzero(np.isnan(scores))[:1]:
-        raise ValueError(f"top: the score of pair {names[position]} is NaN; check its log-probs")
+        raise ValueError(f"top: the score of pair {id_array[position]} is NaN; check its log-probs")
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    # only candidates at or above the cut need to be sorted
+    # sort only candidates at or above the cut; random numbers decide between those exactly at it
     cut = np.partition(scores, len(scores) - count)[len(scores) - count]
     candidates = np.flatnonzero(scores >= cut)
-    lots = keyed_hash(names[candidates], "tie", *key)
-    return candidates[np.lexsort((lots, -scores[candidates]))[:count]]
+    random_numbers = keyed_hash(id_array[candidates], "tie", *key)
+    return candidates[np.lexsort((random_numbers, -scores[candidates]))[:count]]

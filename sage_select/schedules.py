@@ -8,7 +8,7 @@ Value = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Constant:
-    """The same value throughout.
+    """A constant value.
 
     Example:
         >>> Constant(0.4)(0.7)
@@ -29,7 +29,7 @@ class Constant:
 class Linear:
     """A straight line from `start` to `end`: `start + (end - start) * progress`  (Eq. 6).
 
-    Both ends are met exactly.
+    Both end values are returned exactly.
 
     Args:
         start: Value at progress 0, a float or a tuple with one share per stratum.
@@ -64,14 +64,15 @@ class Linear:
 
 
 def _freeze(schedule: object, *names: str) -> None:
-    """A list, which would make the schedule unhashable, becomes a tuple."""
+    """Turn lists into tuples, since a list would make the schedule unhashable."""
     for name in names:
         value = getattr(schedule, name)
+        # the dataclass is frozen, so its own __setattr__ would refuse
         object.__setattr__(schedule, name, tuple(value) if isinstance(value, list) else value)
 
 
 def _lerp(start: float, end: float, progress: float) -> float:
-    # this form meets both ends exactly; start + (end - start) * progress can miss `end` by rounding
+    # exact at both ends, whereas start + (end - start) * progress can miss `end` by rounding
     return (1 - progress) * start + progress * end
 
 

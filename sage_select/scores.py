@@ -1,7 +1,7 @@
-r"""Scores: what a pair is worth to the current policy. Higher is kept first.
+r"""Scores: the value of a pair for training the current policy. Higher is kept first.
 
-Every score has the type `(policy, reference) -> float64 [P]`. Parameters such as beta are bound
-with `functools.partial`; a loss is a score, too (`losses.dpo` keeps the highest loss first).
+Every score has the type `(policy, reference) -> float64 [P]`. Bind parameters such as beta with
+`functools.partial`. A loss is a score, too: `losses.dpo` keeps the highest loss first.
 
 Notation of Eq. 8: per response z in {chosen, rejected}, u_z = +r_w for the chosen and -r_l for
 the rejected one, p_z = sigmoid(u_z) the confidence, g_z = 1 - p_z the gradient, and
@@ -24,7 +24,7 @@ LengthNorm = Literal["total", "sqrt", "none", "stratified"]
 
 
 class _Confidence(NamedTuple):
-    """u_z of both responses, float64 [P] each; p_z = sigmoid(u_z) is the confidence."""
+    """Logits u_z of both responses, float64 [P] each; p_z = sigmoid(u_z) is the confidence."""
 
     chosen: Tensor
     rejected: Tensor
@@ -38,25 +38,29 @@ def sage(
     eps: float = 1e-6,
     length_norm: LengthNorm = "total",
 ) -> Tensor:
-    """The SAGE score, sum over both responses of g^2 / (h + eps), over length  (Eq. 8).
+    """SAGE score: sum over both responses of g^2 / (h + eps), divided by length  (Eq. 8).
 
         s = (1 / L) * sum_z (1 - p_z)^2 / (p_z (1 - p_z) + eps)
 
-    The score falls as either response's confidence p_z rises, for every eps >= 0: it ranks by
-    loss and length, and does not single out p = 0.5. Where policy = reference, all p_z are 0.5, the
+    The score falls as the confidence p_z of either response rises, for every eps >= 0: it ranks by
+    loss and length, and does not single out p = 0.5. At policy = reference, all p_z are 0.5, the
     score is 2 / (L (1 + 4 eps)), and the shortest pairs come first.
 
     Args:
         policy: Log-probs under the current policy, P pairs.
         reference: Log-probs of the same pairs under the reference.
         beta: Temperature of the implicit reward (Eq. 1), > 0.
-        eps: Damping, >= 0; it caps a response's contribution at 1 / eps.
-        length_norm: "total" divides by the pair's response tokens L, as the paper does; "sqrt" by
-            the root of L; "none" by nothing (the ablation "without 1/L"); "stratified" ranks
-            within ten bins of equal length instead, and returns the rank as a fraction.
+        eps: Damping, >= 0; it limits the contribution of a response to 1 / eps.
+        length_norm: "total" divides by the pair's response tokens L, as in the paper; "sqrt"
+            divides by the square root of L; "none" does not divide (the ablation "without 1/L");
+            "stratified" ranks within ten bins of similar length, and returns the rank as a
+            fraction.
 
     Returns:
         float64 [P], computed in log space: finite for eps > 0 at any reward.
+
+    Raises:
+        ValueError: If a parameter is out of range, or a pair has no response tokens.
 
     Example:
         >>> pair = PairLogps(*torch.tensor([[0], [-30], [-20], [10], [10]]))
@@ -74,14 +78,15 @@ def log_sage(
     eps: float = 1e-6,
     length_norm: LengthNorm = "total",
 ) -> Tensor:
-    """Logarithm of `sage`, for pairs whose scores underflow. Same order, same arguments.
+    """Logarithm of `sage`, for pairs whose scores underflow; with the same order and arguments.
 
     With q = 1 - p, g^2 / (h + eps) = 1 / (p/q + eps/q^2) = 1 / (e^u + eps (1 + e^u)^2), since
-    p/q = e^u and 1/q = 1 + e^u. In this form nothing cancels and every step is monotone in u.
+    p/q = e^u and 1/q = 1 + e^u. In this form nothing cancels, and every step is monotone in u.
     """
     if not 0 <= eps < inf:
         raise ValueError(f"sage: eps must be >= 0 and finite, got {eps}")
     log_eps = torch.tensor(log(eps) if eps > 0 else -torch.inf, dtype=torch.float64)
+    # -2 * logsigmoid(-u) is log((1 + e^u)^2) without overflow
     log_terms = [
         -torch.logaddexp(u, log_eps.to(u.device) - 2 * logsigmoid(-u))
         for u in _confidence(policy, reference, beta)
@@ -98,7 +103,7 @@ def without_gradient(
     length_norm: LengthNorm = "total",
 ) -> Tensor:
     """Ablation "w/o g" of Table 2: (1 / L) * sum_z 1 / (h_z + eps). Lowest at p = 0.5."""
-    # h = p (1 - p), and log h = logsigmoid(u) + logsigmoid(-u) keeps the tails
+    # log h = logsigmoid(u) + logsigmoid(-u) keeps the tails, where 1 - p rounds to 0
     terms = [
         1 / ((logsigmoid(u) + logsigmoid(-u)).exp() + eps)
         for u in _confidence(policy, reference, beta)
@@ -113,17 +118,17 @@ def without_curvature(
     beta: float = 0.1,
     length_norm: LengthNorm = "total",
 ) -> Tensor:
-    """Ablation "w/o h" of Table 2: (1 / L) * sum_z g_z^2. To first order the same rank as SAGE."""
+    """Ablation "w/o h" of Table 2: (1 / L) * sum_z g_z^2. To first order it ranks like SAGE."""
     log_terms = [2 * logsigmoid(-u) for u in _confidence(policy, reference, beta)]
     return _normalised(torch.logaddexp(*log_terms), policy, length_norm).exp()
 
 
 def gradient_slope(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
-    """Length of the NCA loss's gradient with respect to the two rewards (r_w, r_l).
+    """Norm of the NCA loss's gradient with respect to the two rewards (r_w, r_l).
 
         sqrt( (1.5 sigmoid(r_w) - 1)^2 + (0.5 sigmoid(r_l))^2 )
 
-    A slope in reward space, not the norm of the parameter gradient.
+    This is a slope in reward space, not the norm of the parameter gradient.
     """
     r = rewards(_float64(policy), _float64(reference), beta=beta)
     return torch.hypot(1.5 * r.chosen.sigmoid() - 1, 0.5 * r.rejected.sigmoid())
@@ -135,7 +140,7 @@ def dpo_newton(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) ->
 
 
 def nca_newton(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
-    """Diagonal Newton decrement of the pairwise NCA loss, what Eq. 8 would be for that loss.
+    """Diagonal Newton decrement of the pairwise NCA loss: the equivalent of Eq. 8 for that loss.
 
     (1 - 1.5 s_w)^2 / (1.5 s_w (1 - s_w)) + 0.5 s_l / (1 - s_l)  with  s = sigmoid(r).
     """
@@ -146,26 +151,26 @@ def nca_newton(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) ->
 
 
 def smallest_margin(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
-    """-`|r_w - r_l|`: the pairs nearest to the decision boundary first."""
+    """-`|r_w - r_l|`: pairs nearest to the decision boundary first."""
     return -rewards(_float64(policy), _float64(reference), beta=beta).margin.abs()
 
 
 def largest_margin(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
-    """r_w - r_l: the easiest pairs first."""
+    """r_w - r_l: easiest pairs first."""
     return rewards(_float64(policy), _float64(reference), beta=beta).margin
 
 
 def shortest(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """-L: the fewest response tokens first, what SAGE does at policy = reference."""
-    del reference  # a length needs no second opinion
+    """-L: fewest response tokens first, the order of SAGE at policy = reference."""
+    del reference  # an argument of every score; lengths do not depend on it
     return -policy.tokens.double()
 
 
 def random(policy: PairLogps, reference: PairLogps, *, seed: int = 0) -> Tensor:
-    """A lot in [0, 1) per pair, drawn by a keyed hash of (seed, index): no generator, no state.
+    """Random number in [0, 1) per pair, a keyed hash of (seed, index): no generator, no state.
 
-    A pair keeps its lot for the whole run, so a run over several epochs trains on one random
-    subset, as the paper's "Random" baseline does.
+    A pair keeps its number for the whole run, so a run over several epochs trains on one random
+    subset, like the paper's "Random" baseline.
 
     Example:
         >>> pairs = PairLogps(*(torch.arange(3) for _ in range(5)))
@@ -173,8 +178,9 @@ def random(policy: PairLogps, reference: PairLogps, *, seed: int = 0) -> Tensor:
         True
     """
     del reference
-    lots = keyed_hash(policy.index.numpy(force=True), "random", seed) >> np.uint64(11)
-    return torch.from_numpy(lots.astype(np.float64) / 2**53).to(policy.chosen.device)
+    words = keyed_hash(policy.index.numpy(force=True), "random", seed)
+    upper_bits = words >> np.uint64(11)  # the 53 bits that a float64 in [0, 1) holds exactly
+    return torch.from_numpy(upper_bits.astype(np.float64) / 2**53).to(policy.chosen.device)
 
 
 def _float64(logps: PairLogps) -> PairLogps:
@@ -182,19 +188,19 @@ def _float64(logps: PairLogps) -> PairLogps:
 
 
 def _confidence(policy: PairLogps, reference: PairLogps, beta: float) -> _Confidence:
-    """u_w = r_w and u_l = -r_l, in float64: log-probs are sums of thousands of tokens."""
+    """Return u_w = r_w and u_l = -r_l in float64: log-probs are sums over thousands of tokens."""
     r = rewards(_float64(policy), _float64(reference), beta=beta)
     return _Confidence(chosen=r.chosen, rejected=-r.rejected)
 
 
 def _normalised(log_score: Tensor, policy: PairLogps, length_norm: LengthNorm) -> Tensor:
-    """Logarithm of the score with the length term 1 / L of Eq. 8, or what was asked for instead."""
+    """Apply `length_norm` to the logarithm of a score; "total" is the factor 1 / L of Eq. 8."""
     length = policy.tokens.to(log_score)
     if length_norm == "none":
         return log_score
     if length.numel() and not bool((length > 0).all()):
         row = policy.index[length <= 0][0].item()
-        raise ValueError(f"score: pair {row} has no response tokens; set such pairs aside")
+        raise ValueError(f"score: pair {row} has no response tokens; drop such pairs from the pool")
     if length_norm == "total":
         return log_score - length.log()
     if length_norm == "sqrt":
@@ -207,7 +213,8 @@ def _normalised(log_score: Tensor, policy: PairLogps, length_norm: LengthNorm) -
 
 
 def _rank_within_length(score: Tensor, length: Tensor, bins: int = 10) -> Tensor:
-    """Rank of each score among the pairs of like length, as a fraction in (0, 1]; ties share it."""
+    """Rank of each score among pairs of similar length, a fraction in (0, 1]; ties share it."""
+    # bin edges are quantiles of the length, so that bins have similar numbers of pairs
     cuts = torch.arange(1, bins, device=length.device) * len(length) // bins
     edges = length.sort().values[cuts] if len(length) else length
     stratum = torch.searchsorted(edges, length)
@@ -235,4 +242,4 @@ SCORES: dict[str, Callable[..., Tensor]] = {
         random,
     )
 }
-"""The scores by their names, for configurations."""
+"""The scores by name, for configurations."""

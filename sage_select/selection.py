@@ -1,4 +1,4 @@
-"""Selections: what was decided about one pool, and the evidence."""
+"""Selections: the decision about one pool, and the evidence for it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from sage_select.pairs import PairLogps
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What was decided about one pool, and the evidence for it.
+    """The decision about one pool, and the evidence for it.
 
     `np.asarray(selection)`, `len(selection)` and iteration give the kept rows, best first.
 
     Attributes:
         indices: int64 [n], kept dataset rows, best first.
-        pool: int64 [P], the rows that were candidates.
-        scores: float64 [P], aligned with pool; NaN where nothing was scored.
+        pool: int64 [P], candidate rows.
+        scores: float64 [P], aligned with pool; NaN if the pool was not scored.
         kept: bool [P], aligned with pool.
         step: Optimizer steps taken before this decision.
         progress: The run's progress in [0, 1] at this decision.
-        rule: What ranked the pool: "score", or "hash" where the rewards carried no signal, or
-            "all" where nothing could be dropped and nothing was scored.
+        rule: How the pool was ranked: "score"; "hash" if the rewards carried no signal; "all" if
+            nothing could be dropped, so that the pool was not scored.
         signal: Spread of the log-ratios over the pool in nats; 0 at policy = reference.
-        policy: The pool's log-probs under the policy, aligned with pool, where they were measured.
-        reference: The same under the reference.
+        policy: The pool's log-probs under the policy, aligned with pool; None if not measured.
+        reference: The pool's log-probs under the reference, or None.
     """
 
     indices: Int64Array
@@ -51,17 +51,18 @@ class Selection:
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
+        # a copy, so that writing to the array cannot change the selection
         return np.array(self.indices, dtype=dtype, copy=copy if copy is not None else True)
 
     @property
     def cut(self) -> float:
-        """The lowest score that was kept; NaN where the rule was not the score."""
-        decided = self.rule == "score" and len(self) > 0
-        return float(self.scores[self.kept].min()) if decided else float("nan")
+        """Lowest kept score; NaN if the pool was not ranked by score."""
+        by_score = self.rule == "score" and len(self) > 0
+        return float(self.scores[self.kept].min()) if by_score else float("nan")
 
     @property
     def dropped(self) -> Int64Array:
-        """The candidates that were not kept, in pool order."""
+        """Candidates that were not kept, in pool order."""
         return self.pool[~self.kept]
 
     def __repr__(self) -> str:

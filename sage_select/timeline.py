@@ -1,4 +1,4 @@
-"""The timeline of a run: how many pairs each interval keeps, and at which step it begins."""
+"""The timeline of a run: the number of pairs that each interval keeps, and its first step."""
 
 import operator
 from bisect import bisect_right
@@ -13,10 +13,12 @@ from sage_select.plan import Plan
 
 
 def kept_count(ratio: float, size: int, multiple: int = 1) -> int:
-    """How many of `size` candidates a keep ratio retains: floor(ratio * size)  (Eq. 9).
+    """Number of candidates that a keep ratio retains of `size`: floor(ratio * size)  (Eq. 9).
 
-    Rounded down to a multiple where one is asked for; never less than one pair or one multiple, nor
-    more than there are.
+    It is rounded down to a multiple of `multiple`, but is at least `multiple` and at most `size`.
+
+    Raises:
+        ValueError: If the ratio is not in [0, 1], or `multiple` is not positive.
 
     Example:
         >>> kept_count(0.7, 10), kept_count(0.7, 10, multiple=4), kept_count(0.0, 10)
@@ -26,23 +28,23 @@ def kept_count(ratio: float, size: int, multiple: int = 1) -> int:
         raise ValueError(f"kept_count: a keep ratio must lie in [0, 1], got {ratio}")
     if multiple < 1:
         raise ValueError(f"kept_count: multiple must be at least 1, got {multiple}")
-    count = floor(ratio * size + 1e-9)  # 0.7 * 10 is 7, whatever binary fractions say
+    count = floor(ratio * size + 1e-9)  # 0.7 * 10 is 7, despite binary rounding
     return min(size, max(count - count % multiple, multiple))
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A plan, a keep schedule and a batch size: every step of the run, known before the first.
+    """Every step of a run, computed in advance from a plan, a keep schedule and a batch size.
 
-    Kept pairs are trained in whole batches. What is left over of an interval is carried to the
-    front of the next; only the run's very last batch may be short. No pair is lost, so
-    `total_steps` is the total of kept pairs over the batch size, rounded up.
+    Kept pairs are trained in full batches. The remainder of an interval is carried to the front of
+    the next; only the last batch of the run may be short. No pair is lost, so `total_steps` is the
+    total number of kept pairs divided by the batch size, rounded up.
 
     Args:
         plan: The pools.
         keep: Schedule of keep ratios.
         batch_size: Pairs per optimizer step, over all processes and accumulation steps.
-        multiple: Kept counts are rounded down to a multiple of this, as by the `Selector`.
+        multiple: Kept counts are rounded down to a multiple of this, as in `Selector`.
 
     Example:
         >>> from sage_select import Constant, Linear, plan_pools
@@ -65,30 +67,31 @@ class Timeline:
             kept_count(self.keep(t), len(pool), self.multiple)
             for t, pool in zip(self.plan.progress, self.plan.pools, strict=True)
         )
+        # the dataclass is frozen, so its own __setattr__ would refuse
         object.__setattr__(self, "kept_count", counts)
 
     @cached_property
     def first_step(self) -> tuple[int, ...]:
-        """For each interval, the optimizer steps taken before its pool is scored.
+        """Optimizer steps taken before each interval's pool is scored.
 
-        Where an interval keeps less than a batch, the next begins at the same step; `progress` then
-        gives the later one's, and `Selector.select` takes an interval's own as an argument.
+        If an interval keeps less than a batch, the next one starts at the same step. `progress`
+        then returns the later one's value; pass an earlier one's to `Selector.select`.
         """
-        before = np.cumsum((0, *self.kept_count[:-1]))
-        return tuple((before // self.batch_size).tolist())
+        kept_before = np.cumsum((0, *self.kept_count[:-1]))
+        return tuple((kept_before // self.batch_size).tolist())
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Number of optimizer steps of the run."""
         return -(-self.total_kept // self.batch_size)
 
     @property
     def total_kept(self) -> int:
-        """Kept pairs of the run; a pair kept in two intervals counts twice."""
+        """Number of kept pairs of the run; a pair kept in two intervals counts twice."""
         return sum(self.kept_count)
 
     def interval_at(self, step: int) -> int:
-        """The interval under way after `step` optimizer steps, from 0."""
+        """Return the number, from 0, of the active interval after `step` optimizer steps."""
         if not 0 <= step <= self.total_steps:
             raise ValueError(
                 f"Timeline.interval_at: step must lie in [0, {self.total_steps}], got {step}"
@@ -96,5 +99,5 @@ class Timeline:
         return bisect_right(self.first_step, step) - 1
 
     def progress(self, step: int) -> float:
-        """Progress in [0, 1] of the interval under way; 0 throughout a run of one interval."""
+        """Return the progress in [0, 1] of the active interval, as in `Plan.progress`."""
         return self.plan.progress[self.interval_at(step)]

@@ -1,10 +1,10 @@
-"""Compiles the kernels as the library launches them, for a GPU that need not be there.
+"""Compile the kernels as the library launches them, for a GPU that need not be present.
 
-Reads cases from standard input and prints what became of their kernels, both as JSON.
+Reads cases from standard input and prints the properties of their compiled kernels, both as JSON.
 
-The tensors are on "meta": they have no data, but types, strides and alignment, which is all that
-Triton compiles for. What it would ask a driver is answered here, and nothing is launched. This is a
-script of its own, since a process that has made the kernels for the interpreter compiles none.
+The tensors are on "meta": they have no data, only dtypes, strides and alignment, which is all that
+Triton specialises on. A stub replaces the GPU driver, and nothing is launched. This is a separate
+script, because a process that has decorated the kernels for the interpreter cannot compile them.
 """
 
 import json
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton decorates the kernels
 
 import torch
 import triton
@@ -35,6 +35,7 @@ run = JITFunction.run
 
 
 def compile_only(self: JITFunction, *args: object, **options: Any) -> None:
+    """Compile a kernel instead of launching it, and record it by name."""
     anchored = options.get("ANCHORED", True)
     name = self.__name__.removesuffix("_kernel") + ("" if anchored else "_around_maximum")
     launched[name] = run(self, *args, **options | {"warmup": True})
@@ -46,7 +47,7 @@ JITFunction.run = compile_only
 def compile_case(
     arch: int, tiling: list[Any], dtype: str, extras: bool, overflows: bool
 ) -> dict[str, Any]:
-    """The kernels of a case, by name."""
+    """Compile the kernels of a case, and return them by name."""
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", arch, 32),
@@ -71,25 +72,26 @@ def compile_case(
     return dict(launched)
 
 
-def described(kernel: Any, folder: Path) -> dict[str, object]:
-    """What a kernel needs, and its instructions in their order."""
+def properties(kernel: Any, folder: Path) -> dict[str, object]:
+    """Return a kernel's resources, and its instructions in order."""
     binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    printed = subprocess.run(
+    disassembly = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", "-sass", binary],
-        env=os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"},  # for nvdisasm
+        # cuobjdump calls nvdisasm, which is in the same folder
+        env=os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", printed).groups()
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", disassembly).groups()
     return {
         "threads": 32 * kernel.metadata.num_warps,
         "registers": int(registers),
         "stack": int(stack),
         "shared": kernel.metadata.shared,
         "instructions": re.findall(
-            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z][\w.]*)", printed
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z][\w.]*)", disassembly
         ),
     }
 
@@ -97,12 +99,13 @@ def described(kernel: Any, folder: Path) -> dict[str, object]:
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        known: dict[int, dict[str, object]] = {}  # cases share kernels
-        found = []
+        # Triton caches compiled kernels, which cases share; disassembling each once saves time
+        by_id: dict[int, dict[str, object]] = {}
+        results = []
         for case in json.load(sys.stdin):
             kernels = compile_case(*case)
             for kernel in kernels.values():
-                if id(kernel) not in known:
-                    known[id(kernel)] = described(kernel, Path(folder))
-            found.append({name: known[id(kernel)] for name, kernel in kernels.items()})
-        print(json.dumps(found))
+                if id(kernel) not in by_id:
+                    by_id[id(kernel)] = properties(kernel, Path(folder))
+            results.append({name: by_id[id(kernel)] for name, kernel in kernels.items()})
+        print(json.dumps(results))

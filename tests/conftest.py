@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-# before any library asks: a name that is on no disk is an error at once, not after retries
+# set before any import: a model that is not on disk is an error at once, not after retries
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if not torch.cuda.is_available():
-    # asked when the kernels are made: without a GPU they run in Triton's interpreter
+    # set before the kernels are compiled: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -27,13 +27,13 @@ def launched(
     cwd: Path = ROOT,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """A script run to its end, alone, or under torchrun with so many processes.
+    """Run a script to its end, alone or under torchrun with this many processes.
 
-    It fails the test if its exit code says otherwise than `fails`.
+    The calling test fails unless the exit code agrees with `fails`.
     """
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [sys.executable, *(launch if processes else []), *map(str, command)],
+        [sys.executable, *(launcher if processes else []), *map(str, command)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -47,7 +47,7 @@ def launched(
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Path:
-    """A cache of the tests' own: they neither use nor fill the user's."""
+    """A temporary cache, so that tests neither read nor fill the user's."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SAGE_SELECT_CACHE"] = str(folder)
     return folder
@@ -55,16 +55,16 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Real data that is not part of the project; see the README for how to point at it."""
+    """Folder of real data, which is not part of the project; see the README."""
     folder = os.environ.get("SAGE_SELECT_DATA")
     if not folder:
-        pytest.skip("SAGE_SELECT_DATA is not set, so there is no real data to test with")
+        pytest.skip("SAGE_SELECT_DATA is not set; set it to a folder of real data")
     return Path(folder)
 
 
 @pytest.fixture
 def world():
-    """A fresh copy of the demo's policy, with pairs of its own making, before a small run."""
+    """A fresh copy of the demo's policy with pairs made from its samples, before a small run."""
     from worlds import arithmetic_world
 
     return arithmetic_world()
@@ -72,7 +72,7 @@ def world():
 
 @pytest.fixture(scope="session")
 def still():
-    """The same, shared by tests that train nothing."""
+    """A world shared by all tests that do not train."""
     from worlds import arithmetic_world
 
     return arithmetic_world()
@@ -80,7 +80,7 @@ def still():
 
 @pytest.fixture(scope="session")
 def pairs():
-    """A few pairs for the small models."""
+    """A few pairs for small models."""
     from small_models import few_pairs
 
     return few_pairs()
@@ -88,7 +88,7 @@ def pairs():
 
 @pytest.fixture(scope="session")
 def stories(data):
-    """A small Llama that was really trained, and its tokenizer."""
+    """A small trained Llama and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = data / "models" / "stories260K"

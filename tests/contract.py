@@ -1,7 +1,7 @@
-"""What every host must do with the same run: a small one of SAGE, watched from outside.
+"""The contract's run: a small run of SAGE that every host must train, observed from outside.
 
-A host is a function `(Case) -> None` that trains in the processes it is called in. What happens is
-written down as it happens, one file per process and attempt, so that a killed process has left it.
+A host is a function `(Case) -> None` that trains in the process that calls it. Events are written
+as they happen, to one file per process and attempt, so that they survive a kill.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SAVE_EVERY = 1
 
 
 def config() -> SageConfig:
-    """The run's description: what is selected, and when."""
+    """Return the run's configuration."""
     return SageConfig(
         beta=BETA,
         selection={
@@ -48,27 +48,27 @@ def config() -> SageConfig:
 
 
 def policy() -> Any:
-    """The policy before training: the demo's, the same in every process."""
+    """Return the untrained policy, the demo's, with equal weights in every process."""
     torch.manual_seed(0)
     return deepcopy(base()[0]).float()
 
 
 @cache
 def records() -> list[dict[str, Any]]:
-    """The pairs, as records; from the file `CONTRACT_RECORDS`, or made now, which takes a while."""
+    """Return the pairs as records, from the file `CONTRACT_RECORDS` or generated (slow)."""
     if path := os.environ.get("CONTRACT_RECORDS"):
-        found: list[dict[str, Any]] = json.loads(Path(path).read_text())
-        return found
+        stored: list[dict[str, Any]] = json.loads(Path(path).read_text())
+        return stored
     return list(arithmetic_pairs())[:PAIRS]
 
 
 def dataset() -> PreferenceDataset:
-    """The pairs, tokenised."""
+    """Return the tokenised pairs."""
     return PreferenceDataset.from_records(records(), tokenizer=base()[1], max_length=64)
 
 
 def learning_rates() -> list[float]:
-    """Of each update: linear to zero over the exact total."""
+    """Return the learning rate of each update: linear to zero over the exact number of steps."""
     rates = Linear(LEARNING_RATE, 0.0)
     return [float(rates(step / STEPS)) for step in range(STEPS)]
 
@@ -78,12 +78,14 @@ class Case:
     """One attempt at the run, in this process.
 
     Attributes:
-        folder: Of the run; all processes and attempts share it.
+        folder: The run's folder, shared by all processes and attempts.
         strategy: "single", "ddp" or "fsdp2".
-        rank: This process.
-        world: How many there are.
-        attempt: Counts from 0; later ones resume.
+        rank: Rank of this process.
+        world: Number of processes.
+        attempt: Number of the attempt, from 0; later ones resume.
         die_after: Updates after which this process kills itself, with the checkpoint written.
+        updates: Updates so far.
+        generator: Hash of the generators before the current pool was scored; empty if none was.
     """
 
     folder: Path
@@ -97,22 +99,22 @@ class Case:
 
     @property
     def per_process(self) -> int:
-        """Pairs of one forward pass: half of what a process has of a batch, or one."""
+        """Pairs per forward pass: half of the rank's share of a batch, at least one."""
         return max(1, BATCH // (2 * self.world))
 
     @property
     def accumulation(self) -> int:
-        """Forward passes of a process per update."""
+        """Forward passes per update and process."""
         return BATCH // (self.world * self.per_process)
 
     def note(self, event: str, **facts: Any) -> None:
-        """Write down that something happens now, after `updates` updates."""
+        """Write an event to this process's trace, with the number of updates so far."""
         path = self.folder / f"trace-{self.attempt}-{self.rank}.jsonl"
         with path.open("a") as file:
             file.write(json.dumps({"event": event, "step": self.updates, **facts}) + "\n")
 
     def watch(self, optimizer: torch.optim.Optimizer, *, already: int = 0) -> None:
-        """Count and note updates; call it once the optimizer is there, and its state restored."""
+        """Count and trace updates; call it once the optimizer exists and its state is restored."""
         self.updates = already
 
         def before(optimizer: Any, *_: Any) -> None:
@@ -125,21 +127,21 @@ class Case:
         optimizer.register_step_post_hook(after)
 
     def watch_generators(self, loader: SelectiveLoader) -> None:
-        """Look at the global generators before each pass over a pool."""
+        """Record the global generators before each pool is scored."""
         measure = loader.selector.measure
 
         def watched(model: Any, pool: Any) -> PairLogps:
-            self.generator = _generator()
+            self.generator = _generator_state()
             return measure(model, pool)
 
         loader.selector = replace(loader.selector, measure=watched)
 
     def trains(self, ids: Iterable[str], losses: Iterable[float] = ()) -> None:
-        """Note that these pairs go forward and backward now, in this process."""
+        """Trace that this process trains on these pairs now."""
         self.note("train", ids=list(ids), losses=list(losses))
 
     def measures(self, interval: int, kept: Iterable[str], model: Any) -> None:
-        """Note that a pool was measured just now, and in what state that left the model."""
+        """Trace that a pool was just scored, and the state of the model afterwards."""
         self.note(
             "measure",
             interval=interval,
@@ -147,31 +149,31 @@ class Case:
             training=all(module.training for module in model.modules()),
             gradients=any(p.grad is not None for p in model.parameters()),
             trainable=all(p.requires_grad for p in model.parameters()),
-            generators_moved=self.generator not in ("", _generator()),
+            generators_moved=self.generator not in ("", _generator_state()),
         )
         self.generator = ""
 
     def dies_now(self) -> bool:
-        """Whether it is time to; call it when a checkpoint is on disk."""
+        """Return whether the process must die now; call it when a checkpoint is on disk."""
         return self.die_after is not None and self.updates >= self.die_after
 
     def die(self) -> None:
-        """By SIGKILL, as a machine does."""
+        """Kill this process with SIGKILL, so that it cannot clean up."""
         os.kill(os.getpid(), signal.SIGKILL)
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
-        """Leave the whole weights behind, by the names of the bare model."""
+        """Save the whole weights, by the names of the bare model."""
         if self.rank == 0:
             torch.save({n: w.cpu() for n, w in weights.items()}, self.folder / "weights.pt")
 
 
 def trace(folder: Path, attempt: int, rank: int) -> list[dict[str, Any]]:
-    """What a process of an attempt wrote down."""
+    """Return the events that a process of an attempt wrote."""
     path = folder / f"trace-{attempt}-{rank}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _generator() -> str:
-    """What the global generators would give next, in short."""
+def _generator_state() -> str:
+    """Return a hash of the state of the global generators."""
     state = torch.get_rng_state().numpy().tobytes() + str(random.getstate()).encode()
     return hashlib.blake2b(state + str(np.random.get_state()).encode()).hexdigest()[:16]  # noqa: NPY002

@@ -1,7 +1,7 @@
-"""Runs a host's part of the contract: imports it once, then forks the processes of each attempt.
+"""Train the contract's runs on one host: import it once, then fork the processes of each attempt.
 
-Importing a framework takes longer than the run. This is a script of its own, since a process that
-has used several threads must not fork.
+Importing a framework takes longer than a run. This is a separate script, since a process that has
+used several threads must not fork.
 """
 
 import argparse
@@ -18,16 +18,17 @@ from typing import Any
 
 from contract import Case
 
-PATIENCE = 120.0  # seconds for the processes of one attempt
+TIMEOUT = 120.0  # seconds for the processes of one attempt
 
 
 def child(host: str, case: Case, port: int) -> int:
+    """Fork a process that trains the case, and return its id."""
     if pid := os.fork():
         return pid
     status = 1
     try:
-        said = case.folder / f"output-{case.attempt}-{case.rank}.txt"
-        out = os.open(said, os.O_CREAT | os.O_WRONLY)
+        output = case.folder / f"output-{case.attempt}-{case.rank}.txt"
+        out = os.open(output, os.O_CREAT | os.O_WRONLY)
         os.dup2(out, 1)
         os.dup2(out, 2)
         if case.world > 1:
@@ -49,11 +50,11 @@ def child(host: str, case: Case, port: int) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(status)  # skips the parent's exit handlers, which the fork has inherited
 
 
 def attempt(host: str, folder: Path, strategy: str, world: int, **options: Any) -> list[int]:
-    """Exit codes of all processes; once one has died, the others are ended as a launcher does."""
+    """Run one attempt and return all exit codes; if one process fails, kill the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,7 +63,7 @@ def attempt(host: str, folder: Path, strategy: str, world: int, **options: Any) 
         case = Case(folder, strategy, rank, world, **options)
         running[child(host, case, port)] = rank
     codes = [0] * world
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while running:
         for pid, rank in list(running.items()):
             done, status = os.waitpid(pid, os.WNOHANG)

@@ -1,8 +1,8 @@
-"""Trains in child processes and kills them with SIGKILL; prints what each run ended with.
+"""Train in child processes, kill them with SIGKILL, and print digests of each run's results.
 
-Forking after the imports makes a trial cost a second, not ten. It is a script of its own, since a
-process that has used several threads must not fork: what starts threads (polars, the tokenizer) is
-left to the children.
+Forking after the imports reduces the cost of a trial from ten seconds to one. This is a separate
+script because a process with several threads must not fork: only the children use libraries that
+start threads (polars, the tokenizer).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sage_select.models import measuring
 
 
 def run(folder: Path) -> None:
-    """One run of SAGE, from the start or from the newest checkpoint."""
+    """Run SAGE to its end, from the start or from the newest checkpoint."""
     world = arithmetic_world(num_pairs=64, refresh_steps=4)
     loader = SelectiveLoader(
         world.selector,
@@ -46,26 +46,29 @@ def run(folder: Path) -> None:
         resume=True,
     )
     weights, log = world.model.state_dict(), SelectionLog(folder / "selection").read()
-    left_behind = {
+    results = {
         "weights": b"".join(weights[name].numpy().tobytes() for name in sorted(weights)),
         "kept": json.dumps(log.select("interval", "pair_id", "kept", "score").rows()).encode(),
         "metrics": (folder / "metrics.jsonl").read_bytes(),
         "evaluations": (folder / "evaluations.jsonl").read_bytes(),
     }
-    digests = {name: hashlib.sha256(value).hexdigest() for name, value in left_behind.items()}
+    digests = {name: hashlib.sha256(value).hexdigest() for name, value in results.items()}
     (folder / "outcome.json").write_text(json.dumps(digests))
 
 
 def die() -> None:
+    """Kill this process; nothing is cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_in_torch_save(nth: int) -> None:
+    """Make the n-th write of a checkpoint leave half a file and die."""
     real, calls = torch.save, iter(range(1000))
 
     def save(state: object, path: Path) -> None:
         real(state, path)
-        if isinstance(path, Path) and next(calls) == nth:  # checkpoints are made of others, too
+        # a path only: torch.distributed.checkpoint also calls torch.save, on streams
+        if isinstance(path, Path) and next(calls) == nth:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
@@ -73,6 +76,7 @@ def die_in_torch_save(nth: int) -> None:
 
 
 def die_in_write_parquet(nth: int) -> None:
+    """Make the n-th write of the selection log leave half a file and die."""
     real, calls = pl.DataFrame.write_parquet, iter(range(1000))
 
     def write(table: pl.DataFrame, path: Path) -> None:
@@ -85,6 +89,7 @@ def die_in_write_parquet(nth: int) -> None:
 
 
 def die_while_scoring(nth: int) -> None:
+    """Die at the n-th forward pass without gradients."""
     real, calls = measuring.forward_logps, iter(range(1000))
 
     def score(*args: object, **kwargs: object) -> object:
@@ -103,6 +108,7 @@ PLACES: dict[str, Callable[[int], None]] = {
 
 
 def child(folder: Path, prepare: Callable[[], None]) -> int:
+    """Fork a child that prepares its death and trains; return its process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -113,11 +119,12 @@ def child(folder: Path, prepare: Callable[[], None]) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(status)
+            os._exit(status)  # not sys.exit: the child must not run the parent's cleanup
     return pid
 
 
 def was_killed(pid: int) -> bool:
+    """Wait for a child, and return whether it was killed; an error of its own fails the script."""
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -127,7 +134,7 @@ def was_killed(pid: int) -> bool:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """Digests of all that a run left behind."""
+    """Return the digests of a run's results."""
     digests: dict[str, str] = json.loads((folder / "outcome.json").read_text())
     return digests
 
@@ -140,10 +147,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(args.seed)
-    arithmetic_pairs()  # made once, before the first fork
+    arithmetic_pairs()  # cached before the first fork, so that all children share them
     trials: list[tuple[str, list[Callable[[], None] | float]]] = []
     for place, prepare in PLACES.items():
-        # a forward pass each: reference, evaluation, evaluation, pool, evaluation, pool, ...
+        # forward passes in order: reference, evaluation, evaluation, pool, evaluation, pool, ...
         for nth in (3, 5, 7) if place == "scoring" else (0, 1, 3):
             trials.append((f"{place} {nth}", [lambda p=prepare, n=nth: p(n)]))  # type: ignore[misc]
     start = time.monotonic()
@@ -164,7 +171,7 @@ def main() -> None:
             else:
                 pid = child(folder, death)
             kills += was_killed(pid)
-        assert not was_killed(child(folder, lambda: None))
+        assert not was_killed(child(folder, lambda: None))  # the last try runs to the end
         results.append({"trial": name, "kills": kills, **outcome(folder)})
     print(json.dumps(results))
 

@@ -1,6 +1,6 @@
-"""Two processes that exchange something and end at once, again and again.
+"""Run two processes that exchange tensors and exit at once, many times.
 
-Prints how often one of them was aborted.
+Print how often one of them aborted.
 """
 
 import os
@@ -15,14 +15,14 @@ from sage_select import leave
 
 
 def exchange(rank: int, port: int) -> None:
-    # in seconds: gloo's threads wait for Python as long as they may on a busy machine
+    # in seconds; makes gloo's threads wait for Python as long as on a busy machine
     sys.setswitchinterval(10)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
-    model.itself = model  # the group goes with it, when garbage is collected
+    model.itself = model  # a cycle: the group is freed only by garbage collection
     for _ in range(50):
-        every = [torch.empty(100_000) for _ in range(2)]
-        dist.all_gather(every, torch.ones(100_000), async_op=True).wait()
+        gathered = [torch.empty(100_000) for _ in range(2)]
+        dist.all_gather(gathered, torch.ones(100_000), async_op=True).wait()
     leave()
 
 
@@ -35,7 +35,7 @@ def main(trials: int) -> None:
         children = []
         for rank in range(2):
             if (pid := os.fork()) == 0:
-                return exchange(rank, port)  # and end as Python does
+                return exchange(rank, port)  # and exit through Python's normal shutdown
             children.append(pid)
         aborted += max(os.waitpid(pid, 0)[1] for pid in children) != 0
     print(aborted)

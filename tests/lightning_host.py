@@ -19,7 +19,7 @@ from sage_select.training.micro_batches import MicroBatch
 
 
 class Watched(PreferenceModule):
-    """Notes which pairs it trains on."""
+    """A module that traces the pairs that it trains on."""
 
     case: Case
 
@@ -32,7 +32,7 @@ class Watched(PreferenceModule):
 
 
 class Watch(Callback):
-    """Watches the optimizer, from when its state is restored."""
+    """A callback that traces the optimizer's updates once its state is restored."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -44,7 +44,7 @@ class Watch(Callback):
 
 
 class Checkpoints(ModelCheckpoint):
-    """After each update; the process may die when one is written."""
+    """Checkpoints of each update, after which the process may die."""
 
     case: Case
 
@@ -55,12 +55,12 @@ class Checkpoints(ModelCheckpoint):
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step."""
+    """Return the checkpoint of the highest step, or None."""
     return max(folder.glob("step=*.ckpt"), default=None)
 
 
 def run(case: Case) -> None:
-    """Train the contract's run, or go on with it, in this process."""
+    """Train the contract's run in this process, or resume it."""
     model, pairs = policy(), dataset()
     reference = ReferenceStore(model, pairs, folder=case.folder / "reference")
     log = SelectionLog(case.folder / "selection")
@@ -82,7 +82,7 @@ def run(case: Case) -> None:
     )
     module.case = checkpoints.case = case
     selection = SageSelection(loader)
-    # whole checkpoints, which any number of processes reads under any strategy
+    # Whole checkpoints, which any world size can read under any strategy.
     sharded = ModelParallelStrategy(case.world, 1, save_distributed_checkpoint=False)
     elastic = case.world > 1
     trainer = Trainer(

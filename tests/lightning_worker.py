@@ -1,4 +1,4 @@
-"""Runs on Lightning in one process; as a script, one process of several that do the same run."""
+"""Runs on Lightning in one process; as a script, one rank of a run on several processes."""
 
 import sys
 import warnings
@@ -30,20 +30,20 @@ from sage_select.adapters.lightning import PreferenceModule, SageSelection, held
 from sage_select.adapters.plain import Training
 from sage_select.training.checkpoints import whole_weights
 
-ODD = 46  # pairs, of which so many are kept that the last batch has three
+SHORT_LAST = 46  # pairs with which the last batch of the run has only three
 TRAINING = Training(learning_rate=LEARNING_RATE, beta=BETA, warmup_share=0.0, micro_batch_size=2)
 
 
-policy = partial(small_model, "qwen2")
+policy = partial(small_model, "qwen2")  # a new model per call, always with the same weights
 
 
 @cache
-def known() -> PairLogps:
+def reference_logps() -> PairLogps:
     return measure(policy(), dataset(), processes=Processes())
 
 
 class Selected(list[tuple[int, Selection]]):
-    """What was selected, in the order in which it was."""
+    """The selections of a run, in order; pass it as `on_select`."""
 
     def __call__(self, interval: int, selection: Selection) -> None:
         self.append((interval, selection))
@@ -54,7 +54,7 @@ def loader(
 ) -> SelectiveLoader:
     options = {"batch_size": BATCH, "show_progress": False, **options}
     made = build_loader(
-        config(), dataset().take(range(pairs)), policy(), reference or known(), **options
+        config(), dataset().take(range(pairs)), policy(), reference or reference_logps(), **options
     )
     made.on_select = Selected()
     return made
@@ -83,7 +83,7 @@ def fit(
     resume: Any = None,
     **options: Any,
 ) -> Trainer:
-    """A whole run, or what is left of it."""
+    """Train a whole run, or the rest of a resumed one, and return its trainer."""
     selection = SageSelection(batches, collate=collate)
     module = PreferenceModule(batches, TRAINING) if module is None else module
     made = trainer(selection, *callbacks, **options)
@@ -98,7 +98,7 @@ def saved(folder: Any, **options: Any) -> ModelCheckpoint:
 
 
 class Sharded(Callback):
-    """Sees that weights are spread wherever a step begins, as no fallback to replicas would do."""
+    """A callback that asserts that weights are sharded, not replicated, before each step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert all(isinstance(x, DTensor) for x in pl_module.parameters())
@@ -107,21 +107,21 @@ class Sharded(Callback):
         self.on_train_start(trainer, pl_module)
 
 
-class Whole(PreferenceModule):
-    """Forgets to shard."""
+class Unsharded(PreferenceModule):
+    """A module that forgets to shard its model."""
 
     def configure_model(self) -> None:
         pass
 
 
 def several(world: int, folder: Path) -> dict[str, Any]:
-    """The run whose last batch is short, on all strategies, and what is refused."""
+    """Train the run with a short last batch on each strategy, and collect the refusals."""
     parallel = partial(ModelParallelStrategy, world, 1)
     options = {"devices": world, "accumulate_grad_batches": 2}
     held_out = held_out_batches(dataset().take(range(40, 48)))
     report: dict[str, Any] = {}
     for strategy, made, watches in (("ddp", "ddp", ()), ("fsdp2", parallel(), (Sharded(),))):
-        batches = loader(ODD)
+        batches = loader(SHORT_LAST)
         best = saved(folder / strategy, monitor="held_out/loss")
         module = PreferenceModule(batches, TRAINING)
         host = fit(
@@ -129,13 +129,13 @@ def several(world: int, folder: Path) -> dict[str, Any]:
             val_check_interval=8, **options,
         )  # fmt: skip
         weights = deepcopy(whole_weights(module.policy))
-        (found,) = host.validate(module, held_out, ckpt_path=best.best_model_path, verbose=False)
-        report[strategy] = weights, float(best.best_model_score), found["held_out/loss"]
-    for name, strategy, passes in (("whole", parallel(), 1), ("dealt", "ddp", 4)):
-        batches = loader(ODD)
-        asked = options | {"accumulate_grad_batches": passes}
+        (metrics,) = host.validate(module, held_out, ckpt_path=best.best_model_path, verbose=False)
+        report[strategy] = weights, float(best.best_model_score), metrics["held_out/loss"]
+    for name, strategy, passes in (("unsharded", parallel(), 1), ("uneven", "ddp", 4)):
+        batches = loader(SHORT_LAST)
+        changed = options | {"accumulate_grad_batches": passes}
         try:
-            fit(batches, module=Whole(batches, TRAINING), strategy=strategy, **asked)
+            fit(batches, module=Unsharded(batches, TRAINING), strategy=strategy, **changed)
         except (TypeError, ValueError) as error:
             report[name] = str(error)
     return report

@@ -1,4 +1,4 @@
-"""One process of two that select together, the second of which dies or hangs on the way."""
+"""One of two ranks that select together; rank 1 dies or hangs during the run."""
 
 import os
 import signal
@@ -31,32 +31,39 @@ dist.init_process_group("gloo")
 pairs, model = few_pairs(), STRATEGIES[strategy]()
 
 
-def small(model, pool):
+def measure_in_small_batches(model, pool):
     return measure(model, pool, max_batch_tokens=BUDGET, layout="padded")
 
 
 plan = plan_pools([0] * len(pairs), Constant((1.0,)), num_pools=2, copies=2)
 timeline = Timeline(plan, Linear(1.0, 0.5), batch_size=2)
-selector = Selector(sage, timeline.keep, small(model, pairs), timeline.progress, measure=small)
+selector = Selector(
+    sage,
+    timeline.keep,
+    measure_in_small_batches(model, pairs),
+    timeline.progress,
+    measure=measure_in_small_batches,
+)
 loader = SelectiveLoader(selector, timeline, pairs, model)
-real, calls = measuring.forward_logps, iter(range(100))
+forward_logps, calls = measuring.forward_logps, iter(range(100))
 
 
-def forward(*args):
+def failing_forward_logps(*args):
+    # in the second batch, so that the first heartbeats have been sent
     if dist.get_rank() == 1 and next(calls) == 1:
         os.kill(os.getpid(), {"hangs": signal.SIGSTOP}.get(how, signal.SIGKILL))
-    return real(*args)
+    return forward_logps(*args)
 
 
 if how == "dies in an update":
-    made, preference_losses = iter(range(100)), update.preference_losses
+    passes, preference_losses = iter(range(100)), update.preference_losses
 
-    def forward_pairs(*args, **options):
-        if dist.get_rank() == 1 and next(made) == 1:
+    def failing_preference_losses(*args, **options):
+        if dist.get_rank() == 1 and next(passes) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return preference_losses(*args, **options)
 
-    update.preference_losses = forward_pairs
+    update.preference_losses = failing_preference_losses
     fit(model, loader, pairs, selector.reference, Training(learning_rate=1e-3))
 for _ in loader:
-    measuring.forward_logps = forward
+    measuring.forward_logps = failing_forward_logps  # the first interval is scored normally

@@ -1,4 +1,4 @@
-"""One process of several that measure together: leaves what it found in a folder."""
+"""Worker of test_processes.py: one of several processes; writes its results to a folder."""
 
 import sys
 import warnings
@@ -31,7 +31,7 @@ from sage_select.adapters.plain import Training, train
 from sage_select.models.fingerprints import model_digest
 from sage_select.models.forward import precision_of
 
-BUDGET = 40  # tokens, so that there are more batches than processes, and not a multiple of them
+BUDGET = 40  # tokens: more batches than processes, and not a multiple of their number
 
 
 def replicated(name: str) -> nn.Module:
@@ -62,7 +62,7 @@ STRATEGIES = {
 }
 
 
-def whole(x: torch.Tensor) -> torch.Tensor:
+def full_tensor(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -71,26 +71,28 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def results(strategy: str, folder: Path) -> dict[str, object]:
-    """Log-probs, a selection, a store and gradients."""
+    """Return log-probs, a selection, the store's log-probs and gradients under a strategy."""
     pairs = few_pairs()
     model = STRATEGIES[strategy]()
     if strategy != "DDP":
         assert all(isinstance(x, DTensor) for x in model.parameters())
     logps = measure(model, pairs, max_batch_tokens=BUDGET)
-    if strategy != "DDP":  # what was gathered is let go
+    if strategy != "DDP":  # gathered weights were freed
         assert all(isinstance(x, DTensor) for x in model.parameters())
     inner = getattr(model, "module", model)
-    store = ReferenceStore(inner, pairs, folder=folder / strategy, max_batch_tokens=BUDGET)
+    reader = Reader(max_batch_tokens=BUDGET)
+    store = ReferenceStore(inner, pairs, folder=folder / strategy, reader=reader)
     measured = store.fill(), store.fill()
-    moved = logps._replace(chosen=logps.chosen - torch.arange(len(pairs)))
-    selector = Selector(sage, Constant(0.5), moved, lambda step: 0.0, skip_full=False)
+    reference = logps._replace(chosen=logps.chosen - torch.arange(len(pairs)))
+    selector = Selector(sage, Constant(0.5), reference, lambda step: 0.0, skip_full=False)
     kept = selector.select(model, pairs, step=0).indices
 
     model.train()
     processes = Processes.all()
-    own = pairs.take(pairs.index[processes.rank :: processes.size])
+    own_pairs = pairs.take(pairs.index[processes.rank :: processes.size])
     with Reader().updating(model, pairs):
-        losses = nca(pair_logps(model, own), moved.take(own.index))
+        losses = nca(pair_logps(model, own_pairs), reference.take(own_pairs.index))
+        # DDP and FSDP2 average gradients over ranks; this scale makes them those of the mean loss
         (losses.sum() * processes.size / len(pairs)).backward()
     return {
         "logps": tuple(logps),
@@ -98,27 +100,27 @@ def results(strategy: str, folder: Path) -> dict[str, object]:
         "measured": measured,
         "digest": model_digest(inner),
         "kept": kept,
-        "gradients": {name: whole(x.grad) for name, x in parameters(model).items()},
+        "gradients": {name: full_tensor(x.grad) for name, x in parameters(model).items()},
     }
 
 
 def refusals() -> dict[str, str]:
-    """What each process is told when they do not agree."""
+    """Return this rank's error messages and warnings, by case."""
     pairs, rank = few_pairs(), dist.get_rank()
 
-    def told(model: nn.Module, pool, **options) -> str:
+    def error_message(model: nn.Module, pool, **options) -> str:
         try:
             measure(model, pool, **options)
         except (ValueError, TypeError) as error:
             return str(error)
         return "nothing"
 
-    half = sharded("llama", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with warnings.catch_warnings(record=True) as said:
+    bf16 = sharded("llama", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reference = measure(half, pairs)
+        reference = measure(bf16, pairs)
         selector = Selector(sage, Constant(0.5), reference, lambda step: 0.0)
-        rule = selector.select(half, pairs, step=0).rule
+        rule = selector.select(bf16, pairs, step=0).rule
     broken = small_model("llama")
     with torch.no_grad():
         broken.model.embed_tokens.weight[pairs.take([2]).sequences()[1].tokens[-2]] = torch.nan
@@ -126,14 +128,14 @@ def refusals() -> dict[str, str]:
     try:
         train(model, [], pairs, None, Training())
     except TypeError as error:
-        refused = str(error)
+        training_message = str(error)
     return {
-        "training": refused,
-        "cast shards": f"{precision_of(half)} {rule} {[str(w.message)[:40] for w in said]}",
-        "other pools": told(model, pairs.take([0, 1, 2] if rank else [0, 1])),
-        "other budgets": told(model, pairs, max_batch_tokens=BUDGET + rank),
-        "not finite": told(broken, pairs, max_batch_tokens=BUDGET),
-        "alone": told(model, pairs.take([rank]), processes=Processes()),
+        "training": training_message,
+        "cast shards": f"{precision_of(bf16)} {rule} {[str(w.message)[:40] for w in caught]}",
+        "other pools": error_message(model, pairs.take([0, 1, 2] if rank else [0, 1])),
+        "other budgets": error_message(model, pairs, max_batch_tokens=BUDGET + rank),
+        "not finite": error_message(broken, pairs, max_batch_tokens=BUDGET),
+        "alone": error_message(model, pairs.take([rank]), processes=Processes()),
     }
 
 

@@ -30,24 +30,24 @@ def run(case: Case) -> None:
     def on_select(interval, selection):
         case.measures(interval, pairs.take(selection.indices).ids.tolist(), unwrapped(model))
 
-    def loss(logps, known, *, beta):
-        losses = nca(logps, known, beta=beta)
+    def loss(logps, reference_logps, *, beta):
+        losses = nca(logps, reference_logps, beta=beta)
         if losses.requires_grad:
             case.trains(pairs.take(logps.index).ids.tolist(), losses.tolist())
         return losses
 
     def save(*args):
-        saved(*args)
+        save_checkpoint(*args)
         if case.dies_now():
             case.die()
 
-    def begin(*args):
-        state = loaded(*args)
+    def load(*args):
+        state = load_newest(*args)
         case.watch(args[2], already=0 if state is None else state["loader"]["step"])
         return state
 
-    saved, loaded = loop.save_checkpoint, loop.load_newest
-    loader.on_select, loop.save_checkpoint, loop.load_newest = on_select, save, begin
+    save_checkpoint, load_newest = loop.save_checkpoint, loop.load_newest
+    loader.on_select, loop.save_checkpoint, loop.load_newest = on_select, save, load
     training = Training(
         learning_rate=LEARNING_RATE,
         beta=BETA,

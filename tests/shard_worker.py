@@ -1,10 +1,10 @@
-"""One process of several that share a vocabulary: leaves what it found in a folder."""
+"""One rank of a sharded vocabulary; it saves its results to a folder."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton decorates the kernels
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ VOCABULARY, HIDDEN, TOKENS = 301, 24, 13
 
 
 def problem():
-    """Tokens of all processes; one is ignored, one overflows, one weighs nothing in the loss."""
+    """Tokens of all ranks; one is ignored, one overflows, one has zero weight in the loss."""
     random = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, HIDDEN, generator=random) / 2 for n in (TOKENS, VOCABULARY))
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=random)
@@ -39,21 +39,21 @@ OPTIONS = {"softcap": 90.0, "temperature": 0.7}
 
 
 def bounds(total: int, parts: int) -> list[int]:
-    """Uneven parts, and nothing for the last process of four."""
-    ends = {1: [], 2: [2 * total // 5], 4: [total // 5, total // 2, total]}
-    return [0, *ends[parts], total]
+    """Boundaries of uneven parts; the last of four is empty."""
+    inner = {1: [], 2: [2 * total // 5], 4: [total // 5, total // 2, total]}
+    return [0, *inner[parts], total]
 
 
 def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Log-probs and gradients of hidden, weight and bias, as this process sees them."""
+    """Log-probs and gradients of hidden, weight and bias on this rank, by case."""
     hidden, weight, targets, bias, upstream = problem()
     rows = slice(*bounds(VOCABULARY, world)[rank : rank + 2])
-    own = slice(*bounds(TOKENS, world)[rank : rank + 2])
-    found = {}
+    rank_tokens = slice(*bounds(TOKENS, world)[rank : rank + 2])
+    by_case = {}
 
-    def finished(name, logps, upstream, *leaves):
+    def record(name, logps, upstream, *leaves):
         gradients = torch.autograd.grad(logps, leaves, upstream)
-        found[name] = (
+        by_case[name] = (
             logps.detach(),
             *(x.to_local() if isinstance(x, DTensor) else x for x in gradients),
         )
@@ -64,22 +64,22 @@ def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, .
     h, w, b = leaves(hidden, weight[rows], bias[rows])
     shard = Shard(rows.start)
     logps = token_logps(h, w, targets, bias=b, impl=impl, shard=shard, **OPTIONS)
-    finished("same tokens", logps, upstream, h, w, b)
+    record("same tokens", logps, upstream, h, w, b)
 
-    h, w, b = leaves(hidden[own], weight[rows], bias[rows])
+    h, w, b = leaves(hidden[rank_tokens], weight[rows], bias[rows])
     shard = Shard(rows.start, dist.group.WORLD, own_tokens=True)
-    logps = token_logps(h, w, targets[own], bias=b, impl=impl, shard=shard, **OPTIONS)
-    finished("own tokens", logps, upstream[own], h, w, b)
+    logps = token_logps(h, w, targets[rank_tokens], bias=b, impl=impl, shard=shard, **OPTIONS)
+    record("own tokens", logps, upstream[rank_tokens], h, w, b)
 
-    # the last process of four has no tokens, so nobody asks it for their gradient
-    h, w, b = leaves(hidden[own], weight[rows], bias[rows])
+    # the last rank of four has no tokens, so autograd does not ask it for their gradient
+    h, w, b = leaves(hidden[rank_tokens], weight[rows], bias[rows])
     h = h if len(h) else h.detach()
-    logps = token_logps(h, w, targets[own], bias=b, impl=impl, shard=shard, **OPTIONS)
-    logps.backward(upstream[own])
-    none = torch.zeros_like(hidden[own])
-    found["own tokens, of which some want no gradient"] = (
+    logps = token_logps(h, w, targets[rank_tokens], bias=b, impl=impl, shard=shard, **OPTIONS)
+    logps.backward(upstream[rank_tokens])
+    zeros = torch.zeros_like(hidden[rank_tokens])
+    by_case["own tokens, some without a gradient"] = (
         logps.detach(),
-        none if h.grad is None else h.grad,
+        zeros if h.grad is None else h.grad,
         w.grad,
         b.grad,
     )
@@ -93,19 +93,21 @@ def results(impl: str, rank: int, world: int) -> dict[str, tuple[torch.Tensor, .
     assert isinstance(head.weight, DTensor)
     (h,) = leaves(hidden)
     logps = token_logps(h, head.weight, targets, bias=head.bias, impl=impl, **OPTIONS)
-    finished("DTensor, same tokens", logps, upstream, h, head.weight, head.bias)
+    record("DTensor, same tokens", logps, upstream, h, head.weight, head.bias)
     whole = DTensor.from_local(h, mesh, [Replicate()])
     logps = token_logps(whole, head.weight, targets, bias=head.bias, impl=impl, **OPTIONS)
-    finished("DTensor, replicated tokens", logps, upstream, h, head.weight, head.bias)
-    (h,) = leaves(hidden[own])
+    record("DTensor, replicated tokens", logps, upstream, h, head.weight, head.bias)
+    (h,) = leaves(hidden[rank_tokens])
     part = DTensor.from_local(h, mesh, [Rows(0)], shape=hidden.shape, stride=hidden.stride())
-    logps = token_logps(part, head.weight, targets[own], bias=head.bias, impl=impl, **OPTIONS)
-    finished("DTensor, own tokens", logps, upstream[own], h, head.weight, head.bias)
-    return found
+    logps = token_logps(
+        part, head.weight, targets[rank_tokens], bias=head.bias, impl=impl, **OPTIONS
+    )
+    record("DTensor, own tokens", logps, upstream[rank_tokens], h, head.weight, head.bias)
+    return by_case
 
 
 def compiled_first() -> torch.Tensor:
-    """From a graph, before anything else was asked of the processes."""
+    """Log-probs from a compiled graph, which is the first to use the process group."""
     hidden, weight, targets, bias, _ = problem()
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = slice(*bounds(VOCABULARY, world)[rank : rank + 2])
@@ -115,25 +117,25 @@ def compiled_first() -> torch.Tensor:
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
-    """What each process is told when they do not fit; none is left waiting."""
+    """Messages on this rank for inputs that do not fit; no rank may hang."""
     hidden, weight, targets, *_ = problem()
     rows = slice(*bounds(VOCABULARY, world)[rank : rank + 2])
 
-    def told(hidden, weight, targets, shard, temperature=1.0):
+    def message(hidden, weight, targets, shard, temperature=1.0):
         try:
             token_logps(hidden, weight, targets, shard=shard, temperature=temperature)
         except ValueError as error:
             return str(error)
-        return "nothing"
+        return "no error"
 
     wrong = targets.clone()
     wrong[4 + rank] = VOCABULARY if rank == world - 1 else wrong[4 + rank]
     return {
-        "other targets": told(hidden, weight[rows], targets.roll(rank), Shard(rows.start)),
-        "fewer tokens": told(hidden[rank:], weight[rows], targets[rank:], Shard(rows.start)),
-        "a gap": told(hidden, weight[rows], targets, Shard(rows.start + rank)),
-        "other options": told(hidden, weight[rows], targets, Shard(rows.start), 1.0 + rank),
-        "no such token": told(hidden, weight[rows], wrong, Shard(rows.start, own_tokens=True)),
+        "different targets": message(hidden, weight[rows], targets.roll(rank), Shard(rows.start)),
+        "fewer tokens": message(hidden[rank:], weight[rows], targets[rank:], Shard(rows.start)),
+        "a gap": message(hidden, weight[rows], targets, Shard(rows.start + rank)),
+        "different options": message(hidden, weight[rows], targets, Shard(rows.start), 1.0 + rank),
+        "no such token": message(hidden, weight[rows], wrong, Shard(rows.start, own_tokens=True)),
     }
 
 

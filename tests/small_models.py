@@ -1,4 +1,4 @@
-"""Small models of many kinds, from their configurations, and a few pairs to measure with them."""
+"""Small models of many architectures, and a few pairs to measure with them."""
 
 from copy import deepcopy
 
@@ -110,9 +110,11 @@ UNPACKABLE = {
 
 
 def small_model(name: str):
+    """Return a model of a named configuration, in eval mode, with reproducible weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(deepcopy((CONFIGS | NEIGHBOURS | UNPACKABLE)[name]))
-    with torch.no_grad():  # livelier than at birth: log-probs that differ, and biases
+    # initial weights are small and biases zero: larger ones give log-probs that differ more
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter *= 3.0
@@ -122,7 +124,7 @@ def small_model(name: str):
 
 
 def few_pairs() -> PreferenceDataset:
-    """Two pairs of one prompt, of different lengths, and a long one."""
+    """Two pairs with the same prompt and chosen response, one with a short response, a long one."""
     rows = [
         {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "7+3=4,4+4=8"},
         {"prompt": "1+2*3-4+5?", "chosen": "1+2=3,3*3=9", "rejected": "1"},

@@ -1,4 +1,4 @@
-"""Fills a reference store, and dies by SIGKILL at a given write: before, in or after it."""
+"""Fill a reference store, and die by SIGKILL before, in or after a given write."""
 
 import os
 import signal
@@ -10,22 +10,22 @@ from worlds import arithmetic_world
 from sage_select import Reader, ReferenceStore
 from sage_select.references import parts
 
-NEVER = -1
+NEVER = -1  # as the fatal write: no write has this number
 
 
 def fill(folder: Path, fatal_write: int, moment: str) -> None:
-    """Fill the store in small parts; at the fatal write, die."""
+    """Fill the store, one part per batch, and kill this process at the fatal write."""
     parts.WRITE_EVERY = 0.0
     write, writes = parts.replace_durably, 0
 
     def replace_durably(partial: Path, path: Path) -> None:
         nonlocal writes
-        if path.suffix != ".arrow":
+        if path.suffix != ".arrow":  # reference.json is not counted
             write(partial, path)
             return
         writes += 1
         if writes == fatal_write and moment == "in":
-            partial.write_bytes(partial.read_bytes()[:100])
+            partial.write_bytes(partial.read_bytes()[:100])  # a write that was cut short
         if writes != fatal_write or moment == "after":
             write(partial, path)
         if writes == fatal_write:

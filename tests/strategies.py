@@ -1,4 +1,4 @@
-"""What hypothesis draws from."""
+"""Hypothesis strategies, and builders of log-probs."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def pair_logps(index, chosen, rejected, chosen_tokens, rejected_tokens) -> PairL
 
 
 def with_rewards(chosen, rejected, tokens=10, index=None) -> tuple[PairLogps, PairLogps]:
-    """Policy and reference whose rewards at BETA are these."""
+    """Return a policy and a reference with these rewards at BETA."""
     chosen = torch.as_tensor(chosen, dtype=torch.float64).reshape(-1)
     rejected = torch.as_tensor(rejected, dtype=torch.float64).reshape(-1)
     size = len(chosen)
@@ -33,7 +33,7 @@ def with_rewards(chosen, rejected, tokens=10, index=None) -> tuple[PairLogps, Pa
 
 @st.composite
 def pools(draw, min_size: int = 1, max_size: int = 40) -> tuple[PairLogps, PairLogps]:
-    """Policy and reference log-probs of a pool, with odd lengths and odd row numbers."""
+    """Policy and reference log-probs of a pool, with irregular lengths and row numbers."""
     size = draw(st.integers(min_size, max_size))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     spread = draw(st.sampled_from([0.01, 1.0, 30.0, 1000.0]))

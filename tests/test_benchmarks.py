@@ -1,4 +1,4 @@
-"""The benchmarks, at sizes at which they say nothing but that they run."""
+"""The benchmarks run, at sizes too small for their figures to mean anything."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_the_reading_benchmark():
     output = example("benchmarks/read_pairs.py", "--rows", 3000)
     rates = {line[:24].strip(): line[24:].split() for line in output.splitlines()[2:6]}
     assert set(rates) == {
-        "tokenizer alone", "first reading", "second reading", "all tokens looked at",
+        "tokenizer alone", "first reading", "second reading", "all tokens read",
     }  # fmt: skip
     assert all(float(values[0].replace(",", "")) > 0 for values in rates.values())
 
@@ -28,21 +28,21 @@ def test_the_reading_benchmark():
 def test_the_benchmark_of_the_head():
     output = example("benchmarks/head.py", "--tokens", 64, "--hidden", 32, "--vocabulary", 5000,
                      "--repeats", 1, "--dtype", "bfloat16", "--backward")  # fmt: skip
-    found = {
+    rows = {
         line[:30].strip(): [float(value.replace(",", "")) for value in line[30:].split()]
         for line in output.splitlines()[2:]
         if "not measured" not in line
     }
-    _, _, *errors = found["sage-select chunked"]
+    _, _, *errors = rows["sage-select chunked"]
     assert errors[0] < 2e-5
-    assert found["log_softmax of all logits"][2] > 1e-3
+    assert rows["log_softmax of all logits"][2] > 1e-3
     assert len(errors) == 2
     assert errors[1] < 5e-3
 
 
 @pytest.mark.slow
 def test_the_checks_and_times_of_the_fused_head(tmp_path, monkeypatch):
-    """All of them, as on a GPU, in Triton's interpreter."""
+    """Runs all checks and times, as on a GPU, in Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     output = example("benchmarks/head_gpu.py", "--device", "cpu", "--out", tmp_path)
@@ -51,7 +51,7 @@ def test_the_checks_and_times_of_the_fused_head(tmp_path, monkeypatch):
     checks = [row for row in rows if "check" in row]
     assert len(checks) > 150
     assert all(row["passed"] for row in checks)
-    assert f"{len(checks)} checks passed, 0 failed, 0 left out" in output
+    assert f"{len(checks)} checks passed, 0 failed, 0 skipped" in output
     tables = {}
     for row in rows:
         tables.setdefault(row.get("table"), {})[row.get("variant")] = row
@@ -70,6 +70,7 @@ TINY = ["--shape", "tiny", "--part", 1, "--lengths", "demo", "--pairs", 5, "--ro
 
 
 def rates(output: str) -> dict[str, list[str]]:
+    """The columns of each row that ends in an MFU, by the row's name."""
     lines = [line for line in output.splitlines() if line.endswith("%") and "threads" not in line]
     return {line[:30].strip(): line[30:].split() for line in lines}
 
@@ -78,8 +79,8 @@ def rates(output: str) -> dict[str, list[str]]:
 def test_the_benchmark_of_the_engine():
     output = example("benchmarks/engine.py", *TINY, "--no-trl")
     assert "TRL not measured: --no-trl" in output
-    found = rates(output)
-    stored, both = found["sage-select, reference stored"], found["sage-select, both measured"]
+    rows = rates(output)
+    stored, both = rows["sage-select, reference stored"], rows["sage-select, both measured"]
     assert float(stored[0]) > float(both[0]) > 0
     assert float(both[3]) == pytest.approx(2 * float(stored[3]), abs=0.02)  # tokens
 

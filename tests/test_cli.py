@@ -1,4 +1,4 @@
-"""The command line, on the demo's policy and real files."""
+"""Tests of the command line, with the demo's policy and real files."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ BASE = ROOT / "examples" / "arithmetic_base"
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> Path:
-    """A run on the demo's pairs, with a store of its own."""
+    """Configuration of a run on the demo's pairs, with a separate store."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path / "cache"))
     write_pairs(tmp_path / "pairs.jsonl")
@@ -47,17 +47,19 @@ def write_pairs(path, count=60):
 
 
 def sage_select(*arguments, code=0):
+    """Run a command in this process and check its exit code."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, (result.output, result.exception)
     return result
 
 
-def told(*arguments):
+def json_of(*arguments):
+    """Run a command with `--json` and return its parsed output."""
     return json.loads(sage_select(*arguments, "--json").stdout)
 
 
 def test_plan(config):
-    plan = told("plan", config)
+    plan = json_of("plan", config)
     assert plan["rows_read"] == plan["pairs"] + plan["held_out"] + sum(plan["set_aside"].values())
     assert sum(interval["pairs"] for interval in plan["intervals"]) == plan["pairs"]
     assert sum(interval["kept"] for interval in plan["intervals"]) == plan["kept"]
@@ -72,7 +74,8 @@ def test_plan(config):
     assert cost["keep"] == pytest.approx(plan["kept"] / plan["pairs"])
     assert tokens["training"] < tokens["full"]
     assert 0 < tokens["scoring"] < tokens["full"]  # the first pool is kept whole, unscored
-    assert flops["scoring"] / tokens["scoring"] < flops["full"] / tokens["full"] / 2  # forward
+    # scoring needs the forward pass only
+    assert flops["scoring"] / tokens["scoring"] < flops["full"] / tokens["full"] / 2
     assert plan["parameters"] > 100_000
     scored = [interval["scored Mtok"] for interval in plan["intervals"]]
     assert scored[0] == 0
@@ -80,24 +83,24 @@ def test_plan(config):
     text = sage_select("plan", config).stdout
     for word in ("60 rows read", "intervals", "TFLOP needed", "pays off below", plan["config"]):
         assert word in text
-    assert not (config.parent / "run").exists()  # nothing but the plan
+    assert not (config.parent / "run").exists()  # planning writes nothing
 
 
-def test_plan_needs_no_model(config):
-    plan = told("plan", config, "--set", "model.name=org/elsewhere")
+def test_plan_needs_no_weights(config):
+    plan = json_of("plan", config, "--set", "model.name=org/elsewhere")
     assert plan["parameters"] is None
     assert set(plan["cost"]["flops"].values()) == {None}
     assert plan["cost"]["tokens"]["full"] > 0
 
 
 def test_score_then_select_from_its_table(config, tmp_path):
-    scored = told("score", config, "--out", "scores.parquet")
+    scored = json_of("score", config, "--out", "scores.parquet")
     table = pl.read_parquet("scores.parquet")
     assert scored["pairs"] == table.height
     assert scored["accuracy"] == 0.5  # the policy is the reference
     moved = table.with_columns(pl.col("chosen_logps") - pl.int_range(pl.len()) * 3)
     moved.write_parquet("moved.parquet")
-    chosen = told("select", config, "--keep", "0.5", "--policy-logps", "moved.parquet",
+    chosen = json_of("select", config, "--keep", "0.5", "--policy-logps", "moved.parquet",
                   "--out", "kept.jsonl")  # fmt: skip
     assert chosen["rule"] == "score"
     decisions = pl.read_parquet(chosen["decisions"])
@@ -118,30 +121,32 @@ def test_select_scores_a_checkpoint_on_a_pool_of_the_plan(config, world):
         for parameter in world.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     world.model.save_pretrained("checkpoint")
-    chosen = told("select", config, "--interval", 1, "--policy", "checkpoint",
+    chosen = json_of("select", config, "--interval", 1, "--policy", "checkpoint",
                   "--out", "kept.parquet", "--format", "trl")  # fmt: skip
-    interval = told("plan", config)["intervals"][1]
+    interval = json_of("plan", config)["intervals"][1]
     assert (chosen["candidates"], chosen["kept"]) == (interval["pairs"], interval["kept"])
     assert chosen["rule"] == "score"
     assert pl.read_parquet("kept.parquet").columns == ["prompt", "chosen", "rejected"]
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("extension", [".jsonl", ".json", ".parquet"])
 @pytest.mark.parametrize("format", ["same", "trl", "llamafactory"])
-def test_what_is_written_reads_back_as_the_same_pairs(format, ending, config, still):
-    chosen = told("select", config, "--keep", 0.5, "--out", f"out/kept{ending}", "--format", format)
+def test_written_datasets_read_back_as_the_same_pairs(format, extension, config, still):
+    chosen = json_of(
+        "select", config, "--keep", 0.5, "--out", f"out/kept{extension}", "--format", format
+    )
     kept = pl.read_parquet(chosen["decisions"]).filter("kept")
-    if format == "llamafactory":  # whose prompts are messages
+    if format == "llamafactory":  # its prompts are messages, which need a chat template
         entry = json.loads(Path("out/dataset_info.json").read_text())["kept"]
-        assert entry["file_name"] == f"kept{ending}"
+        assert entry["file_name"] == f"kept{extension}"
         assert entry["ranking"] is True
         tokenizer = with_a_template(still.tokenizer)
     else:
         tokenizer = still.tokenizer
-    found = PreferenceDataset.read(f"out/kept{ending}", tokenizer=tokenizer, max_length=64)
-    assert len(found) == kept.height
+    written = PreferenceDataset.read(f"out/kept{extension}", tokenizer=tokenizer, max_length=64)
+    assert len(written) == kept.height
     if format != "llamafactory":
-        assert sorted(found.ids) == sorted(kept["pair_id"])
+        assert sorted(written.ids) == sorted(kept["pair_id"])
 
 
 def with_a_template(tokenizer):
@@ -152,8 +157,8 @@ def with_a_template(tokenizer):
     return tokenizer
 
 
-def test_trl_takes_the_records():
-    """TRL's own rules for its formats (its data_utils), on what we write."""
+def test_records_for_trl_follow_its_rules():
+    """The rules are those of TRL's data_utils."""
     datasets = pytest.importorskip("datasets")
     text = checked_pair({"chosen": "Sky? blue", "rejected": "Sky? red"})
     chat = checked_pair(
@@ -170,14 +175,14 @@ def test_trl_takes_the_records():
     assert record["chosen"] == [{"role": "assistant", "content": "blue"}]
 
 
-def test_llamafactory_takes_the_records(data):
-    """Its own demo file goes in and comes out as it was."""
+def test_llamafactory_records_round_trip(data):
+    """LLaMA-Factory's demo file is unchanged after reading and writing."""
     rows = json.loads(gzip.decompress((data / "formats" / "dpo_en_demo.json.gz").read_bytes()))
     for row in rows:
         assert as_llamafactory(checked_pair(row)) == row
 
 
-LLAMAFACTORY_CANNOT = {
+LLAMAFACTORY_REFUSED = {
     "a response of several messages": {
         "prompt": [{"role": "user", "content": "p"}],
         "chosen": [{"role": "assistant", "content": c} for c in "ab"],
@@ -196,23 +201,23 @@ LLAMAFACTORY_CANNOT = {
 }
 
 
-@pytest.mark.parametrize("words", LLAMAFACTORY_CANNOT)
-def test_what_llamafactory_cannot_say_is_refused(words):
-    with pytest.raises(ValueError, match=words):
-        as_llamafactory(checked_pair(LLAMAFACTORY_CANNOT[words]))
+@pytest.mark.parametrize("reason", LLAMAFACTORY_REFUSED)
+def test_records_that_llamafactory_cannot_express_are_refused(reason):
+    with pytest.raises(ValueError, match=reason):
+        as_llamafactory(checked_pair(LLAMAFACTORY_REFUSED[reason]))
 
 
 def test_train_and_resume(config):
-    done = told("train", config)
+    done = json_of("train", config)
     log = SelectionLog("run/selection").read()
-    assert done["steps"] == told("plan", config)["steps"] == -(-log["kept"].sum() // 4)
+    assert done["steps"] == json_of("plan", config)["steps"] == -(-log["kept"].sum() // 4)
     assert done["last"]["loss"] < done["first"]["loss"]
     assert SageConfig.read("run/config.yaml", environment={}).folder == "run"
     for name in ("metrics.jsonl", "evaluations.jsonl", "best.pt", "model/model.safetensors"):
         assert (Path("run") / name).exists()
-    check_costs(done["cost"], told("plan", config)["cost"]["flops"])
+    check_costs(done["cost"], json_of("plan", config)["cost"]["flops"])
     sage_select("train", config, code=3)
-    resumed = told("train", config, "--resume")
+    resumed = json_of("train", config, "--resume")
     assert resumed["last"] == done["last"]
     assert resumed["cost"]["phases"]["training"] == done["cost"]["phases"]["training"]
     refused = sage_select("train", config, "--resume", "--set", "beta=0.2", code=2)
@@ -224,28 +229,28 @@ def test_train_and_resume(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_train_on_two_processes(config, strategy):
-    """Under torchrun: one of them speaks and writes, and costs are those of both."""
+    """Under torchrun, rank 0 alone prints and writes, and costs are those of both ranks."""
     command = ["--no-python", Path(sys.executable).with_name("sage-select"), "train", config]
     options = ["--json", "--quiet", "--set", f"training.strategy={strategy}"]
     done = launched(*command, *options, processes=2, cwd=config.parent)
     together = json.loads(done.stdout)
     assert done.stderr.count("rows read") == 1
-    check_costs(together["cost"], told("plan", config)["cost"]["flops"])
+    check_costs(together["cost"], json_of("plan", config)["cost"]["flops"])
     shutil.move("run", "together")
-    alone = told("train", config)
+    alone = json_of("train", config)
     assert together["steps"] == alone["steps"]
     assert together["last"]["loss"] == pytest.approx(alone["last"]["loss"], abs=1e-3)
-    assert told("flips", "run", "together")["flipped"] == 0
-    resumed = told("train", config, "--resume", "--set", "folder=together")
+    assert json_of("flips", "run", "together")["flipped"] == 0
+    resumed = json_of("train", config, "--resume", "--set", "folder=together")
     assert resumed["last"] == together["last"]
 
 
 def check_costs(cost, forecast):
-    """What was forecast beside what was booked: for the run, and interval by interval."""
+    """Compare forecast and actual costs, of the run and of each interval."""
     assert set(cost["phases"]) == {"reference", "scoring", "training", "evaluation"}
     for name, work in cost["phases"].items():
         assert work["forecast"] == forecast[name]
-        if name == "training":  # which pairs are kept was not known
+        if name == "training":  # the lengths of the kept pairs were not known
             assert 0.5 * work["forecast"] < work["needed"] < 1.2 * work["forecast"]
         else:
             assert work["needed"] == pytest.approx(work["forecast"])
@@ -257,17 +262,17 @@ def check_costs(cost, forecast):
         assert sum(line["needed"] for line in parts) == pytest.approx(work["needed"])
     scored = {line["interval"] for line in lines if line["phase"] == "scoring" and line["tokens"]}
     trained = {line["interval"] for line in lines if line["phase"] == "training"}
-    assert trained - scored == {0}  # which is kept whole
+    assert trained - scored == {0}  # its pool is kept whole
 
 
-def test_a_score_and_a_loss_of_ones_own(config):
+def test_custom_score_and_loss(config):
     Path("mine.py").write_text(
         "from sage_select.losses import dpo\n"
         "def shortest_chosen(policy, reference, *, seed=0):\n"
         "    return -policy.chosen_tokens.double()\n"
         "loss = dpo\n"
     )
-    told("train", config, "--set", "selection.score=mine:shortest_chosen",
+    json_of("train", config, "--set", "selection.score=mine:shortest_chosen",
          "--set", "training.loss=mine:loss", "--quiet")  # fmt: skip
     log = SelectionLog("run/selection").read().filter(pl.col("interval") == 1)
     assert log["rule"].unique().to_list() == ["score"]
@@ -275,28 +280,28 @@ def test_a_score_and_a_loss_of_ones_own(config):
 
 
 def test_store(config):
-    first, second = (told("store", "fill", config) for _ in range(2))
+    first, second = (json_of("store", "fill", config) for _ in range(2))
     assert first["sequences_measured"] > 0
     assert second["sequences_measured"] == 0
-    listed = told("store", "list")
+    listed = json_of("store", "list")
     assert [r["identity"] for r in listed["references"]] == [first["identity"]]
     assert listed["bytes"] > 0 < listed["token_bytes"]
     assert first["identity"] in sage_select("store", "list").stdout
-    assert told("store", "evict", "--older-than", "1h")["references"] == []
-    assert told("store", "evict", "--max-size", "1GB")["references"] == []
-    assert told("store", "evict", "--identity", first["identity"])["bytes"] > 0
-    assert told("store", "list")["references"] == []
+    assert json_of("store", "evict", "--older-than", "1h")["references"] == []
+    assert json_of("store", "evict", "--max-size", "1GB")["references"] == []
+    assert json_of("store", "evict", "--identity", first["identity"])["bytes"] > 0
+    assert json_of("store", "list")["references"] == []
     for file in Path("cache/tokens").iterdir():
         os.utime(file, (0, 0))
-    assert told("store", "evict", "--tokens", "--older-than", "30d")["files"] > 0
+    assert json_of("store", "evict", "--tokens", "--older-than", "30d")["files"] > 0
     assert list(Path("cache/tokens").iterdir()) == []
 
 
 def test_a_reference_of_another_model_and_from_a_file(config):
-    told("score", config, "--out", "scores.csv", "--set", f"reference.model={BASE}",
+    json_of("score", config, "--out", "scores.csv", "--set", f"reference.model={BASE}",
          "--set", "reference.store=mystore")  # fmt: skip
-    assert len(told("store", "list", "--store", "mystore")["references"]) == 1
-    again = told(
+    assert len(json_of("store", "list", "--store", "mystore")["references"]) == 1
+    again = json_of(
         "score",
         config,
         "--out",
@@ -310,17 +315,17 @@ def test_a_reference_of_another_model_and_from_a_file(config):
 
 
 def test_doctor(config):
-    found = told("doctor")
-    assert found["fit"]
-    assert {"python", "torch", "devices", "cache"} <= {f["about"] for f in found["findings"]}
-    found = told("doctor", config)
-    about = {finding["about"]: finding for finding in found["findings"]}
+    result = json_of("doctor")
+    assert result["fit"]
+    assert {"python", "torch", "devices", "cache"} <= {f["about"] for f in result["findings"]}
+    result = json_of("doctor", config)
+    about = {finding["about"]: finding for finding in result["findings"]}
     assert about["data"]["message"].startswith("60 rows")
     assert about["model"]["verdict"] == about["memory"]["verdict"] == "ok"
     assert "0 of" in sage_select("doctor", config).stdout
 
 
-SICK = {
+FATAL = {
     "model.name=none/there": ("model", "cannot be loaded"),
     "model.device=cuda:99": ("device", "cannot be used here"),
     "model.dtype=float16": ("model", "overflow in training"),
@@ -341,14 +346,14 @@ SICK = {
 }
 
 
-@pytest.mark.parametrize("change", SICK)
-def test_doctor_finds_what_would_stop_a_run(change, config):
+@pytest.mark.parametrize("change", FATAL)
+def test_doctor_reports_settings_that_would_stop_a_run(change, config):
     shutil.copytree(BASE, "tokenizer-only", ignore=shutil.ignore_patterns("*.safetensors"))
     result = sage_select("doctor", config, "--set", change, "--json", code=4)
-    about, words = SICK[change]
-    said = [f["message"] for f in json.loads(result.stdout)["findings"]
-            if (f["about"], f["verdict"]) == (about, "fail")]  # fmt: skip
-    assert any(words in text for text in said), result.stdout
+    about, words = FATAL[change]
+    messages = [f["message"] for f in json.loads(result.stdout)["findings"]
+                if (f["about"], f["verdict"]) == (about, "fail")]  # fmt: skip
+    assert any(words in message for message in messages), result.stdout
 
 
 WARNED = {
@@ -356,57 +361,64 @@ WARNED = {
     "data.max_length=100000": "positions; longer pairs",
     "data.max_length=12": "cut at 12 tokens",
     "data.held_out=0": "best weights are unknown",
-    "training.learning_rate=50": "far above what trains",
+    "training.learning_rate=50": "far too high to train",
     "selection.refresh_steps=100": "nothing is selected",
 }
 
 
 @pytest.mark.parametrize("change", WARNED)
-def test_doctor_warns_of_what_would_spoil_a_run(change, config):
+def test_doctor_warns_about_settings_that_would_spoil_a_run(change, config):
     rate = ["--set", "training.learning_rate=1e-6"]
-    found = told("doctor", config, *rate, "--set", change)
-    assert found["fit"]
-    assert any(WARNED[change] in f["message"] for f in found["findings"] if f["verdict"] == "warn")
+    result = json_of("doctor", config, *rate, "--set", change)
+    assert result["fit"]
+    assert any(WARNED[change] in f["message"] for f in result["findings"] if f["verdict"] == "warn")
 
 
 def test_a_thorough_doctor_tries_the_largest_batch(config, data):
-    found = {f["about"]: f for f in told("doctor", config, "--thorough")["findings"]}
-    assert "4 pairs of up to" in found["largest batch"]["message"]
-    stranger = data / "models" / "stories260K"
+    findings = {f["about"]: f for f in json_of("doctor", config, "--thorough")["findings"]}
+    assert "4 pairs of up to" in findings["largest batch"]["message"]
+    other_tokenizer = data / "models" / "stories260K"
     result = sage_select(
-        "doctor", config, "--thorough", "--json", "--set", f"model.tokenizer={stranger}", code=4
+        "doctor",
+        config,
+        "--thorough",
+        "--json",
+        "--set",
+        f"model.tokenizer={other_tokenizer}",
+        code=4,
     )
-    said = [f["message"] for f in json.loads(result.stdout)["findings"] if f["verdict"] == "fail"]
-    assert any("they do not belong together" in text for text in said)
-    assert any("outside the model's vocabulary" in text for text in said)
+    findings = json.loads(result.stdout)["findings"]
+    messages = [f["message"] for f in findings if f["verdict"] == "fail"]
+    assert any("they do not match" in message for message in messages)
+    assert any("outside the model's vocabulary" in message for message in messages)
 
 
-def test_what_needs_no_strata_asks_for_none(config):
-    nowhere = ["--set", "strata.clarity=nowhere"]
-    assert told("store", "fill", config, *nowhere)["sequences_measured"] > 0
-    assert told("score", config, "--out", "s.csv", *nowhere)["pairs"] == 60
-    assert told("select", config, "--keep", 0.5, "--out", "k.jsonl", *nowhere)["kept"] == 27
+def test_commands_without_a_plan_need_no_strata(config):
+    no_column = ["--set", "strata.clarity=nowhere"]
+    assert json_of("store", "fill", config, *no_column)["sequences_measured"] > 0
+    assert json_of("score", config, "--out", "s.csv", *no_column)["pairs"] == 60
+    assert json_of("select", config, "--keep", 0.5, "--out", "k.jsonl", *no_column)["kept"] == 27
 
 
 def test_selecting_from_log_probs_loads_no_weights(config):
-    told("score", config, "--out", "scores.csv")
+    json_of("score", config, "--out", "scores.csv")
     shutil.copytree(BASE, "tokenizer-only", ignore=shutil.ignore_patterns("*.safetensors"))
-    chosen = told("select", config, "--interval", 1, "--policy-logps", "scores.csv",
+    chosen = json_of("select", config, "--interval", 1, "--policy-logps", "scores.csv",
                   "--out", "kept.jsonl", "--set", "model.name=tokenizer-only")  # fmt: skip
     assert chosen["kept"] > 0
     other = sage_select("select", config, "--keep", 0.5, "--policy-logps", "scores.csv", "--out",
                         "k.jsonl", "--set", "data.max_length=20", code=3)  # fmt: skip
-    assert "made with another tokenizer, template or max_length" in other.stderr
+    assert "tokenizer, template or max_length" in other.stderr
 
 
-def test_a_spoiled_index_is_found_before_the_scoring(config):
+def test_an_unreadable_index_is_reported_before_the_scoring(config):
     Path("dataset_info.json").write_text("{")
     result = sage_select("select", config, "--keep", 0.5, "--out", "k.jsonl", "--policy", "/none",
                          "--format", "llamafactory", code=3)  # fmt: skip
     assert "dataset_info.json is not JSON" in result.stderr
 
 
-def test_one_process_trains_in_a_folder(config):
+def test_only_one_process_trains_in_a_folder(config):
     fcntl = pytest.importorskip("fcntl")
     Path("run").mkdir()
     with Path("run/lock").open("w") as held:
@@ -416,19 +428,19 @@ def test_one_process_trains_in_a_folder(config):
     assert "resuming from step 10, in run" in sage_select("train", config, "--resume").stderr
 
 
-def test_what_a_run_leaves_behind_can_be_used(config):
-    done = told("train", config, "--set", "training.evaluate_every=2")
+def test_models_of_a_run_can_be_loaded(config):
+    done = json_of("train", config, "--set", "training.evaluate_every=2")
     evaluations = [
         json.loads(line) for line in Path("run/evaluations.jsonl").read_text().splitlines()
     ]
     assert done["best"] == min(evaluations, key=lambda evaluation: evaluation["loss"])
     for name in ("model", "best-model"):
-        scored = told("score", config, "--out", "s.csv", "--policy", f"run/{name}")
+        scored = json_of("score", config, "--out", "s.csv", "--policy", f"run/{name}")
         assert scored["margin"] != 0
         assert {file.stat().st_mode & 0o444 for file in (Path("run") / name).iterdir()} == {0o444}
 
 
-# Wrong command lines: arguments, exit code, words on stderr
+# wrong command lines: arguments, exit code, words on stderr
 
 WRONG = [
     (["plan"], 2, "Missing argument"),
@@ -445,12 +457,12 @@ WRONG = [
     (["plan", "CONFIG", "--set", "strata.clarity=x"], 2, "the data have no column 'x'; they have"),
     (["plan", "CONFIG", "--set", "data.max_length=3"], 3, "none of the 60 rows can be used"),
     (["plan", "CONFIG", "--set", "data.on_bad=error", "--set", "data.max_length=8"], 3,
-     "mend them, or pass on_bad='set_aside'"),
+     "pass on_bad='set_aside'"),
     (["plan", "CONFIG", "--set", "selection.on_infeasible=error", "--set",
       "selection.mix_start=[0,0,1]"], 3, "the data cannot follow the mix"),
     (["plan", "CONFIG", "--set", "strata.by=stratum", "--set", "strata.stratum=clarity"], 2,
      "not a whole number from 0 to 2"),
-    (["plan", "CONFIG", "--set", "training.epochs=zwei"], 2, "--set training.epochs: training.epo"),
+    (["plan", "CONFIG", "--set", "training.epochs=zwei"], 2, "overrides (--set): training.epochs:"),
     (["plan", "CONFIG", "--set", "model={name: x, names: y}"], 2, "there is no setting 'names'"),
     (["plan", "."], 2, ".: cannot be read"),
     (["plan", "CONFIG", "--set", "selection.multiple=64"], 2, "64 is more than the"),
@@ -462,23 +474,23 @@ WRONG = [
     (["plan", "CONFIG", "--set", "strata.by=value", "--set", "strata.value=clarity"], 3,
      "in column 'clarity' (strata.value)"),
     (["score", "CONFIG"], 2, "Missing option '--out'"),
-    (["score", "CONFIG", "--out", "/proc/x.csv"], 3, "--out /proc/x.csv: cannot be written"),
+    (["score", "CONFIG", "--out", "/proc/x.csv"], 3, "out (--out) /proc/x.csv: cannot be written"),
     (["score", "CONFIG", "--out", "x.csv", "--policy", "run.yaml"], 3,
-     "--policy: run.yaml is a file; give the folder of a model"),
+     "policy (--policy): run.yaml is a file; give the folder of a model"),
     (["score", "CONFIG", "--out", "x.csv", "--set", "reference.device=cuda:9"], 2,
      "reference.device: 'cuda:9' cannot be used here"),
     (["select", "CONFIG", "--out", "run.yaml/x.jsonl", "--keep", "1"], 3,
-     "--out run.yaml/x.jsonl: cannot be written"),
-    (["score", "CONFIG", "--out", "x.txt"], 2, "known endings are .parquet, .csv"),
+     "out (--out) run.yaml/x.jsonl: cannot be written"),
+    (["score", "CONFIG", "--out", "x.txt"], 2, "must end in .parquet, .csv"),
     (["score", "CONFIG", "--out", "x.csv", "--interval", "99"], 2, "has intervals 0 to"),
     (["score", "CONFIG", "--out", "x.csv", "--policy", "none/there"], 3, "cannot be loaded"),
-    (["select", "CONFIG", "--out", "x.jsonl"], 2, "give --interval, for a pool of the plan, or"),
-    (["select", "CONFIG", "--out", "x.jsonl", "--keep", "1.5"], 2, "--keep must lie in (0, 1]"),
-    (["select", "CONFIG", "--out", "x.txt", "--keep", "0.5"], 2, "known endings are .jsonl"),
+    (["select", "CONFIG", "--out", "x.jsonl"], 2, "give interval (--interval), for a pool"),
+    (["select", "CONFIG", "--out", "x.jsonl", "--keep", "1.5"], 2, "(--keep) must be in (0, 1]"),
+    (["select", "CONFIG", "--out", "x.txt", "--keep", "0.5"], 2, "must end in .jsonl"),
     (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--format", "csv"], 2,
      "'csv' is not one of"),
     (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--policy", "a",
-      "--policy-logps", "b"], 2, "not both"),
+      "--policy-logps", "b"], 2, "policy_logps (--policy-logps), not both"),
     (["select", "CONFIG", "--out", "x.jsonl", "--keep", "0.5", "--policy-logps", "b.parquet"], 3,
      "no file b.parquet"),
     (["train", "CONFIG", "--set", "folder=run.yaml"], 2, "folder: run.yaml is a file"),
@@ -486,11 +498,11 @@ WRONG = [
     (["train", "CONFIG", "--set", "model.name=none/there"], 3, "cannot be loaded"),
     (["train", "CONFIG", "--set", "model.device=gpu"], 2, "'gpu' cannot be used here"),
     (["train", "CONFIG", "--set", "training.loss=none:loss"], 2, "cannot be imported"),
-    (["store", "evict"], 2, "say what: --identity, --older-than or --max-size"),
+    (["store", "evict"], 2, "give --identity, --older-than or --max-size"),
     (["store", "evict", "--older-than", "soon"], 2, "give a number and one of m, h, d, w"),
     (["store", "evict", "--max-size", "2 gigs"], 2, "give a number and one of B, kB, MB, GB"),
     (["store", "evict", "--identity", "none"], 3, "has no reference none"),
-    (["store", "evict", "--tokens"], 2, "say how old with --older-than"),
+    (["store", "evict", "--tokens"], 2, "give a minimum age, as in --older-than 30d"),
     (["store", "fill", "CONFIG", "--set", "reference.file=x.csv"], 2, "nothing to measure"),
     (["doctor", "none.yaml"], 3, "no file none.yaml"),
     (["config", "show", "none.yaml"], 3, "no file none.yaml"),
@@ -504,7 +516,7 @@ def test_messages(arguments, code, words, config):
     assert words in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_json_says_errors_too(config):
+def test_errors_are_printed_as_json_too(config):
     result = sage_select("plan", config, "--set", "beta=0", "--json", code=2)
     assert "greater than 0" in json.loads(result.stdout)["error"]
 
@@ -514,7 +526,9 @@ def test_config_commands(config):
     assert "properties" in json.loads(sage_select("config", "schema").stdout)
     shown = sage_select("config", "show", config, "--set", "seed=5").stdout
     assert yaml.safe_load(shown)["seed"] == 5
-    assert shown.splitlines()[0] == "# " + told("config", "show", config, "--set", "seed=5")["hash"]
+    assert (
+        shown.splitlines()[0] == "# " + json_of("config", "show", config, "--set", "seed=5")["hash"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -527,7 +541,7 @@ def test_help(command):
 
 
 def test_the_console_script_and_its_log(config, monkeypatch):
-    """As a script sees it: JSON alone on stdout, and no redrawn bars in a log file."""
+    """Its stdout has the JSON alone, and its stderr no redrawn bars."""
     script = Path(sys.executable).with_name("sage-select")
     done = subprocess.run(
         [script, "plan", config, "--json"], capture_output=True, text=True, timeout=200, check=True
@@ -536,7 +550,7 @@ def test_the_console_script_and_its_log(config, monkeypatch):
     assert "\r" not in done.stderr
 
 
-def test_a_log_file_gets_lines_not_bars(capsys, monkeypatch):
+def test_a_log_file_receives_lines_not_bars(capsys, monkeypatch):
     from sage_select.system import progress_bars as progress
 
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
@@ -552,25 +566,25 @@ def test_a_log_file_gets_lines_not_bars(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 60.0)
     with progress.progress_bar(3, "scoring", "pairs") as bar:
         bar.update()
-    assert capsys.readouterr().err == ""  # nothing of what takes no time
+    assert capsys.readouterr().err == ""  # no line about a pass that ends within LINE_EVERY
 
 
-def test_the_kept_are_written_in_training_order(config):
-    """Seeded, and the same on every call; not best first, which a trainer may not shuffle."""
+def test_kept_pairs_are_written_in_training_order(config):
+    """The order is seeded and not best first, since a trainer may not shuffle well."""
     contents = []
     for name, seed in (("one.jsonl", 0), ("two.jsonl", 0), ("three.jsonl", 1)):
-        told("select", config, "--keep", 1.0, "--out", name, "--set", f"seed={seed}",
+        json_of("select", config, "--keep", 1.0, "--out", name, "--set", f"seed={seed}",
              "--set", "data.held_out=0")  # fmt: skip
         contents.append(Path(name).read_text().splitlines())
     assert contents[0] == contents[1] != contents[2]
     assert sorted(contents[0]) == sorted(contents[2])
 
 
-def test_what_computes_the_head_is_the_same_for_all_that_measure():
+def test_scoring_settings_reach_selection_and_training():
     config = SageConfig(scoring={"impl": "fused", "layout": "padded"})
-    asked = {"impl": "fused", "layout": "padded"}
+    expected = {"impl": "fused", "layout": "padded"}
     run = Run(config, None, None)
-    assert asked.items() <= vars(run.reader).items()
+    assert expected.items() <= vars(run.reader).items()
     assert run.training.reader is run.reader
 
 
@@ -579,7 +593,7 @@ def test_flips_between_a_run_and_itself(tmp_path):
 
     log = SelectionLog(tmp_path / "selection")
     log.write(0, decision([3, 2, 1], 2), [*"abc"])
-    assert told("flips", tmp_path, tmp_path)["flipped"] == 0
+    assert json_of("flips", tmp_path, tmp_path)["flipped"] == 0
     assert "0 of 2 kept pairs flipped" in sage_select("flips", tmp_path, tmp_path).stdout
     error = sage_select("flips", tmp_path, tmp_path / "none", code=3).stderr
     assert "there is no selection log in" in error

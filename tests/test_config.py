@@ -31,12 +31,12 @@ def setting(config, name):
 
 
 @pytest.mark.parametrize("name", TABLE_4)
-def test_the_paper(name):
+def test_values_of_table_4(name):
     assert setting(SageConfig.paper(), name) == TABLE_4[name]
-    assert setting(SageConfig(), name) == TABLE_4[name]  # which the defaults are as well
+    assert setting(SageConfig(), name) == TABLE_4[name]  # the defaults are the paper's values
 
 
-def test_the_paper_takes_changes():
+def test_paper_accepts_overrides():
     config = SageConfig.paper(training={"epochs": 1}, data={"path": "pairs.jsonl"})
     assert (config.training.epochs, config.training.batch_size) == (1, 16)
     assert config.data.max_length == 32_768
@@ -59,22 +59,22 @@ def test_the_paper_takes_changes():
         ),
     )
 )
-def test_yaml_and_json_read_back(config):
-    again = SageConfig(**yaml.safe_load(config.to_yaml()))
-    assert again == config
-    assert again.hash == config.hash
+def test_yaml_and_json_round_trip(config):
+    read_back = SageConfig(**yaml.safe_load(config.to_yaml()))
+    assert read_back == config
+    assert read_back.hash == config.hash
     assert SageConfig(**json.loads(config.model_dump_json())) == config
 
 
-@pytest.mark.parametrize("ending", ["yaml", "json"])
-def test_files(ending, tmp_path):
+@pytest.mark.parametrize("extension", ["yaml", "json"])
+def test_files(extension, tmp_path):
     config = SageConfig.paper(model={"name": "m"}, beta=0.3)
-    text = config.to_yaml() if ending == "yaml" else config.model_dump_json()
-    (tmp_path / f"run.{ending}").write_text(text)
-    assert SageConfig.read(tmp_path / f"run.{ending}", environment={}) == config
+    text = config.to_yaml() if extension == "yaml" else config.model_dump_json()
+    (tmp_path / f"run.{extension}").write_text(text)
+    assert SageConfig.read(tmp_path / f"run.{extension}", environment={}) == config
 
 
-def test_the_environment_overrides_the_file_and_arguments_override_both(tmp_path):
+def test_variables_override_the_file_and_arguments_override_both(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {learning_rate: 1e-6, epochs: 2, batch_size: 4}\nseed: 1\n")
     config = SageConfig.read(
@@ -93,24 +93,24 @@ def test_the_environment_overrides_the_file_and_arguments_override_both(tmp_path
     assert config.selection.mix_start == (0.5, 0.3, 0.2)
 
 
-def test_the_hash_changes_with_what_decides():
+def test_the_hash_changes_with_settings_that_affect_the_result():
     base = SageConfig.paper(model={"name": "m"})
-    decides = [{"seed": 1}, {"training": {"learning_rate": 1e-6}}, {"selection": {"eps": 1e-5}}]
-    does_not = [
+    deciding = [{"seed": 1}, {"training": {"learning_rate": 1e-6}}, {"selection": {"eps": 1e-5}}]
+    free = [
         {"folder": "x"},
         {"training": {"checkpoint_every": 7}},
         {"model": {"device": "cpu"}},
     ]
-    hashes = [SageConfig.paper(**({"model": {"name": "m"}} | change)).hash for change in decides]
+    hashes = [SageConfig.paper(**({"model": {"name": "m"}} | change)).hash for change in deciding]
     assert len({base.hash, *hashes}) == 4
-    for change in does_not:
+    for change in free:
         change = {**change, "model": {"name": "m", **change.get("model", {})}}
         assert SageConfig.paper(**change).hash == base.hash
     assert str(base.run_folder).endswith(base.hash)
     assert str(SageConfig(folder="here").run_folder) == "here"
 
 
-def test_it_cannot_be_changed():
+def test_a_configuration_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         SageConfig().training.epochs = 4
 
@@ -148,7 +148,7 @@ ERRORS = {
     "selection.keep_end: should be less than or equal to 1, got 40": {
         "selection": {"keep_end": 40}
     },
-    "selection.mix_start: shares must sum to 1, these sum to 0.9": {
+    "selection.mix_start: shares must sum to 1, but these sum to 0.9": {
         "selection": {"mix_start": [0.5, 0.4, 0.0]}
     },
     "mix_start has 2 shares and mix_end 3": {"selection": {"mix_start": [0.5, 0.5]}},
@@ -156,49 +156,49 @@ ERRORS = {
     "selection.length_norm: should be 'total', 'sqrt', 'none' or 'stratified'": {
         "selection": {"length_norm": "mean"}
     },
-    "strata by 'none' makes 1 strata; give one share per stratum": {"strata": {"by": "none"}},
+    "selection.mix_start has 3 shares, but strata.by: none needs 1": {"strata": {"by": "none"}},
     "strata.shares: shares must sum to 1": {"strata": {"shares": [0.5, 0.4]}},
     "data.max_length: should be greater than or equal to 2, got 1": {"data": {"max_length": 1}},
     "data.held_out: should be less than 1, got 1.0": {"data": {"held_out": 1.0}},
     "data: should be a mapping of settings, got 'pairs.jsonl'": {"data": "pairs.jsonl"},
-    "reference: a file replaces model and store": {"reference": {"file": "a", "model": "b"}},
+    "reference: file replaces model and store": {"reference": {"file": "a", "model": "b"}},
     "model.dtype: should be 'auto', 'float32', 'bfloat16' or 'float16', got 'fp8'": {
         "model": {"dtype": "fp8"}
     },
 }
 
 
-@pytest.mark.parametrize("words", ERRORS)
-def test_messages(words):
+@pytest.mark.parametrize("message", ERRORS)
+def test_messages(message):
     with pytest.raises(ConfigError) as error:
-        SageConfig(**ERRORS[words])
-    assert words in str(error.value)
+        SageConfig(**ERRORS[message])
+    assert message in str(error.value)
 
 
-def test_every_wrong_setting_is_told_at_once():
+def test_all_wrong_settings_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         SageConfig(beta=0, training={"epochs": 0}, data={"max_length": 0})
     assert len(str(error.value).splitlines()) == 3
 
 
 FILES = {
-    "run.yaml: a configuration is a mapping": "- beta",
+    "run.yaml: a configuration must be a mapping": "- beta",
     "run.yaml: cannot be read": "beta: [",
-    "'beta' stands there twice": "beta: 0.1\nbeta: 0.2",
-    "'epochs' stands there twice": "training:\n  epochs: 1\n  epochs: 2",
-    "'seed' stands there twice; keep one of them": '{"seed": 1, "seed": 2}',
+    "'beta' is set twice": "beta: 0.1\nbeta: 0.2",
+    "'epochs' is set twice": "training:\n  epochs: 1\n  epochs: 2",
+    "'seed' is set twice; keep one of them": '{"seed": 1, "seed": 2}',
     "run.yaml: cannot be read: 'utf-8' codec": b"\xff",
     "run.yaml: beta: should be greater than 0, got 0": "beta: 0",
 }
 
 
-@pytest.mark.parametrize("words", FILES)
-def test_messages_of_files(words, tmp_path):
-    content = FILES[words]
+@pytest.mark.parametrize("message", FILES)
+def test_messages_about_files(message, tmp_path):
+    content = FILES[message]
     (tmp_path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as error:
         SageConfig.read(tmp_path / "run.yaml", environment={})
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 ENVIRONMENTS = {
@@ -210,15 +210,15 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.mark.parametrize("words", ENVIRONMENTS)
-def test_messages_of_the_environment(words, tmp_path):
+@pytest.mark.parametrize("message", ENVIRONMENTS)
+def test_messages_about_environment_variables(message, tmp_path):
     (tmp_path / "run.yaml").write_text("seed: 1")
     with pytest.raises(ConfigError) as error:
-        SageConfig.read(tmp_path / "run.yaml", environment=ENVIRONMENTS[words])
-    assert words in str(error.value)
+        SageConfig.read(tmp_path / "run.yaml", environment=ENVIRONMENTS[message])
+    assert message in str(error.value)
 
 
-def test_a_json_file_is_json(tmp_path):
+def test_a_json_file_is_parsed_as_json(tmp_path):
     (tmp_path / "run.json").write_text('{"seed": }')
     with pytest.raises(ConfigError, match="cannot be read: Expecting value"):
         SageConfig.read(tmp_path / "run.json")
@@ -226,6 +226,6 @@ def test_a_json_file_is_json(tmp_path):
         SageConfig.read(tmp_path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="`sage-select config paper` prints one"):
         SageConfig.read(tmp_path / "none.yaml")

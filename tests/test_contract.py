@@ -1,5 +1,5 @@
-"""One contract, every host: the same small run of SAGE, alone, replicated and sharded, killed and
-resumed on other numbers of processes. What passed stands in docs/hosts.md, made by this run."""
+"""The contract of all hosts: one small run of SAGE on one process, replicated and sharded, killed
+and resumed on another number of processes. The tests generate docs/contract.md from what passed."""
 
 import json
 import os
@@ -25,14 +25,14 @@ WORLDS = {"single": 1, "ddp": 2, "fsdp2": 2}
 
 @dataclass(frozen=True)
 class Attempts:
-    """A run, and the processes it is trained by: (strategy, processes, updates before the kill)."""
+    """A run and its attempts: (strategy, processes, updates before the kill or None)."""
 
     name: str
     attempts: tuple[tuple[str, int, int | None], ...]
 
     @property
     def described(self) -> str:
-        """In words, for people."""
+        """The run's processes, as the documentation describes them."""
         words = [f"{s} {w}" if s != "single" else "one" for s, w, _ in self.attempts]
         return ", then ".join(dict.fromkeys(words)) + (", killed" if len(self.attempts) > 1 else "")
 
@@ -47,14 +47,14 @@ def whole(strategy: str) -> Attempts:
 
 
 def killed(strategy: str) -> Attempts:
-    """In the middle of an interval, and at a boundary between two."""
+    """Return a run that is killed within an interval, and again at a boundary between intervals."""
     world = WORLDS[strategy]
     kills = tuple((strategy, world, after) for after in (4, 5))
     return Attempts(f"{strategy}, killed", (*kills, (strategy, world, None)))
 
 
 def elastic(begun: str, strategy: str, world: int) -> Attempts:
-    """Killed in the middle of an interval, and resumed on another number of processes."""
+    """Return a run that is killed within an interval and resumed on other processes."""
     name = f"{begun} {WORLDS[begun]}, then {strategy} {world}"
     return Attempts(name, ((begun, WORLDS[begun], 4), (strategy, world, None)))
 
@@ -67,7 +67,7 @@ EVERY = (
 HOSTS = {
     "plain": EVERY,
     "lightning": EVERY,
-    "trl": (  # transformers itself resumes no model that it has sharded
+    "trl": (  # transformers cannot resume a model that it has sharded
         *map(whole, WORLDS),
         killed("single"),
         killed("ddp"),
@@ -80,7 +80,7 @@ runs = pytest.mark.parametrize(("host", "name"), RUNS)
 
 
 class Outcome:
-    """What a run left behind."""
+    """The files that a run wrote, and the exit codes of its processes."""
 
     def __init__(self, folder: Path, run: Attempts, codes: list[list[int]]) -> None:
         self.folder = folder
@@ -88,14 +88,18 @@ class Outcome:
         self.codes = codes
 
     def events(self, kind: str, rank: int | None = 0) -> list[dict]:
-        """Those that the final weights came from: without what was done again after a kill."""
-        found: list[dict] = []
+        """Return the events of one rank, or of all, that the final weights depend on.
+
+        Events that a later attempt repeated after a kill are left out.
+        """
+        events: list[dict] = []
         for n, (_, world, _) in enumerate(self.run.attempts):
             ranks = range(world) if rank is None else [rank]
             new = [event for r in ranks for event in trace(self.folder, n, r)]
-            begun = min((e["step"] for e in new if e["event"] == "update"), default=0)
-            found = [e for e in found if e["step"] < begun] + [e for e in new if e["step"] >= begun]
-        return [event for event in found if event["event"] == kind]
+            start = min((e["step"] for e in new if e["event"] == "update"), default=0)
+            events = [e for e in events if e["step"] < start]
+            events += [e for e in new if e["step"] >= start]
+        return [event for event in events if event["event"] == kind]
 
     @property
     def kept(self) -> dict[int, list[str]]:
@@ -103,8 +107,8 @@ class Outcome:
         return {k: sorted(ids) for k, ids in log.group_by("interval").agg("pair_id").iter_rows()}
 
     @property
-    def said(self) -> str:
-        """What its processes printed."""
+    def output(self) -> str:
+        """The end of the output of each process."""
         return "\n".join(p.read_text()[-2000:] for p in sorted(self.folder.glob("output-*.txt")))
 
     @property
@@ -112,7 +116,7 @@ class Outcome:
         return torch.load(self.folder / "weights.pt")
 
     def losses(self) -> np.ndarray:
-        """Of each update, the mean over its pairs."""
+        """Return each update's mean loss over its pairs."""
         of_step: dict[int, list[float]] = {}
         for event in self.events("train", rank=None):
             of_step.setdefault(event["step"], []).extend(event["losses"])
@@ -121,7 +125,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """Of a host's run by name; a host is imported once, and makes all its runs."""
+    """Return a host's run by name; all runs of a host share one process that has imported it."""
     pairs = tmp_path_factory.mktemp("contract") / "records.json"
 
     @cache
@@ -150,21 +154,22 @@ def outcome(tmp_path_factory):
     return lambda host, name: of_host(host)[name]
 
 
-# The laws. Each takes a run and how to get at others of the same host, or of the plain loop.
+# The laws. Each takes an outcome and a function that returns other outcomes, by default of the
+# same host. Their names become the sentences of docs/contract.md.
 
 
-def it_ends_as_it_should(run, of):
+def every_process_exits_as_expected(run, of):
     for (_, world, dies), codes in zip(run.run.attempts, run.codes, strict=True):
-        assert codes == ([0] if dies is None else [-9]) * world, run.said
+        assert codes == ([0] if dies is None else [-9]) * world, run.output
 
 
-def pools_are_measured_after_exactly_the_steps_before(run, of):
+def pools_are_scored_after_exactly_the_planned_updates(run, of):
     measured = run.events("measure")
     assert [event["interval"] for event in measured] == list(range(len(FIRST_STEPS)))
     assert tuple(event["step"] for event in measured) == FIRST_STEPS
 
 
-def mode_and_gradients_and_generators_are_left_alone(run, of):
+def scoring_changes_neither_modes_nor_gradients_nor_generators(run, of):
     for event in run.events("measure", rank=None):
         assert event["training"]
         assert event["trainable"]
@@ -172,46 +177,46 @@ def mode_and_gradients_and_generators_are_left_alone(run, of):
         assert not event["generators_moved"]
 
 
-def each_kept_pair_is_trained_once_across_processes(run, of):
+def each_kept_pair_is_trained_exactly_once_across_processes(run, of):
     trained = Counter(i for event in run.events("train", rank=None) for i in event["ids"])
     assert trained == Counter(i for ids in run.kept.values() for i in ids)
     assert tuple(len(run.kept[k]) for k in range(len(KEPT))) == KEPT
 
 
-def totals_and_learning_rates_are_exact(run, of):
+def step_counts_and_learning_rates_are_exact(run, of):
     updates = run.events("update")
     assert [event["step"] for event in updates] == list(range(STEPS))
     assert [event["learning_rate"] for event in updates] == pytest.approx(learning_rates())
 
 
-def killed_and_resumed_it_ends_with_the_same_bits(run, of):
+def a_killed_and_resumed_run_ends_with_the_same_bits(run, of):
     if len(run.run.attempts) == 1 or len({attempt[:2] for attempt in run.run.attempts}) > 1:
-        pytest.skip("it was not killed, or resumed on other processes")
-    eval_mode = of(run.run.attempts[0][0])
-    assert run.kept == eval_mode.kept
-    for key, weight in eval_mode.weights.items():
+        pytest.skip("the run was not killed, or was resumed on other processes")
+    uninterrupted = of(run.run.attempts[0][0])
+    assert run.kept == uninterrupted.kept
+    for key, weight in uninterrupted.weights.items():
         assert torch.equal(weight, run.weights[key]), key
 
 
-def it_keeps_and_learns_what_one_plain_process_does(run, of):
-    """From the same weights every host keeps the same; over a run rounding adds up."""
-    alone = of("single", host="plain")
-    if "an untied head" in run.said:
-        pytest.skip("transformers shards no tied head, so this policy has one of its own")
-    assert run.kept == alone.kept
-    assert np.abs(run.losses() - alone.losses()).max() < 1e-4
-    for key, weight in alone.weights.items():
+def selection_and_training_match_one_plain_process(run, of):
+    """Compare kept pairs exactly, and losses and weights up to accumulated rounding."""
+    plain = of("single", host="plain")
+    if "an untied head" in run.output:
+        pytest.skip("transformers cannot shard a tied head, so this policy has an untied one")
+    assert run.kept == plain.kept
+    assert np.abs(run.losses() - plain.losses()).max() < 1e-4
+    for key, weight in plain.weights.items():
         assert torch.allclose(run.weights[key], weight, atol=1e-3), key
 
 
 LAWS = (
-    it_ends_as_it_should,
-    pools_are_measured_after_exactly_the_steps_before,
-    each_kept_pair_is_trained_once_across_processes,
-    totals_and_learning_rates_are_exact,
-    mode_and_gradients_and_generators_are_left_alone,
-    killed_and_resumed_it_ends_with_the_same_bits,
-    it_keeps_and_learns_what_one_plain_process_does,
+    every_process_exits_as_expected,
+    pools_are_scored_after_exactly_the_planned_updates,
+    each_kept_pair_is_trained_exactly_once_across_processes,
+    step_counts_and_learning_rates_are_exact,
+    scoring_changes_neither_modes_nor_gradients_nor_generators,
+    a_killed_and_resumed_run_ends_with_the_same_bits,
+    selection_and_training_match_one_plain_process,
 )
 
 
@@ -223,9 +228,9 @@ def test_the_contract(outcome, host, name, law):
 
 PAGE = """# The contract
 
-{numbers} laws hold for a small run of SAGE, {steps} updates in four intervals, on every host. The
-tests train it in real processes (gloo, on a CPU), and this page is what they write: it is compared
-with every run of them.
+{numbers} laws hold on every host for a small run of SAGE: {steps} updates in four intervals. The
+tests train it in real processes (gloo, on a CPU) and generate this page; every run of the tests
+compares the page with what passed.
 
 {laws}
 
@@ -233,17 +238,18 @@ with every run of them.
 |---|---|{rule}
 {rows}
 
-A dash: the law says nothing here. Runs that are killed die by SIGKILL in the middle of an interval,
-and those that go on with as many processes a second time, at a boundary. Transformers resumes no
-model that it has sharded itself, and shards no tied head, so that the policy of that run has one of
-its own.
+A dash means that the law does not apply. Killed runs die by SIGKILL in the middle of an interval;
+those that resume with the same number of processes die a second time, at a boundary between
+intervals. Transformers cannot resume a model that it has sharded itself, and cannot shard a tied
+head, so the policy of the run on TRL with FSDP2 has an untied head.
 
-What one plain process does (7) is the same kept pairs, losses within 1e-4 and weights within 1e-3.
+Matching one plain process (7) means the same kept pairs, losses within 1e-4 and weights within
+1e-3.
 """
 
 
 def page(outcome) -> str:
-    """The page of the documentation, from what passes now."""
+    """Return the text of docs/contract.md, from what passes now."""
     rows = []
     for host, name in RUNS:
         cells = [host, outcome(host, name).run.described]
@@ -256,31 +262,31 @@ def page(outcome) -> str:
             except AssertionError:
                 cells.append("**no**")
         rows.append(f"| {' | '.join(cells)} |")
-    said = [law.__name__.replace("_", " ").capitalize() for law in LAWS]
+    sentences = [law.__name__.replace("_", " ").capitalize() for law in LAWS]
     return PAGE.format(
         numbers={7: "Seven"}[len(LAWS)],
         steps=STEPS,
-        laws="\n".join(f"{n}. {law}." for n, law in enumerate(said, 1)),
+        laws="\n".join(f"{n}. {law}." for n, law in enumerate(sentences, 1)),
         columns=" | ".join(map(str, range(1, len(LAWS) + 1))),
         rule="---|" * len(LAWS),
         rows="\n".join(rows),
     )
 
 
-def test_the_table_in_the_docs_is_what_passed(outcome):
-    """To write it anew: SAGE_SELECT_WRITE_DOCS=1, and this file's tests."""
-    path, made = ROOT / "docs" / "contract.md", page(outcome)
+def test_the_page_in_the_docs_is_up_to_date(outcome):
+    """Compare the page; to write it, run this file's tests with SAGE_SELECT_WRITE_DOCS=1."""
+    path, expected = ROOT / "docs" / "contract.md", page(outcome)
     if os.environ.get("SAGE_SELECT_WRITE_DOCS"):
-        path.write_text(made)
-    assert path.read_text() == made
+        path.write_text(expected)
+    assert path.read_text() == expected
 
 
 def test_the_laws_can_fail(outcome, tmp_path):
-    """A run that is told otherwise than it was breaks each of them."""
+    """Each law must fail on a run whose record was falsified."""
     run = outcome("plain", "single, killed")
     shutil.copytree(run.folder, tmp_path / "run")
-    spoiled = Outcome(tmp_path / "run", run.run, [[0]] * 3)
-    for path in spoiled.folder.glob("trace-*.jsonl"):
+    falsified = Outcome(tmp_path / "run", run.run, [[0]] * 3)
+    for path in falsified.folder.glob("trace-*.jsonl"):
         events = [json.loads(line) for line in path.read_text().splitlines()]
         for event in events:
             event["step"] += event["event"] == "measure"
@@ -289,7 +295,7 @@ def test_the_laws_can_fail(outcome, tmp_path):
             event["gradients"] = True
         path.write_text("".join(json.dumps(event) + "\n" for event in events))
     weights = {name: weight + 0.1 for name, weight in run.weights.items()}
-    torch.save(weights, spoiled.folder / "weights.pt")
+    torch.save(weights, falsified.folder / "weights.pt")
     for law in LAWS:
         with pytest.raises(AssertionError):
-            law(spoiled, lambda other, host="plain": outcome(host, other))
+            law(falsified, lambda other, host="plain": outcome(host, other))

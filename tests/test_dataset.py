@@ -33,13 +33,13 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-# One pair in every accepted shape, and its (prompt, chosen, rejected)
+# One pair in each accepted shape, with its (prompt, chosen, rejected)
 SHAPES = {
-    "standard, explicit prompt": (
+    "text, explicit prompt": (
         {"prompt": "Sky?", "chosen": " blue", "rejected": " red"},
         ("Sky?", " blue", " red"),
     ),
-    "standard, implicit prompt": (
+    "text, implicit prompt": (
         {"chosen": "Sky? blue", "rejected": "Sky? red"},
         ("Sky?", " blue", " red"),
     ),
@@ -58,7 +58,7 @@ SHAPES = {
         {"prompt": "Sky?", "chosen": assistant("blue"), "rejected": assistant("red")},
         (user("Sky?"), assistant("blue"), assistant("red")),
     ),
-    "a prompt of messages that the responses repeat": (
+    "messages, prompt repeated in the responses": (
         {
             "prompt": user("Sky?"),
             "chosen": user("Sky?") + assistant("blue"),
@@ -138,7 +138,7 @@ SHAPES = {
         },
         ("Sky?", " blue", " red"),
     ),
-    "alpaca, both in one list": (
+    "alpaca, both responses in one list": (
         {"instruction": "Sky?", "input": "", "output": ["blue", "red"]},
         ("Sky?", "blue", "red"),
     ),
@@ -193,42 +193,42 @@ BAD_RECORDS = {
     "rejected is empty": GOOD | {"rejected": " \n"},
     "prompt is not text": GOOD | {"prompt": 7},
     "chosen and rejected are identical": GOOD | {"rejected": "a"},
-    "chosen and rejected are of different kinds": GOOD | {"chosen": assistant("a")},
-    "chosen and rejected share no prompt": {"chosen": "x", "rejected": "y"},
-    "one response is the beginning of the other": {"chosen": "xy", "rejected": "xyz"},
+    "chosen and rejected are not both text or both messages": GOOD | {"chosen": assistant("a")},
+    "chosen and rejected do not start with the same prompt": {"chosen": "x", "rejected": "y"},
+    "one response is a prefix of another": {"chosen": "xy", "rejected": "xyz"},
     "chosen has a message without a role": GOOD | {"chosen": [{"content": "a"}]},
     "chosen has a message without text": GOOD | {"chosen": [{"role": "assistant"}]},
     "chosen does not end with an assistant message": GOOD | {"chosen": user("a")},
     "prompt is a list of messages but the responses are text": GOOD | {"prompt": user("p")},
     "not a record": None,
     "chosen is not valid Unicode": GOOD | {"chosen": "cut \ud83d"},
-    r"prompt is missing, a field of another name may hold it \(see columns\)": {
+    r"prompt is missing; another field may contain it \(see columns\)": {
         "question": "Sky?",
         "chosen": "The blue",
         "rejected": "The red",
     },
     "prompt is missing": GOOD | {"prompt": None},
-    "tools is text that is not JSON": {
+    "tools is not valid JSON": {
         "prompt": user("p"),
         "chosen": assistant("a"),
         "rejected": assistant("b"),
         "tools": "{",
     },
-    "history is not a list of questions with their answers": {
+    "history is not a list of question-answer pairs": {
         "instruction": "p",
         "history": ["q"],
         "chosen": "a",
         "rejected": "b",
     },
-    "a response starts with a message that is not the assistant's": {
+    "a response does not start with an assistant message": {
         "prompt": user("p") + assistant("q") + user("r"),
         "chosen": user("p") + assistant("a"),
         "rejected": assistant("b"),
     },
-    "chosen has a message of an unknown role": GOOD | {"chosen": {"role": "bot", "content": "a"}},
-    "chosen has a message with content that is not text": GOOD
+    "chosen has a message with an unknown role": GOOD | {"chosen": {"role": "bot", "content": "a"}},
+    "chosen has a message whose content is not text": GOOD
     | {"chosen": [{"role": "assistant", "content": [{"type": "image", "text": "x"}]}]},
-    "chosen is a list of messages that was saved as text": GOOD | {"chosen": str(assistant("a"))},
+    "chosen is a list of messages saved as text": GOOD | {"chosen": str(assistant("a"))},
     "conversations ends with an assistant message": {
         "conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "q"}],
         "chosen": "a",
@@ -247,7 +247,11 @@ BAD_RECORDS = {
         "responses": ["a", "b"],
         "ranks": [1],
     },
-    "all responses are rated alike": {"prompt": "p", "responses": ["a", "b"], "scores": [3, 3]},
+    "all responses have the same score or rank": {
+        "prompt": "p",
+        "responses": ["a", "b"],
+        "scores": [3, 3],
+    },
     "response 2 is empty": {"prompt": "p", "responses": ["a", "", "b"]},
     "completions is not a list of records": {"prompt": "p", "completions": ["a", "b"]},
     "prompt is empty": {"prompt": [], "chosen": assistant("a"), "rejected": assistant("b")},
@@ -269,7 +273,7 @@ def test_shared_start(left, right):
     )
 
 
-# With the demo's tokenizer: one token per number or symbol, no token before the text
+# With the demo's tokenizer: one token per number or symbol, and no start token
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +305,7 @@ def test_tokens(tokenizer):
     assert pairs.num_tokens.tolist() == [20] * 5
 
 
-def test_truncation_counts_what_is_left(tokenizer):
+def test_truncation_counts_the_remaining_tokens(tokenizer):
     pairs = dataset(tokenizer, max_length=9)
     assert pairs.chosen_tokens.tolist() == [5] * 5
     assert tokenizer.decode(pairs.sequences()[1].tokens) == "1+1?1+1=2"
@@ -322,7 +326,7 @@ def test_rows_are_set_aside_and_counted(tokenizer):
         (2, "duplicate pair"),
         (3, "chosen is empty"),
         (4, "the prompt is empty, so the first response token has no context"),
-        (5, "nothing is left of a response after truncation"),
+        (5, "a response has no tokens left after truncation"),
         (6, "the responses are identical after truncation"),
     ]
     assert len(pairs) == 2
@@ -334,7 +338,7 @@ def test_rows_are_set_aside_and_counted(tokenizer):
         dataset(tokenizer, rows, max_length=12, on_bad="error")
 
 
-def test_ids_belong_to_the_content(tokenizer):
+def test_ids_depend_on_content_alone(tokenizer):
     forward, backward = dataset(tokenizer), dataset(tokenizer, records()[::-1])
     assert forward.ids.tolist() == backward.ids[::-1].tolist()
     assert len(set(forward.ids)) == 5
@@ -363,10 +367,10 @@ def test_split_keeps_pairs_of_a_prompt_together(tokenizer):
     assert not prompts[0] & prompts[1]
 
 
-def write(kind, rows, path):
-    """Records in a file of this kind."""
+def write(ending, rows, path):
+    """Write records to a file in the format of this ending."""
     lines = "\n".join(map(json.dumps, rows)) + "\n\n"
-    match kind:
+    match ending:
         case ".jsonl":
             path.write_text(lines)
         case ".jsonl.gz":
@@ -374,7 +378,7 @@ def write(kind, rows, path):
         case ".json":
             path.write_text(json.dumps(rows, indent=1))
         case ".csv" | ".tsv":
-            pl.DataFrame(rows).write_csv(path, separator="," if kind == ".csv" else "\t")
+            pl.DataFrame(rows).write_csv(path, separator="," if ending == ".csv" else "\t")
         case ".parquet":
             pl.DataFrame(rows).write_parquet(path)
         case ".arrow":
@@ -383,32 +387,32 @@ def write(kind, rows, path):
             pl.DataFrame(rows).write_ipc_stream(path)
 
 
-KINDS = [".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"]
+ENDINGS = [".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"]
 
 
-def check_same(found, expected):
-    assert found.ids.tolist() == expected.ids.tolist()
-    assert found.annotations.equals(expected.annotations)
-    assert [s.tokens.tolist() for s in found.sequences()] == [
+def check_same(actual, expected):
+    assert actual.ids.tolist() == expected.ids.tolist()
+    assert actual.annotations.equals(expected.annotations)
+    assert [s.tokens.tolist() for s in actual.sequences()] == [
         s.tokens.tolist() for s in expected.sequences()
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_same_pairs(kind, tokenizer, tmp_path):
-    write(kind, records(), tmp_path / f"pairs{kind}")
-    for path in (tmp_path / f"pairs{kind}", tmp_path):  # the file, and the folder it stands in
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_file_format_gives_the_same_pairs(ending, tokenizer, tmp_path):
+    write(ending, records(), tmp_path / f"pairs{ending}")
+    for path in (tmp_path / f"pairs{ending}", tmp_path):  # the file, then its folder
         check_same(
             PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64), dataset(tokenizer)
         )
 
 
 @pytest.mark.parametrize(
-    "kind", ["list", "polars", "lazy", "pandas", "arrow", "datasets", "stream"]
+    "table_type", ["list", "polars", "lazy", "pandas", "arrow", "datasets", "stream"]
 )
-def test_every_kind_of_table_gives_the_same_pairs(kind, tokenizer):
+def test_every_table_type_gives_the_same_pairs(table_type, tokenizer):
     table = pl.DataFrame(records())
-    if kind in ("datasets", "stream"):
+    if table_type in ("datasets", "stream"):
         datasets = pytest.importorskip("datasets")
     makers = {
         "list": records,
@@ -419,10 +423,10 @@ def test_every_kind_of_table_gives_the_same_pairs(kind, tokenizer):
         "datasets": lambda: datasets.Dataset.from_list(records()),
         "stream": lambda: datasets.Dataset.from_list(records()).to_iterable_dataset(),
     }
-    check_same(dataset(tokenizer, makers[kind]()), dataset(tokenizer))
+    check_same(dataset(tokenizer, makers[table_type]()), dataset(tokenizer))
 
 
-def test_a_set_saved_by_datasets(tokenizer, tmp_path):
+def test_a_dataset_saved_by_datasets(tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(records())})
     saved.save_to_disk(tmp_path / "set")
@@ -434,34 +438,34 @@ def test_a_set_saved_by_datasets(tokenizer, tmp_path):
         PreferenceDataset.read(tmp_path / "set", tokenizer=tokenizer, max_length=64, split="test")
 
 
-def test_a_hub_name_goes_to_datasets(tokenizer, monkeypatch):
-    """The network is all that is missing here."""
+def test_a_hub_name_is_passed_to_datasets(tokenizer, monkeypatch):
+    """`datasets.load_dataset` is replaced, so that the test needs no network."""
     datasets = pytest.importorskip("datasets")
-    asked = []
+    calls = []
 
     def load_dataset(*names, **options):
-        asked.append((names, options))
+        calls.append((names, options))
         return datasets.Dataset.from_list(records())
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = PreferenceDataset.read(
+    pairs = PreferenceDataset.read(
         "org/set", tokenizer=tokenizer, max_length=64, split="test", subset="en", revision="v1"
     )
-    check_same(found, dataset(tokenizer))
-    assert asked == [(("org/set", "en"), {"split": "test", "revision": "v1"})]
+    check_same(pairs, dataset(tokenizer))
+    assert calls == [(("org/set", "en"), {"split": "test", "revision": "v1"})]
 
 
-def test_fields_of_other_names(tokenizer):
+def test_columns_rename_fields(tokenizer):
     rows = [{"q": r["prompt"], "good": r["chosen"], "rejected": r["rejected"]} for r in records()]
-    found = dataset(tokenizer, rows, columns={"prompt": "q", "chosen": "good"})
-    assert found.ids.tolist() == dataset(tokenizer).ids.tolist()
+    pairs = dataset(tokenizer, rows, columns={"prompt": "q", "chosen": "good"})
+    assert pairs.ids.tolist() == dataset(tokenizer).ids.tolist()
 
 
 # Tokens on disk
 
 
 def long_records():
-    """Enough for three chunks, a duplicate across chunks, columns that change their kind."""
+    """Rows for three chunks, with a duplicate across chunks and columns that change type."""
     rows = [
         {"prompt": f"{i}+1?", "chosen": f"{i}+1={i + 1}", "rejected": "0", "kind": i}
         for i in range(2 * CHUNK_ROWS + 10)
@@ -472,7 +476,7 @@ def long_records():
     return rows
 
 
-def test_tokens_on_disk_are_those_in_memory(tokenizer, tmp_path):
+def test_tokens_on_disk_equal_tokens_in_memory(tokenizer, tmp_path):
     rows = long_records()
     in_memory = dataset(tokenizer, rows)
     on_disk = dataset(tokenizer, rows, cache=tmp_path)
@@ -485,7 +489,7 @@ def test_tokens_on_disk_are_those_in_memory(tokenizer, tmp_path):
     assert on_disk.column("source_row").to_list() == [
         i for i in range(len(rows)) if i not in (5, CHUNK_ROWS + 1)
     ]
-    assert on_disk.column("kind")[[0, -1]].to_list() == ["0", '"text"']  # JSON text
+    assert on_disk.column("kind")[[0, -1]].to_list() == ["0", '"text"']  # as JSON text
     assert on_disk.column("late")[[0, -1]].to_list() == [None, 1]
     row = on_disk.take([CHUNK_ROWS + 5])
     assert tokenizer.decode(row.sequences()[0].tokens).startswith(f"{CHUNK_ROWS + 7}+1?")
@@ -493,18 +497,18 @@ def test_tokens_on_disk_are_those_in_memory(tokenizer, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many chunks were tokenised, not found in the cache."""
-    made, make = [], chunks.make_table
+    """Sizes of the chunks that were tokenised rather than read from the cache."""
+    sizes, make_table = [], chunks.make_table
 
     def counting(rows, *args):
-        made.append(len(rows))
-        return make(rows, *args)
+        sizes.append(len(rows))
+        return make_table(rows, *args)
 
     monkeypatch.setattr(chunks, "make_table", counting)
-    return made
+    return sizes
 
 
-def test_what_has_not_changed_is_not_tokenised_again(counted, tokenizer, tmp_path):
+def test_unchanged_chunks_are_not_tokenised_again(counted, tokenizer, tmp_path):
     path, options = tmp_path / "pairs.jsonl", {"cache": tmp_path / "cache"}
     rows = long_records()
 
@@ -517,15 +521,15 @@ def test_what_has_not_changed_is_not_tokenised_again(counted, tokenizer, tmp_pat
     assert read() == [CHUNK_ROWS, CHUNK_ROWS, 10]
     assert read() == []
     rows.append({"prompt": "9?", "chosen": "1", "rejected": "2"})
-    assert read() == [11]  # the last chunk alone
+    assert read() == [11]  # only the last chunk
     before = {*(tmp_path / "cache").glob("*.arrow")}
     assert read(max_length=63) == [CHUNK_ROWS, CHUNK_ROWS, 11]
     written = {*(tmp_path / "cache").glob("*.arrow")} - before
-    min(written, key=lambda file: file.stat().st_size).write_bytes(b"spoiled")
+    min(written, key=lambda file: file.stat().st_size).write_bytes(b"damaged")
     assert read(max_length=63) == [11]
 
 
-def test_a_changed_template_or_vocabulary_is_tokenised_again(counted, data, tmp_path):
+def test_a_changed_template_or_vocabulary_tokenises_again(counted, data, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
     record, _ = SHAPES["conversational, explicit prompt"]
     options = {"tokenizer": tokenizer, "max_length": 64, "cache": tmp_path}
@@ -547,7 +551,7 @@ def test_a_changed_template_or_vocabulary_is_tokenised_again(counted, data, tmp_
 
 
 @pytest.mark.slow
-def test_tokenising_in_processes_gives_the_same(data, tmp_path):
+def test_worker_processes_give_the_same_tokens(data, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
     path = data / "pairs" / "gsm8k_delta.parquet"
     options = {"tokenizer": tokenizer, "max_length": 256}
@@ -576,14 +580,16 @@ def test_more_than_two_responses(tokenizer):
     ]
     mixed = dataset(tokenizer, [*rows, *records()])
     assert mixed.take([2, 0]).response_scores.shape == (2, 4)
-    with pytest.raises(ValueError, match="rows have 2 to 4 responses; take those of one number"):
+    with pytest.raises(
+        ValueError, match="rows have 2 to 4 responses; take rows with the same number"
+    ):
         mixed.responses()
     with pytest.raises(ValueError, match="have no scores"):
         _ = mixed.take([3]).response_scores
 
 
 def test_k_responses_train(tokenizer):
-    """The K-response NCA loss on K responses lowers itself and lifts the best response's reward."""
+    """Training on the K-response NCA loss lowers it and raises the best response's reward."""
     from arithmetic import load_base
 
     model, _ = load_base()
@@ -597,21 +603,21 @@ def test_k_responses_train(tokenizer):
     def logps():
         return Reader().response_logps(model, ranked.responses()).reshape(len(ranked), -1)
 
-    reference = logps().detach()
+    reference_logps = logps().detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
     for _ in range(5):
-        loss = nca_responses(logps(), reference, weights).mean()
+        loss = nca_responses(logps(), reference_logps, weights).mean()
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert losses == sorted(losses, reverse=True)
-    rewards = logps() - reference
+    rewards = logps() - reference_logps
     assert (rewards[:, 0] > rewards[:, 1:].amax(dim=1)).all()
 
 
-def test_annotations_of_mixed_kinds_lose_nothing(tokenizer):
+def test_annotations_of_mixed_types_lose_nothing(tokenizer):
     mixed = [{"k": 1}, [1, "x"], 2.5, None, "text"]
     pairs = dataset(tokenizer, [r | {"mixed": m} for r, m in zip(records(), mixed, strict=True)])
     assert [m and json.loads(m) for m in pairs.column("mixed")] == mixed
@@ -619,19 +625,19 @@ def test_annotations_of_mixed_kinds_lose_nothing(tokenizer):
     assert dataset(tokenizer, numbers).column("number").to_list() == [1.0, 2.5, None, 3.0, 4.0]
 
 
-MIXED = {  # values in the first chunk and in the last row, and what they are as a column
-    "whole numbers and fractions": (1, 2.5, [1.0, 2.5]),
-    "whole numbers that a float cannot say": (2**60 + 1, 0.5, [str(2**60 + 1), "0.5"]),
-    "whole numbers of different sizes": (2**62 + 1, 2**63 + 1, [2**62 + 1, 2**63 + 1]),
-    "larger than any integer type": (1, 2**70, ["1", str(2**70)]),
-    "lists of different kinds": ([1], [1.5], ["[1]", "[1.5]"]),
-    "lists that are empty at first": ([], [1], ["[]", "[1]"]),
+MIXED = {  # the value in all rows but the last, the value in the last row, both as stored
+    "integers and fractions": (1, 2.5, [1.0, 2.5]),
+    "integers that a float cannot represent": (2**60 + 1, 0.5, [str(2**60 + 1), "0.5"]),
+    "integers of different sizes": (2**62 + 1, 2**63 + 1, [2**62 + 1, 2**63 + 1]),
+    "an integer larger than any integer type": (1, 2**70, ["1", str(2**70)]),
+    "lists of different types": ([1], [1.5], ["[1]", "[1.5]"]),
+    "empty lists first": ([], [1], ["[]", "[1]"]),
     "lists in one chunk and text in the other": ([1], "x", ["[1]", '"x"']),
 }
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_annotations_of_different_chunks_lose_nothing(name, tokenizer):
+def test_annotations_that_differ_between_chunks_lose_nothing(name, tokenizer):
     first, last, expected = MIXED[name]
     rows = [row | {"kind": first} for row in long_records()]
     rows[-1]["kind"] = last
@@ -649,12 +655,12 @@ def test_nested_annotations_lose_nothing(tokenizer):
     assert json.loads(pairs.column("record")[199]) == {"a": 1, "b": 2}
 
 
-def test_annotations_of_any_name(tokenizer):
+def test_annotations_with_any_name(tokenizer):
     names = ["json.x", "input.x", "x", "pair_id", "input_pair_id", "row", "scores", "truncated"]
     rows = [row | {name: f"{name} {i}" for name in names} for i, row in enumerate(records(2))]
     pairs = dataset(tokenizer, rows)
-    found = {tuple(pairs.column(name)) for name in pairs.columns if "note" not in name}
-    assert {(f"{name} 0", f"{name} 1") for name in names} <= found
+    values = {tuple(pairs.column(name)) for name in pairs.columns if "note" not in name}
+    assert {(f"{name} 0", f"{name} 1") for name in names} <= values
 
 
 def test_arrays_and_tuples_are_lists(tokenizer):
@@ -662,20 +668,20 @@ def test_arrays_and_tuples_are_lists(tokenizer):
 
     rows = [{"prompt": "1?", "responses": ("1", "2", "3"), "scores": np.array([1, 3, 2])}]
     lists = [{"prompt": "1?", "responses": ["1", "2", "3"], "scores": [1, 3, 2]}]
-    for kind in (rows, pandas.DataFrame(rows), lists):
-        assert dataset(tokenizer, kind).ids.tolist() == dataset(tokenizer, lists).ids.tolist()
+    for source in (rows, pandas.DataFrame(rows), lists):
+        assert dataset(tokenizer, source).ids.tolist() == dataset(tokenizer, lists).ids.tolist()
     table = pandas.DataFrame([*records(2), {"prompt": None, "chosen": "a", "rejected": "b"}])
     assert dataset(tokenizer, table).set_aside["reason"].to_list() == ["prompt is missing"]
 
 
-def test_what_a_tokenizer_cannot_encode_is_set_aside(tokenizer):
+def test_rows_that_a_tokenizer_cannot_encode_are_set_aside(tokenizer):
     rows = [*records(3), {"prompt": "How many?", "chosen": "1", "rejected": "2"}]
     pairs = dataset(tokenizer, rows)
     assert pairs.set_aside.rows() == [(3, "the tokenizer cannot encode the text")]
     assert pairs.ids.tolist() == dataset(tokenizer, records(3)).ids.tolist()
 
 
-def test_what_a_template_cannot_say_is_set_aside(qwen):
+def test_rows_that_a_template_cannot_render_are_set_aside(qwen):
     rows = [
         {"prompt": user("p"), "chosen": assistant("a"), "rejected": assistant("b")},
         {"prompt": user("\ud800"), "chosen": assistant("a"), "rejected": assistant("b")},
@@ -695,7 +701,7 @@ def test_what_a_template_cannot_say_is_set_aside(qwen):
     assert 1 in pairs.set_aside["source_row"]
 
 
-def test_a_template_that_writes_the_date_is_pointed_out(qwen):
+def test_a_template_that_writes_the_date_warns(qwen):
     qwen = deepcopy(qwen)
     qwen.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT
     record, _ = SHAPES["conversational, explicit prompt"]
@@ -703,19 +709,19 @@ def test_a_template_that_writes_the_date_is_pointed_out(qwen):
         PreferenceDataset.from_records([record], tokenizer=qwen, max_length=64)
 
 
-def test_tools_are_told_to_the_template(qwen):
+def test_tools_are_passed_to_the_template(qwen):
     qwen = deepcopy(qwen)
     qwen.chat_template = "{{ tools | tojson if tools else '' }}" + CHAT
     row = {"prompt": user("p"), "chosen": assistant("a"), "rejected": assistant("b")}
     tools = [{"name": "search"}]
     rows = [row, row | {"tools": tools}, row | {"tools": json.dumps(tools)}]
     pairs = PreferenceDataset.from_records(rows, tokenizer=qwen, max_length=64)
-    assert len(pairs) == 2  # the last says the same as the one before
+    assert len(pairs) == 2  # the last two rows are the same pair
     texts = [qwen.decode(sequence.tokens) for sequence in pairs.sequences()[:2]]
     assert ["search" in text for text in texts] == [False, True]
 
 
-def test_a_folder_of_our_own_exports_reads_back(tokenizer, tmp_path):
+def test_a_folder_of_exports_reads_back(tokenizer, tmp_path):
     write(".jsonl", records(), tmp_path / "kept.jsonl")
     (tmp_path / "dataset_info.json").write_text("{}")
     write(".parquet", [{"row": 1}], tmp_path / "kept.selection.parquet")
@@ -723,7 +729,7 @@ def test_a_folder_of_our_own_exports_reads_back(tokenizer, tmp_path):
                dataset(tokenizer))  # fmt: skip
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tokenizer, tmp_path, monkeypatch):
+def test_tokens_stay_in_memory_if_the_cache_is_not_writable(tokenizer, tmp_path, monkeypatch):
     write(".jsonl", records(), tmp_path / "pairs.jsonl")
     monkeypatch.setattr(chunks, "replace_durably", refuse)
     with pytest.warns(UserWarning, match="tokens stay in memory"):
@@ -738,22 +744,22 @@ def refuse(*args):
     raise PermissionError("read-only")
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(tokenizer, tmp_path, monkeypatch):
+def test_a_file_that_changes_during_reading_gets_no_manifest(tokenizer, tmp_path, monkeypatch):
     path, cache = tmp_path / "pairs.jsonl", tmp_path / "cache"
     write(".jsonl", records(3), path)
     read_records = dataset_module.read_records
 
-    def changed_meanwhile(*args, **options):
-        found = list(read_records(*args, **options))
+    def change_during_reading(*args, **options):
+        rows = list(read_records(*args, **options))
         write(".jsonl", records(5), path)
-        yield from found
+        yield from rows
 
-    monkeypatch.setattr(dataset_module, "read_records", changed_meanwhile)
+    monkeypatch.setattr(dataset_module, "read_records", change_during_reading)
     PreferenceDataset.read(path, tokenizer=tokenizer, max_length=64, cache=cache)
     assert list(cache.glob("*.json")) == []
 
 
-def test_one_odd_line_does_not_spoil_a_file(tokenizer, tmp_path):
+def test_one_bad_line_does_not_spoil_a_file(tokenizer, tmp_path):
     path = tmp_path / "pairs.jsonl"
     lines = [json.dumps(row) for row in records()]
     path.write_text("\ufeff" + "\n".join([*lines, "null", "[1, 2]"]), encoding="utf-8")
@@ -769,7 +775,7 @@ def test_truncation_is_reported(tokenizer):
     assert not dataset(tokenizer).column("truncated").any()
 
 
-def test_columns_of_the_input_never_hide_ours(tokenizer):
+def test_input_columns_never_hide_built_in_columns(tokenizer):
     pairs = dataset(tokenizer, [row | {"pair_id": "mine"} for row in records()])
     assert pairs.column("input_pair_id").to_list() == ["mine"] * 5
     assert pairs.ids[0] == dataset(tokenizer).ids[0]
@@ -794,12 +800,12 @@ def test_responses_read_back(name, qwen):
     text = qwen.decode(sequence.tokens[sequence.response_start :])
     if isinstance(chosen, str):
         assert text == chosen + qwen.eos_token
-    else:  # the template's own end, and no end token after it
+    else:  # ends as the template ends it, without a further end token
         assert text == chosen[0]["content"] + "</s>"
 
 
-def test_a_prompt_that_melts_into_the_response(qwen):
-    # "x " + "blue" is tokenised as "x", " blue": the space belongs to the response then
+def test_a_prompt_end_merged_into_the_response(qwen):
+    # "is " + "blue" is tokenised as "is", " blue": the space becomes part of the response
     rows = [{"prompt": "the sky is ", "chosen": "blue", "rejected": "red"}]
     pairs = PreferenceDataset.from_records(rows, tokenizer=qwen, max_length=64)
     chosen, rejected = pairs.sequences()
@@ -841,17 +847,17 @@ WATERFALL = {  # rows read, set aside, pairs
 def test_real_files(name, data):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
     pairs = PreferenceDataset.read(data / name, tokenizer=tokenizer, max_length=2048)
-    found = (len(pairs) + pairs.set_aside.height, pairs.set_aside.height, len(pairs))
-    assert found == WATERFALL[name]
+    counts = (len(pairs) + pairs.set_aside.height, pairs.set_aside.height, len(pairs))
+    assert counts == WATERFALL[name]
     lines = pairs.waterfall().splitlines()
     numbers = [int(line.split()[0].replace(",", "")) for line in lines]
     assert sum(numbers[:-1]) == numbers[-1] == len(pairs)
     assert sorted([*pairs.column("source_row"), *pairs.set_aside["source_row"]]) == list(
-        range(found[0])
+        range(counts[0])
     )
 
 
-def test_a_real_file_that_has_no_pairs(data):
+def test_a_real_file_without_pairs(data):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "minimind_6400")
     with pytest.raises(ValueError, match="'one labelled response, not a pair': 300"):
         PreferenceDataset.read(
@@ -870,15 +876,15 @@ def test_real_pairs(data, stories):
     assert tokenizer.decode(chosen.tokens[1 : chosen.response_start]) == table["prompt"][0]
 
 
-def test_pairs_that_a_trainer_has_tokenised_are_the_same_pairs():
+def test_pairs_tokenised_by_a_trainer_are_the_same_pairs():
     rows = [
         {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "9", "clarity": "high"},
         {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "4", "clarity": "low"},
         {"prompt": "7+3?", "chosen": "7+3=10", "rejected": "4", "clarity": "low"},
         {"prompt": "7+3?", "chosen": "1", "rejected": "7+3=4", "clarity": "low"},
     ]
-    ours = PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=9)
-    sequences = [(s.tokens.tolist(), s.response_start) for s in ours.sequences()]
+    from_text = PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=9)
+    sequences = [(s.tokens.tolist(), s.response_start) for s in from_text.sequences()]
     tokenised_rows = [
         {
             **rows[source],
@@ -887,19 +893,19 @@ def test_pairs_that_a_trainer_has_tokenised_are_the_same_pairs():
             "rejected_ids": r[start:],
         }
         for source, (c, start), (r, _) in zip(
-            ours.column("source_row"), sequences[:3], sequences[3:], strict=True
+            from_text.column("source_row"), sequences[:3], sequences[3:], strict=True
         )
     ]
-    theirs = PreferenceDataset.from_tokens(tokenised_rows, max_length=9)
-    assert theirs.ids.tolist() == ours.ids.tolist()
-    assert theirs.column("prompt_id").to_list() == ours.column("prompt_id").to_list()
-    assert theirs.column("clarity").to_list() == ["high", "low", "low"]
-    for mine, other in zip(ours.sequences(), theirs.sequences(), strict=True):
-        assert mine.response_start == other.response_start
-        assert mine.tokens.tolist() == other.tokens.tolist()
+    from_tokens = PreferenceDataset.from_tokens(tokenised_rows, max_length=9)
+    assert from_tokens.ids.tolist() == from_text.ids.tolist()
+    assert from_tokens.column("prompt_id").to_list() == from_text.column("prompt_id").to_list()
+    assert from_tokens.column("clarity").to_list() == ["high", "low", "low"]
+    for expected, actual in zip(from_text.sequences(), from_tokens.sequences(), strict=True):
+        assert actual.response_start == expected.response_start
+        assert actual.tokens.tolist() == expected.tokens.tolist()
 
 
-def test_what_a_trainer_tokenised_is_cut_named_and_set_aside():
+def test_pairs_tokenised_by_a_trainer_are_cut_named_and_set_aside():
     rows = [
         {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 1], "rejected_ids": [9, 1], "pair_id": "a"},
         {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 1], "rejected_ids": [7, 8, 9], "pair_id": "b"},

@@ -1,4 +1,4 @@
-"""Every code block of the documentation and every docstring's example runs."""
+"""Run every code block of the documentation and every example in a docstring."""
 
 import doctest
 import importlib
@@ -22,14 +22,14 @@ from sage_select.data.records import checked_pair
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = "\n".join(path.read_text() for path in sorted((ROOT / "examples").glob("*.py")))
 BLOCK = re.compile(r"^```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-NOT_RUN = (  # installs, runs for minutes, or wants several devices
+NOT_RUN = (  # these install packages, run for minutes, or need several devices
     "pip install ", "make ", "diff ", "python examples/", "torchrun ", "accelerate ", "srun "
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_code_blocks(page, monkeypatch, tmp_path):
-    """The blocks of a page run one after the other, as a reader would type them."""
+    """Run the blocks of a page in order and in one namespace, as a reader would."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path / "cache"))
     names: dict[str, object] = {"__name__": page.stem}
@@ -40,7 +40,7 @@ def test_code_blocks(page, monkeypatch, tmp_path):
                 exec(compile(text, f"{page.name}, block {number}", "exec"), names)
             case "yaml":
                 SageConfig(**yaml.safe_load(text))
-                if text.startswith("# "):  # the first line names the file it is
+                if text.startswith("# "):  # the first line is a comment with the file name
                     Path(text[2:].splitlines()[0]).write_text(text)
                 else:
                     (tmp_path / "run.yaml").write_text(text)
@@ -52,14 +52,14 @@ def test_code_blocks(page, monkeypatch, tmp_path):
             case "diff":
                 for line in re.findall(r"^\+ *(.+)", text, re.MULTILINE):
                     assert line in EXAMPLES, line
-            case "{toctree}" | "{eval-rst}":  # the site's own, see below
+            case "{toctree}" | "{eval-rst}":  # tested by building the site, see below
                 pass
             case _:
                 pytest.fail(f"{page.name}: a block of {language or 'no language'} is not tested")
 
 
 def run_in_shell(line: str, folder: Path) -> None:
-    """A command of sage-select, with the variables before it; others are known by their start."""
+    """Run a sage-select command with the variables in front of it; skip those of NOT_RUN."""
     if line.startswith(NOT_RUN):
         return
     *variables, arguments = line.partition("sage-select ")[::2]
@@ -67,7 +67,8 @@ def run_in_shell(line: str, folder: Path) -> None:
     words = shlex.split(arguments, comments=True)
     words = [str(folder / word) if word == "run.yaml" else word for word in words]
     if "run.yaml" in arguments.split() and "Qwen" in (folder / "run.yaml").read_text():
-        words = ["config", "show", str(folder / "run.yaml")]  # its model and data are not here
+        # the model and data of this run are not available; check only the configuration
+        words = ["config", "show", str(folder / "run.yaml")]
     result = CliRunner().invoke(app, words, env=environment)
     assert result.exit_code == 0, (line, result.output)
 
@@ -80,9 +81,9 @@ def test_the_readme_shows_code_early_and_stays_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_what_a_page_names_exists(page):
-    named = re.findall(r"`((?:docs|examples|tests)/[\w./]+)`", page.read_text())
-    assert [path for path in named if not (ROOT / path).exists()] == []
+def test_paths_on_a_page_exist(page):
+    paths = re.findall(r"`((?:docs|examples|tests)/[\w./]+)`", page.read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -92,7 +93,7 @@ def test_docstring_examples(name):
     assert doctest.testmod(module, optionflags=flags).failed == 0
 
 
-def test_docstring_examples_of_the_task():
+def test_docstring_examples_of_the_arithmetic_task():
     assert doctest.testmod(importlib.import_module("arithmetic")).failed == 0
 
 
@@ -107,10 +108,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for page in PAGES[1:]:
         assert (tmp_path / f"{page.stem}.html").exists()
     concepts = (tmp_path / "concepts.html").read_text()
-    assert concepts.count("<math xmlns") > 10  # drawn without a script
+    assert concepts.count("<math xmlns") > 10  # MathML needs no script
     assert "<td><p>Peak of the schedule.</p></td>" in (tmp_path / "configuration.html").read_text()
-    outside = re.findall(r'(?:src|href)="(https?://[^"]+)"', concepts)
-    assert [url for url in outside if url.endswith((".js", ".css"))] == []
+    external = re.findall(r'(?:src|href)="(https?://[^"]+)"', concepts)
+    assert [url for url in external if url.endswith((".js", ".css"))] == []
 
 
 def test_every_page_is_in_the_table_of_contents():
@@ -119,8 +120,13 @@ def test_every_page_is_in_the_table_of_contents():
     assert {page.stem for page in PAGES[1:]} - {"index"} <= listed
 
 
-def test_every_export_is_in_the_reference():
+def test_every_export_score_and_loss_is_in_the_reference():
     import sage_select
+    from sage_select.losses import LOSSES
+    from sage_select.scores import SCORES
 
     reference = (ROOT / "docs" / "api.md").read_text()
-    assert [name for name in sage_select.__all__ if name not in reference] == []
+    directives = re.findall(r"^\.\. auto\w+:: ([\w.]+)", reference, re.MULTILINE)
+    members = ", ".join(re.findall(r":members: (.+)", reference)).split(", ")
+    documented = {name.rpartition(".")[2] for name in [*directives, *members]}
+    assert {*sage_select.__all__, *SCORES, *LOSSES} - documented == set()

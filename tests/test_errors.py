@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the call, the value and the fix."""
+"""Invalid input raises an error with the call, the value and the fix."""
 
 import re
 from dataclasses import replace
@@ -59,8 +59,8 @@ ERRORS = [
     # plans
     (lambda: plan_pools([], ONE, 1), ValueError, "strata must be [N] with N >= 1"),
     (lambda: plan_pools([0.5], ONE, 1), ValueError, "whole numbers from 0, got float64"),
-    (lambda: plan_pools([0], ONE, 2), ValueError, "between 1 and the 1 pairs to deal, got 2"),
-    (lambda: plan_pools([0, 0], ONE, 1, copies=2), ValueError, "at most once in a pool"),
+    (lambda: plan_pools([0], ONE, 2), ValueError, "between 1 and the 1 pairs to assign, got 2"),
+    (lambda: plan_pools([0, 0], ONE, 1, copies=2), ValueError, "contains a pair at most once"),
     (lambda: plan_pools([0, 1], ONE, 1), ValueError, "gives 1 shares for 2 strata"),
     (lambda: plan_pools([0], Constant((0.5,)), 1), ValueError, "sum to 1, got (0.5,)"),
     (lambda: plan_pools([0], ONE, 1, ids=["a", "b"]), ValueError, "1 strata but 2 ids"),
@@ -69,9 +69,9 @@ ERRORS = [
     (lambda: plan_run([0], ONE, batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
     (lambda: plan_run([0], ONE, batch_size=1, scope="x"), ValueError, "run, epoch or single_pass"),
     (lambda: PLAN.on_rows([7] * 8), ValueError, "needs 8 different rows"),
-    (lambda: plan_pools([0, 0], ONE, 1, ids=["a", "a"]), ValueError, "ids stand more than once"),
+    (lambda: plan_pools([0, 0], ONE, 1, ids=["a", "a"]), ValueError, "ids occur more than once"),
     (lambda: plan_pools([0], Constant((np.nan,)), 1), ValueError, "sum to 1, got (nan,)"),
-    (lambda: PLAN.on_rows([1]), ValueError, "needs 8 different rows from 0"),
+    (lambda: PLAN.on_rows([1]), ValueError, "needs 8 different rows >= 0"),
     (lambda: kept_count(1.2, 10), ValueError, "a keep ratio must lie in [0, 1], got 1.2"),
     (lambda: kept_count(0.5, 10, 0), ValueError, "multiple must be at least 1, got 0"),
     (lambda: Timeline(PLAN, Constant(0.5), 0), ValueError, "batch_size must be at least 1, got 0"),
@@ -85,7 +85,7 @@ ERRORS = [
     (
         lambda: sage(*with_rewards([1.0], [1.0], tokens=0)),
         ValueError,
-        "pair 0 has no response tokens; set such pairs aside",
+        "pair 0 has no response tokens; drop such pairs from the pool",
     ),
     (lambda: nca_responses(H, H, W), ValueError, "must all be [B, K], got [2, 3], [2, 3] and"),
     (lambda: nca_responses(H, H, H), ValueError, "must be >= 0 and sum to 1 for each prompt"),
@@ -105,9 +105,9 @@ ERRORS = [
     # operations
     (lambda: token_logps(H, W[:, :2], T), ValueError, "got [2, 3] and [4, 2]"),
     (lambda: token_logps(H, W, T.int()), TypeError, "targets must be int64, got torch.int32"),
-    (lambda: token_logps(H, W, T[:1]), ValueError, "2 hidden states but targets of shape [1]"),
+    (lambda: token_logps(H, W, T[:1]), ValueError, "[N] = [2], one per hidden state, got [1]"),
     (lambda: token_logps(H, W, T + 3), ValueError, "target 4 at position 1 is outside the vocab"),
-    (lambda: token_logps(H, W, T - 1), ValueError, "use -100 for tokens that are not scored"),
+    (lambda: token_logps(H, W, T - 1), ValueError, "use -100 for tokens to skip"),
     (lambda: token_logps(H, W, T, softcap=0), ValueError, "softcap must be positive and finite,"),
     (lambda: token_logps(H, W, T, bias=T[:1]), ValueError, "bias must be [V] = [4], got [1]"),
     (lambda: token_logps(H, W, T, impl="fast"), ValueError, "chunked or fused, got 'fast'"),
@@ -213,7 +213,7 @@ def test_messages_of_missing_sources(name, words):
         read(name)
 
 
-def test_a_folder_without_data_is_named(tmp_path):
+def test_a_folder_without_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no file in .* has a known ending"):
         read(tmp_path)
 
@@ -224,7 +224,7 @@ def read(path):
     return PreferenceDataset.read(path, tokenizer=build_tokenizer(), max_length=8)
 
 
-def test_a_reference_of_other_rows_is_named():
+def test_a_reference_for_other_rows_is_refused():
     other = PairLogps(*(field.clone() for field in REFERENCE))
     other = replace(selector(), reference=other._replace(index=other.index + 5))
     with pytest.raises(KeyError, match="measure them before selecting"):

@@ -1,4 +1,4 @@
-"""The Triton kernels, run for real: on a GPU if there is one, else in Triton's interpreter."""
+"""The Triton kernels, run on a GPU if there is one, otherwise in Triton's interpreter."""
 
 import sys
 from dataclasses import replace
@@ -31,22 +31,22 @@ TILINGS = {
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy, of NaN
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy, for NaN
 
 
-TABLE = tilings.default_tiling
+default_tiling = tilings.default_tiling  # the fixture below replaces it
 
 
 @pytest.fixture(autouse=True)
 def tiling(request, monkeypatch):
-    """The small one of the interpreter, which has many tiles, unless a test asks for another."""
+    """Use the interpreter's small tiling, which has many tiles, unless a test selects another."""
     chosen = TILINGS[getattr(request, "param", "small")]
-    # of fp32, a GPU's shared memory does not hold as much
+    # tiles of fp32 take twice the shared memory, more than a GPU has
     for_fp32 = chosen._replace(rows=min(chosen.rows, 64), columns=32, depth=32, stages=1)
     monkeypatch.setattr(
         tilings, "default_tiling", lambda _, dtype: for_fp32 if dtype == torch.float32 else chosen
     )
-    monkeypatch.setattr(fused, "PRODUCT", (64, 160))
+    monkeypatch.setattr(fused, "PRODUCT_SHAPE", (64, 160))
     return chosen
 
 
@@ -54,7 +54,7 @@ every_tiling = pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 
 
 def problem(tokens=19, hidden=40, vocabulary=300, dtype=torch.float32, seed=0):
-    """Logits as a language model's: small, and of the target larger."""
+    """Logits like a language model's: small, with a larger one for the target."""
     random = torch.Generator().manual_seed(seed)
     h, w = (torch.randn(n, hidden, generator=random) for n in (tokens, vocabulary))
     t = torch.randint(vocabulary, (tokens,), generator=random)
@@ -63,7 +63,7 @@ def problem(tokens=19, hidden=40, vocabulary=300, dtype=torch.float32, seed=0):
 
 
 def exact(h, w, t, bias=None, softcap=None, temperature=1.0):
-    """In float64, of the numbers that the tensors hold."""
+    """Log-probs in float64, from the tensors' rounded values."""
     logits = h.double() @ w.double().T + (0 if bias is None else bias.double())
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()
     return (logits / temperature).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
@@ -73,10 +73,10 @@ def logps(h, w, t, **options):
     return token_logps(h, w, t, impl="fused", **options)
 
 
-def within_budget(found, h, w, t, **options):
-    """The error budget of a token: a hundredth of what logits of bf16 would err by."""
-    return found.dtype == torch.float32 and torch.allclose(
-        found.double(), exact(h, w, t, **options), atol=5e-5, rtol=1e-6
+def within_budget(result, h, w, t, **options):
+    """Return whether errors are within the budget, a hundredth of the error of bf16 logits."""
+    return result.dtype == torch.float32 and torch.allclose(
+        result.double(), exact(h, w, t, **options), atol=5e-5, rtol=1e-6
     )
 
 
@@ -120,24 +120,24 @@ def test_the_whole_vocabulary_of_a_model():
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_budget_refuses_logits_in_half_precision(dtype):
+def test_half_precision_logits_exceed_the_error_budget(dtype):
     h, w, t = problem(dtype=dtype)
     rounded = (h @ w.T).float().log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
     assert not within_budget(rounded, h, w, t)
 
 
 @pytest.mark.parametrize("tiling", ["pointers"], indirect=True)
-def test_a_long_sequence_adds_up():
+def test_the_sum_of_a_long_sequence_is_exact():
     h, w, t = problem(8000, 16, 130, torch.bfloat16)
-    found = sequence_logps(h, w, t, torch.tensor([0, 8000], device=DEVICE), impl="fused")
-    assert found.item() == pytest.approx(exact(h, w, t).sum().item(), abs=5e-3)
+    result = sequence_logps(h, w, t, torch.tensor([0, 8000], device=DEVICE), impl="fused")
+    assert result.item() == pytest.approx(exact(h, w, t).sum().item(), abs=5e-3)
 
 
 @every_tiling
 @pytest.mark.parametrize("vocabulary", [1, 127, 257, 300])
 @pytest.mark.parametrize("softcap", [None, 70.0])
-def test_no_column_behind_the_vocabulary_counts(tiling, vocabulary, softcap):
-    """A logit of 0 there would outweigh these by e^60."""
+def test_columns_beyond_the_vocabulary_are_excluded(tiling, vocabulary, softcap):
+    """A logit of 0 there would outweigh the real ones by e^60."""
     h, w, t = problem(vocabulary=vocabulary)
     bias = torch.full((vocabulary,), -65.0, device=DEVICE)
     assert within_budget(
@@ -154,27 +154,27 @@ def test_first_and_last_token_of_the_vocabulary(tiling):
 
 
 @every_tiling
-def test_rows_that_overflow_are_done_again_and_others_are_not_touched(tiling):
+def test_rows_that_overflow_are_recomputed_and_others_are_unchanged(tiling):
     h, w, t = problem()
     alone = logps(h, w, t)
     h[4] *= 200
     t[4] = (h[4] @ w.T).argmin()
-    found = logps(h, w, t)
-    assert found[4] < -200
-    assert torch.allclose(found.double(), exact(h, w, t), rtol=1e-5, atol=5e-5)
+    result = logps(h, w, t)
+    assert result[4] < -200
+    assert torch.allclose(result.double(), exact(h, w, t), rtol=1e-5, atol=5e-5)
     others = torch.arange(19) != 4
-    assert torch.equal(found[others], alone[others])
+    assert torch.equal(result[others], alone[others])
 
 
-def test_a_bias_that_rules_out_a_part_of_the_vocabulary_or_the_target():
+def test_a_bias_that_excludes_a_part_of_the_vocabulary_or_the_target():
     h, w, t = problem()
     bias = torch.zeros(300, device=DEVICE)
     bias[:150] = -torch.inf
     t.clamp_(min=150)
     t[3] = 7
-    found = logps(h, w, t, bias=bias)
-    assert found[3] == -torch.inf
-    assert torch.allclose(found.double(), exact(h, w, t, bias=bias), atol=5e-5)
+    result = logps(h, w, t, bias=bias)
+    assert result[3] == -torch.inf
+    assert torch.allclose(result.double(), exact(h, w, t, bias=bias), atol=5e-5)
 
 
 @every_tiling
@@ -182,85 +182,85 @@ def test_nan_stays_in_its_row(tiling):
     h, w, t = problem()
     alone = logps(h, w, t)
     h[4] = torch.nan
-    found = logps(h, w, t)
-    assert found.isnan().nonzero().tolist() == [[4]]
+    result = logps(h, w, t)
+    assert result.isnan().nonzero().tolist() == [[4]]
     others = torch.arange(19) != 4
-    assert torch.equal(found[others], alone[others])
+    assert torch.equal(result[others], alone[others])
 
 
-def bits_are_a_rows_own(h, w, t):
-    """Whatever stands beside it, wherever it stands, and again."""
+def rows_are_independent(h, w, t):
+    """Return whether each row has the same bits when repeated, shuffled, and in a smaller batch."""
     random = torch.Generator().manual_seed(1)
     order = torch.randperm(len(h), generator=random).to(DEVICE)
-    found = logps(h, w, t)
-    same = [
-        torch.equal(logps(h, w, t), found),
-        torch.equal(logps(h[order], w, t[order]), found[order]),
+    result = logps(h, w, t)
+    checks = [
+        torch.equal(logps(h, w, t), result),
+        torch.equal(logps(h[order], w, t[order]), result[order]),
         all(
-            torch.equal(logps(h[i:j], w, t[i:j]), found[i:j]) for i, j in [(0, 1), (3, 8), (5, 19)]
+            torch.equal(logps(h[i:j], w, t[i:j]), result[i:j]) for i, j in [(0, 1), (3, 8), (5, 19)]
         ),
     ]
-    return all(same)
+    return all(checks)
 
 
 @every_tiling
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_are_a_rows_own(tiling, dtype):
+def test_the_bits_of_a_row_do_not_depend_on_other_rows(tiling, dtype):
     h, w, t = problem(dtype=dtype)
     t[7] = -100
-    assert bits_are_a_rows_own(h, w, t)
+    assert rows_are_independent(h, w, t)
 
 
-def test_that_would_find_one_that_reads_its_neighbours(monkeypatch):
+def test_the_check_of_independence_detects_a_dependence(monkeypatch):
     sum_exp = FusedLogits.sum_exp
     monkeypatch.setattr(
         FusedLogits,
         "sum_exp",
         lambda self, x, t: (sum_exp(self, x, t)[0] * (1 + 1e-6 * len(x)), None),
     )
-    assert not bits_are_a_rows_own(*problem())
+    assert not rows_are_independent(*problem())
 
 
 @every_tiling
 @pytest.mark.parametrize("softcap", [30.0, 1e3, 1e5])
-def test_a_softcap_that_caps_next_to_nothing(tiling, softcap):
+def test_a_softcap_far_above_the_logits(tiling, softcap):
     h, w, t = problem()
     assert within_budget(logps(h, w, t, softcap=softcap), h, w, t, softcap=softcap)
 
 
 @every_tiling
-def test_certain_tokens_of_large_logits_are_certain(tiling):
-    h, w, _ = (x.round() for x in problem())  # whole numbers, whose products are exact
+def test_large_logits_of_certain_tokens_give_log_prob_zero(tiling):
+    h, w, _ = (x.round() for x in problem())  # products of integers are exact
     logits = 300 * h @ w.T
     t = logits.argmax(dim=-1)
-    sure = logits.topk(2).values.diff().abs().squeeze(-1) > 0
-    assert sure.sum() > 5
-    assert logps(300 * h, w, t)[sure].abs().max() < 1e-6
+    certain = logits.topk(2).values.diff().abs().squeeze(-1) > 0
+    assert certain.sum() > 5
+    assert logps(300 * h, w, t)[certain].abs().max() < 1e-6
 
 
 def test_the_probabilities_of_all_tokens_sum_to_one():
     h, w, _ = problem(tokens=1)
-    found = logps(h.expand(300, -1).contiguous(), w, torch.arange(300, device=DEVICE))
-    assert found.double().exp().sum().item() == pytest.approx(1)
+    result = logps(h.expand(300, -1).contiguous(), w, torch.arange(300, device=DEVICE))
+    assert result.double().exp().sum().item() == pytest.approx(1)
 
 
-def test_order_of_the_vocabulary_and_a_shift_of_all_logits_change_nothing():
+def test_invariance_to_the_order_of_the_vocabulary_and_a_shift_of_all_logits():
     h, w, t = problem()
-    found = logps(h, w, t)
+    result = logps(h, w, t)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    assert torch.allclose(logps(h, w[order], order.argsort()[t]), found, atol=1e-5)
+    assert torch.allclose(logps(h, w[order], order.argsort()[t]), result, atol=1e-5)
     shifted = logps(h, w, t, bias=torch.full((300,), 30.0, device=DEVICE))
-    assert torch.allclose(shifted, found, atol=2e-5)
+    assert torch.allclose(shifted, result, atol=2e-5)
 
 
 def test_rows_far_apart_in_memory():
-    """Offsets beyond 2^31 elements, of strides below; of the memory between, nothing is touched."""
+    """Offsets exceed 2^31 elements with strides below it; memory between rows is never touched."""
     h, w, t = problem(3, 8, 3, torch.float16)
     t[:] = torch.tensor([2, 1, 0])
-    apart = 2**30 + 8
+    stride = 2**30 + 8
     far_h, far_w = (
-        torch.empty((len(x) - 1) * apart + 8, dtype=x.dtype, device=DEVICE).as_strided(
-            x.shape, (apart, 1)
+        torch.empty((len(x) - 1) * stride + 8, dtype=x.dtype, device=DEVICE).as_strided(
+            x.shape, (stride, 1)
         )
         for x in (h, w)
     )
@@ -269,7 +269,7 @@ def test_rows_far_apart_in_memory():
 
 
 @pytest.mark.parametrize("tiling", ["pointers"], indirect=True)
-def test_more_rows_than_a_grid_has_places_in_its_second_dimension():
+def test_more_rows_than_the_second_dimension_of_a_grid_can_have():
     h, w, t = problem(65_600, 2, 3)
     assert within_budget(logps(h, w, t), h, w, t)
 
@@ -285,36 +285,38 @@ def test_gradients(tiling, dtype, options):
 
     def gradients(function, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (h, w, bias)]
-        found = function(*leaves[:2], t, bias=leaves[2], **options)
-        return torch.autograd.grad(found, leaves, upstream.to(found.dtype))
+        result = function(*leaves[:2], t, bias=leaves[2], **options)
+        return torch.autograd.grad(result, leaves, upstream.to(result.dtype))
 
     def in_float64(h, w, t, **options):
         return exact(h, w, t.clamp(min=0), **options) * (t >= 0)
 
     budget = 1e-5 if dtype == torch.float32 else 5e-3
-    for found, right in zip(
+    for result, expected in zip(
         gradients(logps, dtype), gradients(in_float64, torch.float64), strict=True
     ):
-        assert found.dtype == dtype
-        assert (found - right).norm() <= budget * right.norm()
+        assert result.dtype == dtype
+        assert (result - expected).norm() <= budget * expected.norm()
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_gradients_of_a_part_cost_nothing_else(frozen, monkeypatch):
+def test_gradients_of_frozen_inputs_are_not_computed(frozen, monkeypatch):
     h, w, t = problem()
-    made = []
+    computed = []
     monkeypatch.setattr(
-        operators, "backward", lambda *args, f=operators.backward: made.append(f(*args)) or made[-1]
+        operators,
+        "backward",
+        lambda *args, f=operators.backward: computed.append(f(*args)) or computed[-1],
     )
     leaf = (h, w)[1 - frozen].requires_grad_()
     logps(h, w, t).sum().backward()
-    assert [x is None for x in made[0]] == [frozen == 0, frozen == 1, True]
+    assert [x is None for x in computed[0]] == [frozen == 0, frozen == 1, True]
     assert leaf.grad.isfinite().all()
 
 
-def test_tokens_without_weight_in_the_loss_are_left_out_of_backward(monkeypatch):
+def test_tokens_with_zero_weight_in_the_loss_are_dropped_in_backward(monkeypatch):
     h, w, t = problem()
-    h[3] = torch.nan  # times 0 it would be NaN
+    h[3] = torch.nan  # 0 * NaN would be NaN
     leaves = [h.requires_grad_(), w.requires_grad_()]
     upstream = torch.linspace(-1, 1, 19, device=DEVICE)
     upstream[[3, 5]] = 0
@@ -323,15 +325,15 @@ def test_tokens_without_weight_in_the_loss_are_left_out_of_backward(monkeypatch)
     monkeypatch.setattr(
         FusedLogits, "slopes", lambda self, *x: rows.append(len(self.hidden_NH)) or slopes(self, *x)
     )
-    found = torch.autograd.grad(logps(*leaves, t), leaves, upstream)
+    result = torch.autograd.grad(logps(*leaves, t), leaves, upstream)
     assert set(rows) == {17}
-    assert all(x.isfinite().all() for x in found)
-    assert found[0][[3, 5]].abs().sum() == 0
+    assert all(x.isfinite().all() for x in result)
+    assert result[0][[3, 5]].abs().sum() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_a_small_loss_do_not_vanish(dtype):
-    """In fp16, a millionth of a probability is nothing."""
+def test_gradients_of_a_small_loss_do_not_underflow(dtype):
+    """In fp16, a probability times a millionth would underflow."""
     h, w, t = problem(dtype=dtype)
     logits = FusedLogits.of(h, w, None, None, 1.0)
     logsumexp = (h.double() @ w.double().T).logsumexp(-1).float()
@@ -343,37 +345,37 @@ def test_gradients_of_a_small_loss_do_not_vanish(dtype):
     assert torch.equal(small * 2**20, whole)
 
 
-def test_backward_by_several_blocks_of_the_vocabulary(monkeypatch):
+def test_backward_in_several_blocks_of_the_vocabulary(monkeypatch):
     h, w, t = problem()
     leaves = [h.requires_grad_(), w.requires_grad_()]
-    at_once = torch.autograd.grad(logps(*leaves, t).sum(), leaves)
-    monkeypatch.setattr(fused, "SLOPES", 19 * 70)
-    found = torch.autograd.grad(logps(*leaves, t).sum(), leaves)
-    assert all(torch.allclose(*both, atol=1e-6) for both in zip(found, at_once, strict=True))
+    expected = torch.autograd.grad(logps(*leaves, t).sum(), leaves)
+    monkeypatch.setattr(fused, "MAX_SLOPES", 19 * 70)
+    result = torch.autograd.grad(logps(*leaves, t).sum(), leaves)
+    assert all(torch.allclose(*both, atol=1e-6) for both in zip(result, expected, strict=True))
 
 
 @every_tiling
-def test_nothing_is_read_before_it_is_written_nor_written_outside(tiling, monkeypatch):
-    """Every buffer starts as NaN, and stands between two guards."""
+def test_buffers_are_not_read_before_written_nor_written_out_of_bounds(tiling, monkeypatch):
+    """Every buffer starts as NaN, with guard values on both sides."""
     buffers = []
 
-    def poisoned(self, *shape, dtype=torch.float32):
-        whole = torch.full(
+    def new_poisoned(self, *shape, dtype=torch.float32):
+        guarded = torch.full(
             (torch.Size(shape).numel() + 128,), torch.nan, dtype=dtype, device=DEVICE
         )
-        buffers.append((whole, whole[64:-64].view(shape)))
-        return buffers[-1][1]
+        buffers.append(guarded)
+        return guarded[64:-64].view(shape)
 
-    monkeypatch.setattr(FusedLogits, "_new", poisoned)
+    monkeypatch.setattr(FusedLogits, "_new", new_poisoned)
     h, w, t = problem(dtype=torch.bfloat16)
     leaves = [h.requires_grad_(), w.requires_grad_()]
-    found = logps(*leaves, t)
-    assert found.isfinite().all()
-    assert all(x.isfinite().all() for x in torch.autograd.grad(found.sum(), leaves))
+    result = logps(*leaves, t)
+    assert result.isfinite().all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(result.sum(), leaves))
     assert len(buffers) >= (2 if tiling.library else 5)
-    for whole, _ in buffers:
-        assert whole[:64].isnan().all()
-        assert whole[-64:].isnan().all()
+    for guarded in buffers:
+        assert guarded[:64].isnan().all()
+        assert guarded[-64:].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -385,25 +387,25 @@ def test_nothing_is_read_before_it_is_written_nor_written_outside(tiling, monkey
     ],
     indirect=["tiling"],
 )
-def test_the_kernels_are_what_is_run(forward, monkeypatch):
+def test_the_expected_kernels_are_launched(forward, monkeypatch):
     launched = []
     run = FusedLogits._run
 
-    def recorded(self, kernel, *args):
+    def recording_run(self, kernel, *args):
         launched.append(kernel.__name__)
         run(self, kernel, *args)
 
-    monkeypatch.setattr(FusedLogits, "_run", recorded)
-    for name in ("product", "add_product"):  # PyTorch's own products stand for no kernel's work
+    monkeypatch.setattr(FusedLogits, "_run", recording_run)
+    for name in ("product", "add_product"):  # chunked must not do the work instead
         monkeypatch.setattr(f"sage_select.ops.chunked.{name}", None, raising=False)
     h, w, t = problem()
-    found = logps(h.requires_grad_(), w, t)
+    result = logps(h.requires_grad_(), w, t)
     assert launched == forward
-    found.sum().backward()
+    result.sum().backward()
     assert launched == [*forward, "slope_kernel"]
 
 
-def test_descriptors_are_used_where_they_can_be():
+def test_descriptors_are_used_if_operands_are_aligned():
     h, w, _ = problem(dtype=torch.bfloat16)
     logits = FusedLogits(h, w, None, None, 1.0, HOPPER)
     assert logits._tiles()["DESCRIPTORS"]
@@ -412,13 +414,13 @@ def test_descriptors_are_used_where_they_can_be():
     assert not replace(logits, hidden_NH=odd_h, weight_VH=odd_w)._tiles()["DESCRIPTORS"]
 
 
-def test_a_weight_that_is_transposed():
+def test_transposed_operands():
     h, w, t = problem()
     assert torch.equal(logps(h.T.contiguous().T, w.T.contiguous().T, t), logps(h, w, t))
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "message"),
     [
         (
             {"h": torch.float64, "w": torch.float64},
@@ -428,9 +430,9 @@ def test_a_weight_that_is_transposed():
         ({"h": torch.bfloat16}, TypeError, "got torch.bfloat16 and torch.float32; use impl="),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused(change, error, words):
+def test_dtypes_that_the_kernels_do_not_support_are_refused(change, error, message):
     h, w, t = problem()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         logps(h.to(change.get("h")), w.to(change.get("w")), t)
 
 
@@ -441,13 +443,13 @@ def test_a_cpu_is_refused_outside_the_interpreter(monkeypatch):
         logps(h, w, t)
 
 
-def test_without_triton_the_fix_is_named(monkeypatch):
+def test_a_missing_triton_is_reported_with_the_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "sage_select.ops.fused", None)
     with pytest.raises(ModuleNotFoundError, match="needs Triton; pip install triton, or use"):
         logps(*problem())
 
 
-def test_wrong_targets_are_refused_by_name():
+def test_a_wrong_target_is_reported_with_its_position():
     h, w, t = problem()
     t[3] = 300
     with pytest.raises(
@@ -457,7 +459,7 @@ def test_wrong_targets_are_refused_by_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_node_to_pytorch(dtype):
+def test_compiled_and_eager_bits_are_equal(dtype):
     h, w, t = problem(dtype=dtype)
     t[3] = -100
     leaves = [h.requires_grad_(), w.requires_grad_()]
@@ -470,11 +472,11 @@ def test_one_node_to_pytorch(dtype):
     assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
 
 
-def test_a_model_is_measured_with_it(pairs):
+def test_measure_with_the_fused_head(pairs):
     model = small_model("llama").to(DEVICE)
-    expected, found = (measure(model, pairs, impl=impl) for impl in ("chunked", "fused"))
-    assert torch.allclose(found.chosen, expected.chosen, atol=1e-4)
-    assert torch.allclose(found.rejected, expected.rejected, atol=1e-4)
+    expected, result = (measure(model, pairs, impl=impl) for impl in ("chunked", "fused"))
+    assert torch.allclose(result.chosen, expected.chosen, atol=1e-4)
+    assert torch.allclose(result.rejected, expected.rejected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -489,10 +491,10 @@ def test_a_model_is_measured_with_it(pairs):
 )
 def test_the_table_of_tilings(capability, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert TABLE(torch.device("cuda"), dtype) == expected
+    assert default_tiling(torch.device("cuda"), dtype) == expected
 
 
-def test_a_tiling_that_was_tuned_goes_before_the_table(monkeypatch, tmp_path):
+def test_a_tuned_tiling_takes_precedence_over_the_table(monkeypatch, tmp_path):
     monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     tilings.tuned_tilings.cache_clear()
@@ -505,44 +507,44 @@ def test_a_tiling_that_was_tuned_goes_before_the_table(monkeypatch, tmp_path):
     assert tilings.tiling_of(problem()[1].cpu()) == INTERPRETER
 
 
-class OnAGpu(torch.Tensor):
-    """A tensor that says so."""
+class FakeGpuTensor(torch.Tensor):
+    """A CPU tensor that claims to be on a GPU."""
 
     is_cuda = True
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
-def test_the_fastest_tiling_that_is_right_is_kept(monkeypatch, tmp_path):
+def test_the_fastest_correct_tiling_is_stored(monkeypatch, tmp_path):
     monkeypatch.setenv("SAGE_SELECT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     tilings.tuned_tilings.cache_clear()
-    table, slow, fast, wrong, large = (INTERPRETER._replace(group=i) for i in range(5, 10))
+    default, slow, fast, wrong, large = (INTERPRETER._replace(group=i) for i in range(5, 10))
     monkeypatch.setattr(tuning, "CANDIDATES", [slow, fast, wrong, large])
     monkeypatch.setattr(
         FusedLogits,
         "of",
-        lambda h, w, *_: FusedLogits(h.as_subclass(torch.Tensor), w, None, None, 1.0, table),
+        lambda h, w, *_: FusedLogits(h.as_subclass(torch.Tensor), w, None, None, 1.0, default),
     )
     sum_exp = FusedLogits.sum_exp
 
-    def planted(self, *args):
+    def sum_exp_with_faults(self, *args):
         if self.tiling == large:
             raise OutOfResources(2, 1, "shared memory")
         return sum_exp(self, *args)[0] * (1.01 if self.tiling == wrong else 1), None
 
-    monkeypatch.setattr(FusedLogits, "sum_exp", planted)
+    monkeypatch.setattr(FusedLogits, "sum_exp", sum_exp_with_faults)
     milliseconds = {slow: 2.0, fast: 1.0, wrong: 0.5}
     monkeypatch.setattr(tuning, "do_bench", lambda call: milliseconds[call.func.__self__.tiling])
     h, w, _ = (x.cpu() for x in problem())
-    assert tune(h.as_subclass(OnAGpu), w) == {slow: 2.0, fast: 1.0}
-    tilings.tuned_tilings.cache_clear()  # as another process begins
+    assert tune(h.as_subclass(FakeGpuTensor), w) == {slow: 2.0, fast: 1.0}
+    tilings.tuned_tilings.cache_clear()  # as in a new process
     assert tilings.tuned_tilings() == {tilings.key_of(w): fast}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU can be tuned")
-def test_nothing_is_tuned_on_a_cpu():
+def test_tuning_on_a_cpu_is_refused():
     h, w, _ = problem()
     with pytest.raises(
-        ValueError, match="tune: times kernels on a GPU, and these tensors are on cp"
+        ValueError, match="tune: times kernels on a GPU, but these tensors are on cpu"
     ):
         tune(h, w)

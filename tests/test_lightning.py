@@ -1,4 +1,4 @@
-"""The Lightning host: what it trains, what it refuses, and what a resumed run goes on with."""
+"""The Lightning host: training, refusals and resuming."""
 
 import re
 from copy import deepcopy
@@ -14,7 +14,16 @@ from contract import BATCH, BETA, LEARNING_RATE, STEPS, dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning_worker import ODD, TRAINING, fit, known, loader, policy, saved, trainer
+from lightning_worker import (
+    SHORT_LAST,
+    TRAINING,
+    fit,
+    loader,
+    policy,
+    reference_logps,
+    saved,
+    trainer,
+)
 
 from sage_select import PairLogps, Reader, measure, nca
 from sage_select.adapters.lightning import (
@@ -31,9 +40,11 @@ WORKER = Path(__file__).with_name("lightning_worker.py")
 
 @cache
 def plain(pairs: int = 48) -> tuple[dict[str, torch.Tensor], History]:
-    """The weights and metrics of the same run in the plain loop."""
+    """Return the weights and metrics of the same run in the plain loop."""
     batches = loader(pairs)
-    history = train(batches.model, batches, dataset(), known(), TRAINING, show_progress=False)
+    history = train(
+        batches.model, batches, dataset(), reference_logps(), TRAINING, show_progress=False
+    )
     return batches.model.state_dict(), history
 
 
@@ -42,7 +53,7 @@ def difference(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> floa
 
 
 class Logged(Callback):
-    """What was logged, by update."""
+    """The metrics logged by each update."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, float]] = []
@@ -52,14 +63,14 @@ class Logged(Callback):
             self.updates.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
 
-@pytest.mark.parametrize("pairs", [48, ODD])
-def test_a_run_is_the_plain_loops_run_also_in_a_short_last_batch(pairs):
+@pytest.mark.parametrize("pairs", [48, SHORT_LAST])
+def test_a_run_equals_that_of_the_plain_loop_even_with_a_short_last_batch(pairs):
     batches, logged = loader(pairs), Logged()
     made = fit(batches, logged)
     weights, history = plain(pairs)
     assert made.global_step == len(batches) == len(history.steps)
     assert made.num_training_batches == 2 * len(batches)
-    assert (history.steps[-1]["pairs"] < BATCH) == (pairs == ODD)
+    assert (history.steps[-1]["pairs"] < BATCH) == (pairs == SHORT_LAST)
     assert difference(batches.model, weights) < 1e-6
     for ours, theirs in zip(logged.updates, history.steps, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
@@ -68,19 +79,19 @@ def test_a_run_is_the_plain_loops_run_also_in_a_short_last_batch(pairs):
             assert ours[f"selection/{name}"] == pytest.approx(theirs[name])
 
 
-def test_the_test_above_can_fail():
+def test_without_weighting_short_passes_the_run_differs():
     class Unweighted(SageSelection):
         def on_before_backward(self, *_):
             pass
 
-    batches = loader(ODD)
+    batches = loader(SHORT_LAST)
     selection = Unweighted(batches)
     trainer(selection).fit(PreferenceModule(batches, TRAINING), selection.batches)
-    assert difference(batches.model, plain(ODD)[0]) > 1e-5
+    assert difference(batches.model, plain(SHORT_LAST)[0]) > 1e-5
 
 
-class Own(LightningModule):
-    """A user's own module, which knows nothing of this library: logits, and plain sums."""
+class Custom(LightningModule):
+    """A user's module, independent of this library: it sums log-probs from logits."""
 
     def __init__(self, model: Any, reference: PairLogps) -> None:
         super().__init__()
@@ -88,7 +99,7 @@ class Own(LightningModule):
         self.reference = reference
 
     def configure_optimizers(self) -> Any:
-        steps = self.trainer.estimated_stepping_batches  # makes the loop before it is restored
+        steps = self.trainer.estimated_stepping_batches  # sets up the loop before it is restored
         self.estimated = steps
         optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -98,11 +109,12 @@ class Own(LightningModule):
         tokens, starts, ends = batch["tokens"], batch["starts"], batch["ends"]
         logps = self.model(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
         logps = logps.gather(-1, tokens[:, 1:, None])[..., 0].double()
-        place = torch.arange(1, tokens.shape[1])
-        inside = (place >= starts[:, None]) & (place < ends[:, None])
-        chosen, rejected = (logps * inside).sum(dim=1).chunk(2)
-        known = self.reference.take(batch["rows"])
-        return nca(known._replace(chosen=chosen, rejected=rejected), known, beta=BETA).mean()
+        position = torch.arange(1, tokens.shape[1])
+        in_response = (position >= starts[:, None]) & (position < ends[:, None])
+        chosen, rejected = (logps * in_response).sum(dim=1).chunk(2)
+        reference = self.reference.take(batch["rows"])
+        policy = reference._replace(chosen=chosen, rejected=rejected)
+        return nca(policy, reference, beta=BETA).mean()
 
 
 def collate(pairs: Any) -> dict[str, torch.Tensor]:
@@ -116,26 +128,29 @@ def collate(pairs: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_module_of_ones_own_and_estimated_steps_which_score_nothing_and_spoil_no_resume(tmp_path):
+def test_a_custom_module_that_asks_for_estimated_steps_trains_and_resumes(tmp_path):
     options = {"collate": collate, "gradient_clip_val": 1.0}
-    whole = loader(ODD)
-    seen = []
+    whole = loader(SHORT_LAST)
+    estimates = []
 
-    class Early(Own):
+    class Estimating(Custom):
         def configure_optimizers(self):
-            made = super().configure_optimizers()
-            seen.append((self.estimated, len(whole.on_select)))
-            return made
+            optimizers = super().configure_optimizers()
+            estimates.append((self.estimated, len(whole.on_select)))
+            return optimizers
 
     fit(
-        whole, saved(tmp_path, every_n_train_steps=1), module=Early(whole.model, known()), **options
+        whole,
+        saved(tmp_path, every_n_train_steps=1),
+        module=Estimating(whole.model, reference_logps()),
+        **options,
     )
-    assert seen == [(len(whole), 0)]
-    assert difference(whole.model, plain(ODD)[0]) < 1e-3  # other products, rounded otherwise
+    assert estimates == [(len(whole), 0)]  # the estimate has scored no pool
+    assert difference(whole.model, plain(SHORT_LAST)[0]) < 1e-3  # other kernels, other rounding
 
-    for step in (2, 3):  # within an interval, and where one ends
-        rest = loader(ODD)
-        module = Own(rest.model, known())
+    for step in (2, 3):  # within an interval, and at its end
+        rest = loader(SHORT_LAST)
+        module = Custom(rest.model, reference_logps())
         fit(rest, module=module, resume=tmp_path / f"step={step}.ckpt", **options)
         assert rest.on_select[0][0] == 1
         assert difference(rest.model, whole.model.state_dict()) == 0
@@ -146,9 +161,9 @@ def test_a_module_of_ones_own_and_estimated_steps_which_score_nothing_and_spoil_
     [(2, 2), (2, 1), (2, 4), (4, 2)],
     ids=lambda passes: f"{passes} passes",
 )
-def test_a_run_goes_on_in_other_passes_and_from_within_an_update(tmp_path, written, resumed):
+def test_a_run_resumes_from_within_an_update_and_with_other_passes(tmp_path, written, resumed):
     class Midway(Callback):
-        """Writes a checkpoint after the first pass of the fifth update."""
+        """A callback that saves a checkpoint after the first pass of the fifth update."""
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 4 * written:
@@ -174,9 +189,9 @@ def test_held_out_pairs_and_the_best_checkpoint(tmp_path):
     assert len(losses) > 2
     assert losses[0] == pytest.approx(float(best.best_model_score))
     module = PreferenceModule(batches, TRAINING)
-    (found,) = made.validate(module, held_out, ckpt_path=best.best_model_path, verbose=False)
-    assert found["held_out/loss"] == pytest.approx(losses[0], abs=1e-6)
-    assert {"held_out/accuracy", "held_out/margin"} <= set(found)
+    (metrics,) = made.validate(module, held_out, ckpt_path=best.best_model_path, verbose=False)
+    assert metrics["held_out/loss"] == pytest.approx(losses[0], abs=1e-6)
+    assert {"held_out/accuracy", "held_out/margin"} <= set(metrics)
 
     rest = loader(40)
     path = min(best.best_k_models, key=lambda path: int(re.findall(r"step=(\d+)", path)[0]))
@@ -186,7 +201,7 @@ def test_held_out_pairs_and_the_best_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_mixed_precision_and_packed_batches_whose_layers_are_computed_again(checkpointed):
+def test_mixed_precision_and_packed_batches_with_activation_checkpointing(checkpointed):
     bfloat16 = torch.bfloat16
     reference = measure(policy(), dataset(), mixed_precision=bfloat16)
     batches = loader(reference=reference, mixed_precision=bfloat16)
@@ -230,6 +245,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def untouched():
+    """A loader that must have scored nothing once all refusals are tested."""
     batches = loader()
     yield batches
     assert batches.on_select == []
@@ -237,13 +253,13 @@ def untouched():
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_trainers_that_are_refused_before_anything_is_scored(untouched, options, message):
+def test_refused_trainers_before_anything_is_scored(untouched, options, message):
     with pytest.raises(ValueError, match=message):
         fit(untouched, **options)
 
 
 @pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 4}), LearningRateFinder()])
-def test_callbacks_that_are_refused(untouched, callback):
+def test_refused_callbacks(untouched, callback):
     with pytest.raises(ValueError, match=f"{type(callback).__name__} changes the run"):
         fit(untouched, callback)
 
@@ -254,7 +270,7 @@ def splitting() -> ModelParallelStrategy:
     return strategy
 
 
-FITTING = {
+COMPATIBLE = {
     "accumulate_grad_batches": 1,
     "callbacks": [],
     "limit_train_batches": 1.0,
@@ -265,27 +281,27 @@ FITTING = {
     "reload_dataloaders_every_n_epochs": 0,
     "world_size": 2,
 }
-"""A trainer's settings that go with selection."""
+"""Settings of a trainer that are compatible with selection."""
 
 
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
         (object.__new__(FSDPStrategy), "FSDP1, .*data_parallel_size=2, tensor_parallel_size=1"),
-        (object.__new__(DeepSpeedStrategy), "DeepSpeedStrategy steps and accumulates itself"),
+        (object.__new__(DeepSpeedStrategy), "DeepSpeedStrategy steps and accumulates by itself"),
         (SimpleNamespace(), "SimpleNamespace is not supported; use one device"),
-        (splitting(), "'auto' means.*data_parallel_size=2, tensor_parallel_size=1"),
+        (splitting(), "meaning of 'auto'.*data_parallel_size=2, tensor_parallel_size=1"),
     ],
-    ids=["FSDP1", "DeepSpeed", "others", "tensor parallel"],
+    ids=["FSDP1", "DeepSpeed", "unsupported", "tensor parallel"],
 )
-def test_strategies_that_are_refused(untouched, strategy, message):
+def test_refused_strategies(untouched, strategy, message):
     with pytest.raises(TypeError, match=message):
         SageSelection(untouched).setup(
-            SimpleNamespace(strategy=strategy, **FITTING), LightningModule(), "fit"
+            SimpleNamespace(strategy=strategy, **COMPATIBLE), LightningModule(), "fit"
         )
 
 
-def test_modules_and_batches_that_are_refused(untouched):
+def test_refused_modules_and_batches(untouched):
     class Manual(PreferenceModule):
         def __init__(self, *args):
             super().__init__(*args)
@@ -293,8 +309,8 @@ def test_modules_and_batches_that_are_refused(untouched):
 
     with pytest.raises(TypeError, match="Manual steps its optimizers itself"):
         fit(untouched, module=Manual(untouched, TRAINING), accumulate_grad_batches=1)
-    with pytest.raises(ValueError, match="scores pools with another model than Own trains"):
-        fit(untouched, module=Own(policy(), known()))
+    with pytest.raises(ValueError, match="scores pools with a different model than Custom trains"):
+        fit(untouched, module=Custom(policy(), reference_logps()))
     selection = SageSelection(untouched)
     other = Batches(lambda: 1, lambda: iter([MicroBatch(untouched.dataset.index[:2], 1.0, 1.0)]))
     with pytest.raises(ValueError, match=r"use Trainer\(callbacks=\[selection\]\)"):
@@ -308,7 +324,7 @@ def test_modules_and_batches_that_are_refused(untouched):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint of step 2, and one of a run that knew nothing of selection."""
+    """A folder with a checkpoint of step 2, and a copy without the selection's state."""
     folder = tmp_path_factory.mktemp("checkpoints")
     fit(loader(), saved(folder, every_n_train_steps=2))
     path = folder / "step=2.ckpt"
@@ -326,7 +342,7 @@ def checkpoint(tmp_path_factory):
         ("step=2", {"pairs": 40}, "belongs to another run"),
     ],
 )
-def test_checkpoints_that_are_refused(checkpoint, name, options, message):
+def test_refused_checkpoints(checkpoint, name, options, message):
     with pytest.raises(ValueError, match=message):
         fit(loader(**options), resume=checkpoint / f"{name}.ckpt")
 
@@ -334,7 +350,7 @@ def test_checkpoints_that_are_refused(checkpoint, name, options, message):
 def test_a_loader_that_has_handed_out_batches_is_refused():
     batches = loader()
     next(iter(batches))
-    with pytest.raises(ValueError, match="trainer stands at step 0, the loader at 1"):
+    with pytest.raises(ValueError, match="the trainer is at step 0, but the loader is at 1"):
         fit(batches)
 
 
@@ -360,19 +376,19 @@ def test_the_example(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_whose_last_batch_leaves_one_without_a_pair(tmp_path):
+def test_two_processes_of_which_one_has_no_pair_in_the_last_pass(tmp_path):
     launched(WORKER, 2, tmp_path, processes=2)
     report = torch.load(tmp_path / "0.pt")
-    alone = loader(ODD)
+    alone = loader(SHORT_LAST)
     module = PreferenceModule(alone, TRAINING)
     held_out = held_out_batches(dataset().take(range(40, 48)))
     best = saved(tmp_path, monitor="held_out/loss")
     fit(alone, best, module=module, held_out=held_out, val_check_interval=8)
     for strategy in ("ddp", "fsdp2"):
-        weights, score, found = report[strategy]
+        weights, score, validated = report[strategy]
         assert difference(alone.model, weights) < 1e-5
-        assert score == pytest.approx(found, abs=1e-6)
+        assert score == pytest.approx(validated, abs=1e-6)
         assert score == pytest.approx(float(best.best_model_score), abs=1e-4)
-    assert "Whole to shard" in report["whole"]
-    assert "call shard(model, mesh=" in report["whole"]
-    assert "processes x passes = 2 x 4" in report["dealt"]
+    assert "Unsharded to shard" in report["unsharded"]
+    assert "call shard(model, mesh=" in report["unsharded"]
+    assert "processes x passes = 2 x 4" in report["uneven"]

@@ -1,4 +1,4 @@
-"""Processes that are lost while they measure: real ones, killed or stopped."""
+"""Ranks that are lost during joint work: real processes, killed or stopped."""
 
 import os
 import re
@@ -19,8 +19,8 @@ WORKER = Path(__file__).with_name("liveness_worker.py")
 
 
 @pytest.fixture
-def lonely(monkeypatch):
-    """A group of one process, so that there is something to watch."""
+def group_of_one(monkeypatch):
+    """A process group of one rank, the smallest that is monitored."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,51 +29,51 @@ def lonely(monkeypatch):
     dist.destroy_process_group()
 
 
-def test_an_error_inside_says_where_all_processes_were(lonely):
+def test_an_error_inside_gets_the_positions_of_all_ranks(group_of_one):
     def fail():
-        with monitored(lonely), during("interval 3"):
+        with monitored(group_of_one), during("interval 3"):
             beat("batch 2 of 7")
             raise ValueError("overflow")
 
     with pytest.raises(ValueError, match="overflow") as caught:
         fail()
-    assert "process 0: interval 3, batch 2 of 7" in caught.value.__notes__[0]
+    assert "rank 0: interval 3, batch 2 of 7" in caught.value.__notes__[0]
 
 
-def test_signals_are_as_they_were_afterwards(lonely):
-    with monitored(lonely):
+def test_signal_handling_is_restored_afterwards(group_of_one):
+    with monitored(group_of_one):
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_somebody_elses_signals_are_left_alone(lonely):
-    before = signal.signal(signal.SIGTERM, theirs := lambda *_: None)
+def test_an_existing_signal_handler_is_kept(group_of_one):
+    before = signal.signal(signal.SIGTERM, existing := lambda *_: None)
     try:
-        with monitored(lonely):
-            assert signal.getsignal(signal.SIGTERM) is theirs
+        with monitored(group_of_one):
+            assert signal.getsignal(signal.SIGTERM) is existing
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_other_signals_do_not_end_the_watch(lonely):
+def test_other_signals_do_not_stop_the_heartbeats(group_of_one):
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
-        with monitored(lonely):
+        with monitored(group_of_one):
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.2)
-            assert any(thread.name == "sage-select watch" for thread in threading.enumerate())
+            assert any(thread.name == "sage-select heartbeats" for thread in threading.enumerate())
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_an_event_loop_keeps_its_signals(lonely):
+def test_an_event_loop_keeps_its_wakeup_file_descriptor(group_of_one):
     mine, theirs = socket.socketpair()
     with mine, theirs:
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno())
         try:
-            with monitored(lonely):
+            with monitored(group_of_one):
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         finally:
             assert signal.set_wakeup_fd(-1) == theirs.fileno()
@@ -82,15 +82,16 @@ def test_an_event_loop_keeps_its_signals(lonely):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_lost_process_is_named_with_interval_and_pairs(how, strategy):
+def test_a_lost_rank_is_reported_with_interval_and_pairs(how, strategy):
     done = launched(WORKER, how, strategy, processes=2, fails=True, SAGE_SELECT_PATIENCE="6")
-    place = r"process 1: interval 1, scoring, batch \d of \d, pairs in rows \d to \d \(heard"
+    place = r"rank 1: interval 1, scoring, batch \d of \d, pairs in rows \d to \d \(last heartbeat"
     assert re.search(place, done.stderr), done.stderr[-3000:]
     if how == "hangs":
-        assert re.search(r"process 1 has given no sign of life for \d+ s", done.stderr)
+        assert re.search(r"rank 1 has sent no heartbeat for \d+ s", done.stderr)
 
 
 @pytest.mark.slow
-def test_a_process_lost_in_an_update_is_told_with_the_step():
+def test_a_rank_lost_in_an_update_is_reported_with_the_step():
     done = launched(WORKER, "dies in an update", "DDP", processes=2, fails=True)
-    assert re.search(r"process 1: step 2, pass 1 of 1 \(heard", done.stderr), done.stderr[-3000:]
+    place = r"rank 1: step 2, pass 1 of 1 \(last heartbeat"
+    assert re.search(place, done.stderr), done.stderr[-3000:]

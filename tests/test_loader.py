@@ -1,3 +1,5 @@
+"""Tests of the loaders and of the selection log."""
+
 from collections import Counter
 from dataclasses import replace
 
@@ -37,7 +39,7 @@ def pairs() -> PreferenceDataset:
 
 
 class Policy:
-    """A policy that only counts its updates; its log-probs depend on that count."""
+    """A policy that counts its updates, and whose log-probs depend only on that count."""
 
     updates = 0
 
@@ -47,7 +49,7 @@ class Policy:
 
 
 class Unmeasured:
-    """As a store is that several processes have not filled yet."""
+    """A reference like a store that has not been filled: `take` raises."""
 
     def take(self, rows):
         raise ValueError("log-probs are missing")
@@ -59,6 +61,8 @@ def reference(size: int):
 
 
 def build_loader(pairs, timeline, policy, *, seed=0, measured=None, **options) -> SelectiveLoader:
+    """Build a loader; it appends updates and rows of each measured pool to `measured`."""
+
     def measure(model, pool):
         if measured is not None:
             measured.append((model.updates, pool.index.tolist()))
@@ -90,6 +94,7 @@ def timelines(draw) -> Timeline:
 
 
 def run(loader: SelectiveLoader, policy: Policy) -> list[list[int]]:
+    """Pull all batches, with one update of the policy after each."""
     batches = []
     for rows in loader:
         batches.append(rows.tolist())
@@ -98,7 +103,7 @@ def run(loader: SelectiveLoader, policy: Policy) -> list[list[int]]:
 
 
 @given(timelines())
-def test_each_interval_is_measured_after_exactly_the_steps_before_it(pairs, timeline):
+def test_each_pool_is_measured_exactly_after_the_preceding_steps(pairs, timeline):
     policy, measured = Policy(), []
     run(build_loader(pairs, timeline, policy, measured=measured), policy)
     expected = [
@@ -106,13 +111,13 @@ def test_each_interval_is_measured_after_exactly_the_steps_before_it(pairs, time
         for step, pool, kept in zip(
             timeline.first_step, timeline.plan.pools, timeline.kept_count, strict=True
         )
-        if kept < len(pool)  # nothing is measured where nothing can be dropped
+        if kept < len(pool)  # nothing is measured if nothing can be dropped
     ]
     assert [(updates, pool) for updates, pool in measured] == expected
 
 
 @given(timelines())
-def test_every_kept_pair_is_trained_exactly_once_in_whole_batches(pairs, timeline):
+def test_every_kept_pair_is_trained_exactly_once_in_full_batches(pairs, timeline):
     policy, selections = Policy(), {}
     loader = build_loader(pairs, timeline, policy, on_select=selections.__setitem__)
     batches = run(loader, policy)
@@ -120,19 +125,18 @@ def test_every_kept_pair_is_trained_exactly_once_in_whole_batches(pairs, timelin
     assert {len(batch) for batch in batches[:-1]} <= {timeline.batch_size}
     kept = Counter(row for selection in selections.values() for row in selection)
     assert Counter(row for batch in batches for row in batch) == kept
-    trained, carried = iter(row for batch in batches for row in batch), 0
-    for k in sorted(selections):  # interval by interval, the rest of one before the next
+    trained = iter(row for batch in batches for row in batch)
+    for k in sorted(selections):  # in the order of intervals: the remainder before the next
         count = len(selections[k])
         assert sorted(next(trained) for _ in range(count)) == sorted(selections[k])
-        carried += count
 
 
 @given(timelines(), st.data())
 @settings(max_examples=50)
-def test_resuming_anywhere_repeats_and_loses_nothing(pairs, timeline, data):
+def test_resuming_at_any_step_repeats_and_loses_no_pair(pairs, timeline, data):
     policy, measured = Policy(), []
-    whole = run(build_loader(pairs, timeline, policy, measured=measured), policy)
-    stop = data.draw(st.integers(0, len(whole)))
+    expected = run(build_loader(pairs, timeline, policy, measured=measured), policy)
+    stop = data.draw(st.integers(0, len(expected)))
 
     first, policy = [], Policy()
     loader = build_loader(pairs, timeline, policy)
@@ -144,10 +148,10 @@ def test_resuming_anywhere_repeats_and_loses_nothing(pairs, timeline, data):
         policy.updates += 1
         state = loader.state_dict()
 
-    again, rest = build_loader(pairs, timeline, policy, measured=(later := [])), []
-    again.load_state_dict(state)
-    rest = run(again, policy)
-    assert first + rest == whole
+    resumed = build_loader(pairs, timeline, policy, measured=(later := []))
+    resumed.load_state_dict(state)
+    rest = run(resumed, policy)
+    assert first + rest == expected
     # what was scored before the stop is not scored again
     assert later == measured[len(measured) - len(later) :]
     assert all(updates >= stop for updates, _ in later)
@@ -164,7 +168,7 @@ def test_the_training_order_is_shuffled_and_seeded(pairs):
     assert orders[0][:50] != best_first
 
 
-def test_a_state_of_another_run_is_refused(pairs):
+def test_a_state_from_different_settings_is_refused(pairs):
     plans = [plan_pools([0] * 100, Constant((1.0,)), 4, seed=seed) for seed in (0, 1)]
     state = build_loader(pairs, Timeline(plans[0], Constant(0.5), 8), Policy()).state_dict()
     for plan, keep, batch_size, seed in [
@@ -174,8 +178,8 @@ def test_a_state_of_another_run_is_refused(pairs):
         (plans[0], 0.5, 8, 1),
     ]:
         other = build_loader(pairs, Timeline(plan, Constant(keep), batch_size), Policy(), seed=seed)
-        words = "belongs to another run" if batch_size == 8 else "takes 8 pairs per .* would be 4"
-        with pytest.raises(ValueError, match=words):
+        message = "belongs to another run" if batch_size == 8 else "takes 8 pairs per .* would be 4"
+        with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
 
 
@@ -188,22 +192,22 @@ def test_a_host_that_fetches_ahead_gets_the_same_batches(pairs):
 
 
 @pytest.mark.parametrize("taken", range(7))
-def test_a_host_that_fetches_ahead_resumes_where_it_stood(pairs, taken):
+def test_a_host_that_fetches_ahead_resumes_at_its_step(pairs, taken):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
-    whole = [rows.tolist() for rows in build_loader(pairs, timeline, Policy())]
-    loader, seen = build_loader(pairs, timeline, Policy()), 0
+    expected = [rows.tolist() for rows in build_loader(pairs, timeline, Policy())]
+    loader, fetched = build_loader(pairs, timeline, Policy()), 0
     for batches in loader.decided():
-        seen += len(batches)
-        if seen > taken:  # killed somewhere in this list, all of which was fetched
+        fetched += len(batches)
+        if fetched > taken:  # killed within this list, all of which had been fetched
             break
     loader.step = taken
     resumed = build_loader(pairs, timeline, Policy())
     resumed.load_state_dict(loader.state_dict())
-    assert [rows.tolist() for rows in resumed] == whole[taken:]
+    assert [rows.tolist() for rows in resumed] == expected[taken:]
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 5))
-def test_a_batch_is_dealt_once_and_in_as_many_passes_everywhere(size, world, micro):
+def test_a_batch_is_dealt_once_with_equal_passes_on_all_ranks(size, world, micro):
     class Rank(Processes):
         rank = property(lambda self: self.group)
         size = property(lambda self: world)
@@ -213,14 +217,14 @@ def test_a_batch_is_dealt_once_and_in_as_many_passes_everywhere(size, world, mic
     assert max(len(part.rows) for share in shares for part in share) <= micro
     trained = [part.rows for share in shares for part in share if part.share]
     assert sorted(np.concatenate(trained)) == [*range(size)]
-    # weighted as the host weighs them, all passes of all processes make one mean over the batch
+    # with the host's weights, the passes of all ranks sum to the mean over the batch
     total = sum(len(part.rows) * part.share for share in shares for part in share)
     assert total / world == pytest.approx(1)
     means = [sum(part.mean_share for part in share) / len(share) for share in shares]
     assert sum(means) / world == pytest.approx(1)
 
 
-def test_a_state_of_another_selector_is_refused(pairs):
+def test_a_state_of_a_changed_selector_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
     state = build_loader(pairs, timeline, Policy()).state_dict()
     for change in ({"seed": 1}, {"no_signal": "hash"}, {"score": sage}, {"noise_floor": 1.0}):
@@ -230,31 +234,32 @@ def test_a_state_of_another_selector_is_refused(pairs):
             other.load_state_dict(state)
 
 
-def test_a_reference_that_was_measured_with_a_trained_policy_is_refused(pairs):
+def test_a_trained_policy_is_refused_as_the_reference(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
-    began = replace(
+    original = replace(
         build_loader(pairs, timeline, Policy()).selector, reference=Policy().measure(pairs)
     )
 
     def loader(selector, chosen: float):
-        moved = began.reference._replace(chosen=began.reference.chosen * chosen)
+        moved = original.reference._replace(chosen=original.reference.chosen * chosen)
         return SelectiveLoader(replace(selector, reference=moved), timeline, pairs, Policy())
 
-    state = loader(began, 1.0).state_dict()
-    loader(began, 1.05).load_state_dict(state)  # another device rounds otherwise
+    state = loader(original, 1.0).state_dict()
+    loader(original, 1.05).load_state_dict(state)  # the rounding of another device
     with pytest.raises(
-        ValueError, match=r"the reference is another .* of 25 pairs differ by 0\.15 nats of 3\.05"
+        ValueError,
+        match=r"the reference is another .* of 25 pairs differ by 0\.15 nats .* size of 3\.05",
     ):
-        loader(began, 1.1).load_state_dict(state)
-    # one that is not measured yet is compared with nothing, and neither is an older state
-    for unknown in (began.reference.take([]), Unmeasured()):
-        selector = replace(began, reference=unknown)
+        loader(original, 1.1).load_state_dict(state)
+    # no check for a reference that is not measured yet, and for a state of an older version
+    for unmeasured in (original.reference.take([]), Unmeasured()):
+        selector = replace(original, reference=unmeasured)
         SelectiveLoader(selector, timeline, pairs, Policy()).load_state_dict(state)
     del state["reference"]
-    loader(began, 1.1).load_state_dict(state)
+    loader(original, 1.1).load_state_dict(state)
 
 
-def test_a_plan_that_was_not_put_on_its_rows_is_refused(pairs):
+def test_a_plan_that_was_not_mapped_to_its_rows_is_refused(pairs):
     part = pairs.take(np.arange(50, 100))
     plan = plan_pools([0] * 50, Constant((1.0,)), 4)
     with pytest.raises(ValueError, match=r"plan\.on_rows\(rows\)"):
@@ -262,47 +267,47 @@ def test_a_plan_that_was_not_put_on_its_rows_is_refused(pairs):
     build_loader(part, Timeline(plan.on_rows(part.index), Constant(0.5), 8), Policy())
 
 
-def test_a_log_of_another_run_is_refused(pairs, tmp_path):
+def test_a_folder_with_the_log_of_another_run_is_refused(pairs, tmp_path):
     for num_pools in (5, 2):
         timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), num_pools), Constant(0.5), 8)
         loader = build_loader(pairs, timeline, Policy(), log=SelectionLog(tmp_path))
         if num_pools == 5:
             list(loader)
-    with pytest.raises(FileExistsError, match="holds the decisions of another run"):
+    with pytest.raises(FileExistsError, match="contains the decisions of another run"):
         next(iter(loader))
 
 
-def test_a_selector_that_keeps_another_share_is_refused(pairs):
+def test_selector_and_timeline_must_have_equal_schedules(pairs):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Constant(0.5), 8)
     selector = build_loader(pairs, timeline, Policy()).selector
-    with pytest.raises(ValueError, match="they must agree, since totals are computed beforehand"):
+    with pytest.raises(ValueError, match="make them equal, because the timeline computes"):
         SelectiveLoader(replace(selector, keep=Constant(0.4)), timeline, pairs, Policy())
 
 
 def test_a_plan_for_more_pairs_is_refused(pairs):
     timeline = Timeline(plan_pools([0] * 101, Constant((1.0,)), 4), Constant(0.5), 8)
-    with pytest.raises(ValueError, match="deals row 100, which is not among the 100 pairs given"):
+    with pytest.raises(ValueError, match="contains row 100, which is not one of the 100 pairs"):
         build_loader(pairs, timeline, Policy())
 
 
 @given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 3), st.data())
-def test_the_baseline_trains_everything_and_resumes(pairs, size, batch_size, epochs, data):
+def test_the_baseline_trains_on_every_pair_and_resumes(pairs, size, batch_size, epochs, data):
     def fresh():
         return ShuffledLoader(pairs.take(np.arange(size)), batch_size=batch_size, epochs=epochs)
 
-    whole = [rows.tolist() for rows in fresh()]
-    assert len(whole) == len(fresh())
-    assert Counter(row for batch in whole for row in batch) == dict.fromkeys(range(size), epochs)
-    stop, loader = data.draw(st.integers(0, len(whole))), fresh()
+    expected = [rows.tolist() for rows in fresh()]
+    assert len(expected) == len(fresh())
+    assert Counter(row for batch in expected for row in batch) == dict.fromkeys(range(size), epochs)
+    stop, loader = data.draw(st.integers(0, len(expected))), fresh()
     state = loader.state_dict() | {"step": stop}
     loader.load_state_dict(state)
-    assert [rows.tolist() for rows in loader] == whole[stop:]
+    assert [rows.tolist() for rows in loader] == expected[stop:]
 
 
 # The log
 
 
-def test_a_decision_is_on_disk_before_its_first_batch(pairs, tmp_path):
+def test_a_decision_is_logged_before_its_first_batch(pairs, tmp_path):
     timeline = Timeline(plan_pools([0] * 100, Constant((1.0,)), 4), Linear(1.0, 0.4), 8)
     policy, log = Policy(), SelectionLog(tmp_path)
     loader = build_loader(pairs, timeline, policy, log=log)
@@ -317,7 +322,7 @@ def test_a_decision_is_on_disk_before_its_first_batch(pairs, tmp_path):
     assert table["step"].unique(maintain_order=True).to_list() == [*timeline.first_step]
 
 
-def test_the_log_holds_the_evidence_for_the_same_decision(still, tmp_path):
+def test_a_decision_can_be_reproduced_from_the_log(still, tmp_path):
     log, pool = SelectionLog(tmp_path), still.dataset.take(np.arange(30))
     model, decide = still.model, replace(still.selector, no_signal="score")
     decision = decide.select(model, pool, step=3, progress=0.5)
@@ -337,16 +342,34 @@ def selection(size=3, **options) -> Selection:
                      0, 0.0, rule="all", **options)  # fmt: skip
 
 
-def test_a_partial_interval_is_passed_over(tmp_path):
+def test_a_truncated_file_is_skipped(tmp_path):
     log = SelectionLog(tmp_path)
     log.write(0, selection(), ["a", "b", "c"])
     log.write(1, selection(), ["a", "b", "c"])
-    whole = (tmp_path / "interval-000001.parquet").read_bytes()
-    (tmp_path / "interval-000002.partial").write_bytes(whole[:100])  # a crash while writing
+    content = (tmp_path / "interval-000001.parquet").read_bytes()
+    (tmp_path / "interval-000002.partial").write_bytes(content[:100])  # a crash during a write
     assert log.read()["interval"].to_list() == [0] * 3 + [1] * 3
-    (tmp_path / "interval-000001.parquet").write_bytes(whole[:-50])  # a disk that lost the end
-    with pytest.warns(UserWarning, match=r"interval-000001\.parquet cannot be read"):
+    (tmp_path / "interval-000001.parquet").write_bytes(content[:-50])  # truncated by a failing disk
+    with pytest.warns(UserWarning, match=r"interval-000001\.parquet cannot be read and is skipped"):
         assert log.read()["interval"].to_list() == [0] * 3
+
+
+def test_files_of_version_1_are_read_beside_newer_ones(still, tmp_path):
+    log, pool = SelectionLog(tmp_path), still.dataset.take(np.arange(5))
+    decision = replace(still.selector, no_signal="score").select(still.model, pool, 0, progress=0.5)
+    for interval in (0, 1):
+        log.write(interval, decision, pool.ids)
+    path = tmp_path / "interval-000000.parquet"
+    old_names = {
+        "chosen_logps": "policy_chosen", "rejected_logps": "policy_rejected",
+        "ref_chosen_logps": "reference_chosen", "ref_rejected_logps": "reference_rejected",
+    }  # fmt: skip
+    table = pl.read_parquet(path).rename(old_names)
+    table.with_columns(schema_version=pl.lit(1, pl.Int32)).write_parquet(path)
+    old, new = log.read().partition_by("interval")
+    assert old["schema_version"].unique().to_list() == [1]
+    same = pl.all().exclude("interval", "schema_version")
+    assert old.select(same).equals(new.select(same))
 
 
 def test_a_log_of_a_later_version_is_refused(tmp_path):
@@ -360,7 +383,7 @@ def test_a_log_of_a_later_version_is_refused(tmp_path):
         log.read()
 
 
-def test_what_was_not_scored_is_null(tmp_path):
+def test_score_and_rank_of_an_unscored_pool_are_null(tmp_path):
     log = SelectionLog(tmp_path)
     log.write(0, selection(), ["a", "b", "c"])
     assert log.read()["score"].null_count() == log.read()["rank"].null_count() == 3
@@ -373,7 +396,7 @@ def decision(scores, count):
     return Selection(order[:count], pool, np.array(scores, float), kept, step=0, progress=0.0)
 
 
-def test_flips_between_two_runs_are_counted_and_placed(tmp_path):
+def test_flips_are_counted_with_their_distance_from_the_cut(tmp_path):
     logs = [SelectionLog(tmp_path / name) for name in "ab"]
     for interval, (one, other) in enumerate([
         ([4, 3, 2, 1], [4, 3, 2, 1]),
@@ -382,19 +405,19 @@ def test_flips_between_two_runs_are_counted_and_placed(tmp_path):
     ]):  # fmt: skip
         for log, scores in zip(logs, (one, other), strict=True):
             log.write(interval, decision(scores, 2), [*"wxyz"])
-    logs[0].write(3, decision([1, 2], 1), [*"wx"])  # the other run is not there yet
-    found = flips_of_logs(*logs)
-    assert found["interval"].to_list() == [0, 1, 2]
-    assert found["flipped"].to_list() == [0, 1, 1]
-    assert found["kept"].to_list() == [2, 2, 2]
-    assert found["distance"][0] is None
-    assert found["distance"][1] == pytest.approx(0.02 / 2.02)
-    assert found["distance"][2] == pytest.approx(0.02 / 2)
+    logs[0].write(3, decision([1, 2], 1), [*"wx"])  # the other run has not reached this interval
+    flips = flips_of_logs(*logs)
+    assert flips["interval"].to_list() == [0, 1, 2]
+    assert flips["flipped"].to_list() == [0, 1, 1]
+    assert flips["kept"].to_list() == [2, 2, 2]
+    assert flips["distance"][0] is None
+    assert flips["distance"][1] == pytest.approx(0.02 / 2.02)
+    assert flips["distance"][2] == pytest.approx(0.02 / 2)
 
 
-def test_flips_between_runs_of_other_pairs_are_refused(tmp_path):
+def test_flips_of_runs_with_different_pairs_are_refused(tmp_path):
     logs = [SelectionLog(tmp_path / name) for name in "ab"]
     for log, ids in zip(logs, ("wx", "wy"), strict=True):
         log.write(0, decision([1, 2], 1), [*ids])
-    with pytest.raises(ValueError, match="other candidates in interval 0"):
+    with pytest.raises(ValueError, match="different candidates in interval 0"):
         flips_of_logs(*logs)

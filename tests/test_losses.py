@@ -40,16 +40,16 @@ def test_nca_is_lowest_at_log_2():
 
 
 @given(modest_rewards, modest_rewards)
-def test_nca_equals_the_formula_known_as_nca_pair(chosen, rejected):
+def test_nca_equals_nca_pair_of_other_libraries(chosen, rejected):
     # -logsigmoid(c) - 0.5 logsigmoid(-c) - 0.5 logsigmoid(-r), written with softplus
     c, r = torch.tensor([chosen, rejected], dtype=torch.float64)
     expected = softplus(-c) + 0.5 * softplus(c) + 0.5 * softplus(r)
-    # softplus turns linear at 20, where it is exact to 2e-9
+    # softplus is linear above 20, with an error of 2e-9
     assert nca(*with_rewards(chosen, rejected)).item() == pytest.approx(expected.item(), rel=1e-8)
 
 
 @given(pools())
-def test_two_responses_with_one_hot_weights_are_the_pairwise_form(pool):
+def test_nca_responses_with_one_hot_weights_equals_the_pairwise_loss(pool):
     policy, reference = pool
     stacked = [torch.stack([x.chosen, x.rejected], dim=1) for x in pool]
     weights = torch.tensor([[1.0, 0.0]]).double().expand(len(policy.index), 2)
@@ -57,7 +57,7 @@ def test_two_responses_with_one_hot_weights_are_the_pairwise_form(pool):
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
-def test_responses_against_a_loop_over_equation_4(prompts, responses, seed):
+def test_nca_responses_equals_a_loop_over_equation_4(prompts, responses, seed):
     torch.manual_seed(seed)
     policy, reference = torch.randn(2, prompts, responses, dtype=torch.float64) * 50
     weights = torch.rand(prompts, responses, dtype=torch.float64).softmax(dim=1)
@@ -81,7 +81,7 @@ def test_gradients(name):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_gradients_of_responses():
+def test_gradients_of_nca_responses():
     policy = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 4, dtype=torch.float64).softmax(dim=1)
     assert torch.autograd.gradcheck(

@@ -11,59 +11,60 @@ from worlds import naive_response_logps
 
 from sage_select import PreferenceDataset, Reader, measure, nca, pair_logps
 from sage_select.models import attention, batches, measuring, trials
-from sage_select.system import progress_bars as progress
+from sage_select.system import progress_bars
 
 
-def naive(model, pairs) -> list[float]:
+def naive_logps(model, pairs) -> list[float]:
+    """Log-probs of all sequences from the model's own logits, one by one."""
     return [naive_response_logps(model, s.tokens, s.response_start) for s in pairs.sequences()]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_against_the_model_s_own_logits(name, layout, pairs):
+def test_log_probs_equal_those_of_the_model_s_logits(name, layout, pairs):
     model = small_model(name)
-    found = measure(model, pairs, layout=layout, max_batch_tokens=100)
-    expected = naive(model, pairs)
-    assert torch.cat([found.chosen, found.rejected]).tolist() == pytest.approx(expected, abs=2e-4)
-    assert found.chosen.dtype == torch.float64
-    assert found.index.tolist() == pairs.index.tolist()
-    assert found.chosen_tokens.tolist() == pairs.chosen_tokens.tolist()
+    logps = measure(model, pairs, layout=layout, max_batch_tokens=100)
+    expected = naive_logps(model, pairs)
+    assert torch.cat([logps.chosen, logps.rejected]).tolist() == pytest.approx(expected, abs=2e-4)
+    assert logps.chosen.dtype == torch.float64
+    assert logps.index.tolist() == pairs.index.tolist()
+    assert logps.chosen_tokens.tolist() == pairs.chosen_tokens.tolist()
 
 
-def test_a_real_model_pair_by_pair(data, stories):
+def test_log_probs_of_a_real_model(data, stories):
     model, tokenizer = stories
     pairs = PreferenceDataset.read(
         data / "pairs" / "gsm8k_verified.parquet", tokenizer=tokenizer, max_length=512
     ).take(np.arange(0, 60, 5))
-    found = measure(model, pairs)
-    expected = naive(model, pairs)
+    logps = measure(model, pairs)
+    expected = naive_logps(model, pairs)
     # sums of up to 400 fp32 log-probs, about 1,000 nats
-    assert torch.cat([found.chosen, found.rejected]).tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.cat([logps.chosen, logps.rejected]).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 def test_the_budget_changes_rounding_only(budget, pairs):
     model = small_model("qwen2")
-    expected, found = measure(model, pairs), measure(model, pairs, max_batch_tokens=budget)
-    assert torch.allclose(found.chosen, expected.chosen, atol=1e-5)
+    expected, logps = measure(model, pairs), measure(model, pairs, max_batch_tokens=budget)
+    assert torch.allclose(logps.chosen, expected.chosen, atol=1e-5)
 
 
-def test_the_order_of_rows_changes_not_one_bit(still):
+def test_the_order_of_rows_does_not_change_a_bit(still):
     pool, order = still.dataset.take(np.arange(40)), np.random.default_rng(0).permutation(40)
-    straight = measure(still.model, pool, max_batch_tokens=400)
+    in_order = measure(still.model, pool, max_batch_tokens=400)
     shuffled = measure(still.model, still.dataset.take(order), max_batch_tokens=400)
-    assert all(map(torch.equal, shuffled.take(np.arange(40)), straight))
+    assert all(map(torch.equal, shuffled.take(np.arange(40)), in_order))
 
 
-def test_the_host_is_left_as_it_was(pairs):
+def test_measuring_leaves_modes_gradients_and_random_state_unchanged(pairs):
     model = small_model("llama").train()
     model.model.layers[0].eval()
     model.model.layers[1].mlp.requires_grad_(False)
-    naming = {name: module.training for name, module in model.named_modules()}
+    modes = {name: module.training for name, module in model.named_modules()}
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     measure(model, pairs)
-    assert {name: module.training for name, module in model.named_modules()} == naming
+    assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.random.get_state()[1].tolist() == numpy_state  # noqa: NPY002
     assert bool((model.lm_head.weight.grad == 1).all())
@@ -73,7 +74,7 @@ def test_the_host_is_left_as_it_was(pairs):
 
 
 def test_a_log_shows_tokens_and_pairs_per_second(pairs, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress_bars, "LINE_EVERY", 0.0)
     measure(small_model("llama"), pairs, max_batch_tokens=40)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"scoring: 100%.*tokens/s, [\d.e+]+ pairs/s", last)
@@ -85,7 +86,7 @@ def test_dropout_is_off(pairs):
     assert torch.equal(measure(model, pairs).chosen, measure(model, pairs).chosen)
 
 
-def test_the_mode_comes_back_after_an_error(pairs):
+def test_the_mode_is_restored_after_an_error(pairs):
     model = small_model("llama").train()
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=rf"pair {pairs.ids[0]} \(row 0\) has log-probs nan"):
@@ -94,19 +95,19 @@ def test_the_mode_comes_back_after_an_error(pairs):
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_gradients_are_those_of_the_model_s_own_logits(pairs):
-    grads = []
-    for own in (True, False):
+def test_gradients_equal_those_of_the_model_s_logits(pairs):
+    gradients = []
+    for from_logits in (True, False):
         model = small_model("qwen2")
-        if own:
+        if from_logits:
             sums = []
             for s in pairs.sequences():
                 ids = torch.from_numpy(s.tokens.astype(np.int64))[None]
                 logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
-                picked = logps[s.response_start - 1 : -1].gather(
+                of_targets = logps[s.response_start - 1 : -1].gather(
                     -1, ids[0, s.response_start :, None]
                 )
-                sums.append(picked.sum())
+                sums.append(of_targets.sum())
             reference = measure(model, pairs)
             policy = reference._replace(
                 chosen=torch.stack(sums[: len(pairs)]), rejected=torch.stack(sums[len(pairs) :])
@@ -115,9 +116,9 @@ def test_gradients_are_those_of_the_model_s_own_logits(pairs):
             reference = measure(model, pairs)
             policy = pair_logps(model, pairs)
         nca(policy, reference).mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-    for name, grad in grads[0].items():
-        assert torch.allclose(grad, grads[1][name], atol=1e-5), name
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
 
 
 def test_mixed_precision_keeps_the_head_in_fp32(pairs):
@@ -127,7 +128,7 @@ def test_mixed_precision_keeps_the_head_in_fp32(pairs):
     assert torch.allclose(exact.chosen, mixed.chosen, rtol=0.1)
 
 
-def test_a_model_that_rescales_its_logits_in_its_own_way_is_refused(pairs):
+def test_a_model_that_rescales_its_logits_in_an_unknown_way_is_refused(pairs):
     model = small_model("llama")
     forward = type(model).forward
 
@@ -142,32 +143,32 @@ def test_a_model_that_rescales_its_logits_in_its_own_way_is_refused(pairs):
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
-def test_what_cannot_be_packed_is_padded_and_said(name, pairs):
+def test_models_that_cannot_be_packed_are_padded_with_a_warning(name, pairs):
     model = small_model(name)
     with pytest.warns(UserWarning, match="are padded, not packed, which costs time: "):
-        found = measure(model, pairs)
-    assert torch.cat([found.chosen, found.rejected]).tolist() == pytest.approx(
-        naive(model, pairs), abs=2e-4
+        logps = measure(model, pairs)
+    assert torch.cat([logps.chosen, logps.rejected]).tolist() == pytest.approx(
+        naive_logps(model, pairs), abs=2e-4
     )
     with pytest.raises(ValueError, match=r"cannot be packed: .*; use layout='auto' or 'padded'"):
         measure(model, pairs, layout="packed")
-    assert model.config._attn_implementation != attention.NAME
+    assert model.config._attn_implementation != attention.ATTENTION_NAME
 
 
-def test_packing_that_would_be_wrong_is_found_out(pairs, monkeypatch):
-    """The classic mistake: attention that reaches back into the sequence before."""
-    together = batches.Packing.of
+def test_wrong_packing_is_detected(pairs, monkeypatch):
+    """The classic mistake: attention that reaches back into the previous sequence."""
+    packing_of = batches.Packing.of
     monkeypatch.setattr(
-        batches.Packing, "of", lambda wholes, used: together([np.arange(used)], used)
+        batches.Packing, "of", lambda wholes, used: packing_of([np.arange(used)], used)
     )
     model = small_model("qwen2")
-    with pytest.warns(UserWarning, match="says changes the log-probs of others by"):
-        found = measure(model, pairs)
-    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+    with pytest.warns(UserWarning, match="changes the log-probs of others by"):
+        logps = measure(model, pairs)
+    assert logps.chosen.tolist() == pytest.approx(naive_logps(model, pairs)[: len(pairs)], abs=2e-4)
 
 
-def test_a_trial_holds_for_sequences_no_longer_than_its_own(pairs):
-    """Windows and chunks show in long sequences alone."""
+def test_longer_sequences_need_another_trial(pairs):
+    """Windows and chunks affect only long sequences."""
     model = small_model("llama4, chunks by mask")
     short = pairs.take(pairs.index[pairs.sequence_lengths.reshape(2, -1).max(axis=0) < 16])
     assert 0 < len(short) < len(pairs)
@@ -175,31 +176,31 @@ def test_a_trial_holds_for_sequences_no_longer_than_its_own(pairs):
     measure(model, short, layout="packed")
     model.config.attention_chunk_size = model.model.config.attention_chunk_size = 8
     with pytest.warns(UserWarning, match="differ from those of each alone by"):
-        found = measure(model, pairs)
-    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+        logps = measure(model, pairs)
+    assert logps.chosen.tolist() == pytest.approx(naive_logps(model, pairs)[: len(pairs)], abs=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["lfm2, convolutions", "qwen3 next, a state"])
-def test_a_leak_is_found_in_any_precision(name, dtype, pairs):
-    """What rounding would hide from a comparison of log-probs."""
-    with pytest.warns(UserWarning, match="says changes the log-probs of others|forward refuses"):
+def test_a_leak_is_detected_in_any_precision(name, dtype, pairs):
+    """A comparison of log-probs alone could take the leak for rounding."""
+    with pytest.warns(UserWarning, match="changes the log-probs of others|forward pass fails on"):
         measure(small_model(name).to(dtype), pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "mixtral", "gemma2, softcaps"])
-def test_a_right_packing_is_not_refused_for_its_rounding(name, dtype, pairs):
+def test_correct_packing_is_not_refused_because_of_rounding(name, dtype, pairs):
     measure(small_model(name).to(dtype), pairs, layout="packed")
 
 
 def test_log_probs_that_depend_on_their_neighbours_are_reported(pairs):
     model = small_model("phi3, positions that scale")
-    with pytest.warns(UserWarning, match="depend on what stands beside a sequence"):
+    with pytest.warns(UserWarning, match="depend on the other sequences of a batch"):
         measure(model, pairs)
 
 
-def test_a_model_that_is_compiled_later_is_padded_from_then_on(pairs):
+def test_a_model_that_is_compiled_after_its_trial_is_padded(pairs):
     model = small_model("qwen2")
     measure(model, pairs, layout="packed")
     model.base_model.compile(backend="eager")
@@ -207,46 +208,46 @@ def test_a_model_that_is_compiled_later_is_padded_from_then_on(pairs):
         measure(model, pairs)
     wrapped = torch.compile(small_model("qwen2"), backend="eager")
     assert torch.equal(measure(wrapped, pairs).chosen, measure(wrapped._orig_mod, pairs).chosen)
-    compiled = []
-    backend = lambda graph, _: compiled.append(graph) or graph.forward  # noqa: E731
+    graphs = []
+    backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
     with Reader().updating(torch.compile(small_model("qwen2"), backend=backend), pairs):
-        assert compiled == []  # a trial compiles nothing
+        assert graphs == []  # a trial compiles nothing
 
 
-def test_nothing_is_learnt_from_weights_that_are_not_finite(pairs):
+def test_a_trial_with_weights_that_are_not_finite_does_not_count(pairs):
     model = small_model("mamba, a state")
     weight = model.backbone.norm_f.weight
-    whole = weight.detach().clone()
+    finite_weight = weight.detach().clone()
     weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="log-probs nan"):
         measure(model, pairs, layout="padded")
     with suppress(Exception):
         measure(model, pairs)
-    weight.data.copy_(whole)
+    weight.data.copy_(finite_weight)
     with pytest.warns(UserWarning, match="are padded, not packed"):
         measure(model, pairs)
 
 
-def test_whatever_a_model_raises_is_a_reason_to_pad(pairs, monkeypatch):
+def test_any_error_of_a_packed_forward_pass_is_a_reason_to_pad(pairs, monkeypatch):
     def attend(*args, **options):
         raise AssertionError
 
     monkeypatch.setattr(attention, "attend", attend)
-    with pytest.warns(UserWarning, match=r"its forward refuses them: AssertionError\(\)"):
+    with pytest.warns(UserWarning, match=r"its forward pass fails on them: AssertionError\(\)"):
         measure(small_model("qwen2"), pairs)
 
 
-def test_tokens_of_a_prompt_s_own_are_refused(pairs):
+def test_prompt_tuning_is_refused(pairs):
     tuned = get_peft_model(
         small_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
     for layout in ("auto", "padded"):
-        with pytest.raises(TypeError, match="prompt tuning and others"):
+        with pytest.raises(TypeError, match="prompt tuning and other methods that insert virtual"):
             measure(tuned, pairs, layout=layout)
 
 
-class Plain(torch.nn.Module):
-    """No model of transformers: token ids in, logits out, an `lm_head` on the way."""
+class PlainModule(torch.nn.Module):
+    """A model that is not from transformers: token ids in, logits out, calling its `lm_head`."""
 
     def __init__(self):
         super().__init__()
@@ -258,17 +259,17 @@ class Plain(torch.nn.Module):
 
 
 def test_a_plain_module(pairs):
-    model = Plain()
-    with pytest.warns(UserWarning, match="it is no model of transformers"):
-        found = measure(model, pairs)
-    assert torch.equal(found.chosen, measure(model.inner, pairs, layout="padded").chosen)
-    loss = nca(pair_logps(model, pairs), found).mean()
+    model = PlainModule()
+    with pytest.warns(UserWarning, match="it is not a transformers model"):
+        logps = measure(model, pairs)
+    assert torch.equal(logps.chosen, measure(model.inner, pairs, layout="padded").chosen)
+    loss = nca(pair_logps(model, pairs), logps).mean()
     loss.backward()
     assert model.inner.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
 class Int8Linear(torch.nn.Module):
-    """Weights in a byte each and a scale per row, multiplied out when they are used."""
+    """A layer with int8 weights and a scale per row, dequantised in each forward pass."""
 
     def __init__(self, linear):
         super().__init__()
@@ -289,19 +290,19 @@ def quantise(module):
 
 
 def test_a_quantised_body(pairs):
-    whole, model = small_model("llama"), small_model("llama")
+    unquantised, model = small_model("llama"), small_model("llama")
     quantise(model.model)
-    found = measure(model, pairs, layout="packed")
-    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
-    assert not torch.allclose(found.chosen, measure(whole, pairs).chosen, atol=1e-3)
+    logps = measure(model, pairs, layout="packed")
+    assert logps.chosen.tolist() == pytest.approx(naive_logps(model, pairs)[: len(pairs)], abs=2e-4)
+    assert not torch.allclose(logps.chosen, measure(unquantised, pairs).chosen, atol=1e-3)
     quantise(model)
     with pytest.raises(TypeError, match=r"torch\.int8; leave the head out of the quantisation"):
         measure(model, pairs)
 
 
-def test_a_head_of_a_quantiser_s_own_tensors_is_refused(pairs):
+def test_a_head_whose_weight_is_a_quantiser_s_tensor_is_refused(pairs):
     class Quantised(torch.Tensor):
-        """Says that it is float, as those of torchao do."""
+        """A tensor that claims a floating-point dtype, as those of torchao do."""
 
     model = small_model("llama")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.as_subclass(Quantised))
@@ -324,29 +325,29 @@ def test_adapters(adapter, pairs):
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     model.eval()
-    found = measure(model, pairs, layout="packed")
-    assert found.chosen.tolist() == pytest.approx(naive(model, pairs)[: len(pairs)], abs=2e-4)
+    logps = measure(model, pairs, layout="packed")
+    assert logps.chosen.tolist() == pytest.approx(naive_logps(model, pairs)[: len(pairs)], abs=2e-4)
     pair_logps(model, pairs).chosen.sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
-def test_an_adapter_of_the_head_that_is_off_or_merged(pairs):
+def test_an_adapter_of_the_head_that_is_disabled_or_merged(pairs):
     model = get_peft_model(small_model("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    on = measure(model, pairs)
+    enabled = measure(model, pairs)
     with model.disable_adapter():
-        off = measure(model, pairs)
-    assert torch.allclose(off.chosen, measure(small_model("llama"), pairs).chosen, atol=1e-5)
-    assert not torch.allclose(on.chosen, off.chosen, atol=1e-2)
+        disabled = measure(model, pairs)
+    assert torch.allclose(disabled.chosen, measure(small_model("llama"), pairs).chosen, atol=1e-5)
+    assert not torch.allclose(enabled.chosen, disabled.chosen, atol=1e-2)
     model.merge_adapter()
-    assert torch.allclose(measure(model, pairs).chosen, on.chosen, atol=1e-4)
+    assert torch.allclose(measure(model, pairs).chosen, enabled.chosen, atol=1e-4)
 
 
-@pytest.mark.parametrize("refused", [{"use_dora": True}, {"lora_dropout": 0.5}])
-def test_an_adapter_of_the_head_that_is_no_sum_is_refused(refused, pairs):
-    adapter = LoraConfig(r=4, target_modules=["lm_head"], **refused)
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_an_adapter_of_the_head_that_is_not_a_low_rank_sum_is_refused(option, pairs):
+    adapter = LoraConfig(r=4, target_modules=["lm_head"], **option)
     model = get_peft_model(small_model("llama"), adapter).train()
     with pytest.raises(TypeError, match="leave lm_head out of its target_modules"):
         Reader(layout="padded").pair_logps(model, pairs)
@@ -357,7 +358,7 @@ def test_a_model_without_a_head_is_refused(pairs):
         measure(torch.nn.Linear(2, 2), pairs)
 
 
-def test_tokens_of_another_model_are_refused(pairs):
+def test_tokens_outside_the_vocabulary_are_refused(pairs):
     config = LlamaConfig(**SMALL | {"vocab_size": 5})
     with pytest.raises(ValueError, match="is outside the model's vocabulary of 5"):
         measure(AutoModelForCausalLM.from_config(config), pairs)
@@ -373,7 +374,7 @@ def test_an_empty_pool(still):
     assert len(measure(still.model, still.dataset.take([])).index) == 0
 
 
-def test_the_same_tokens_with_another_prompt_are_another_response():
+def test_equal_tokens_with_a_longer_prompt_are_a_different_response():
     from arithmetic import build_tokenizer
 
     rows = [
@@ -381,57 +382,57 @@ def test_the_same_tokens_with_another_prompt_are_another_response():
         {"prompt": "1+1", "chosen": "=2", "rejected": "7"},
     ]
     pairs = PreferenceDataset.from_records(rows, tokenizer=build_tokenizer(), max_length=64)
-    one, other = pairs.sequences()[:2]
-    assert one.tokens.tolist() == other.tokens.tolist()
+    first, second = pairs.sequences()[:2]
+    assert first.tokens.tolist() == second.tokens.tolist()
     logps = measure(small_model("llama"), pairs)
-    assert logps.chosen[0] < logps.chosen[1]  # which says one token less
+    assert logps.chosen[0] < logps.chosen[1]  # whose response is one token shorter
 
 
 @pytest.mark.parametrize(
     ("layout", "fits"),
     [("padded", 150), ("padded", 60), ("packed", 80), ("packed", 60), ("packed", 48)],
 )
-def test_out_of_memory_halves_the_batches_and_loses_nothing(fits, layout, pairs, monkeypatch):
+def test_out_of_memory_halves_the_batches_without_losing_pairs(fits, layout, pairs, monkeypatch):
     model = small_model("llama")
     expected = measure(model, pairs, layout=layout, max_batch_tokens=30)
     forward, sizes = measuring.forward_logps, []
 
-    def small_memory(model, batch, impl):
+    def limited_forward(model, batch, impl):
         size = batch.inputs["input_ids"].numel()
         if size > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         sizes.append(size)
         return forward(model, batch, impl)
 
-    monkeypatch.setattr(measuring, "forward_logps", small_memory)
-    with pytest.warns(UserWarning, match="going on with batches of"):
-        found = measure(model, pairs, layout=layout, max_batch_tokens=10_000)
-    torch.testing.assert_close(found.chosen, expected.chosen)
-    torch.testing.assert_close(found.rejected, expected.rejected)
+    monkeypatch.setattr(measuring, "forward_logps", limited_forward)
+    with pytest.warns(UserWarning, match="continuing with batches of"):
+        logps = measure(model, pairs, layout=layout, max_batch_tokens=10_000)
+    torch.testing.assert_close(logps.chosen, expected.chosen)
+    torch.testing.assert_close(logps.rejected, expected.rejected)
     assert max(sizes) <= fits
 
 
-def no_memory(*args, **options):
+def raise_out_of_memory(*args, **options):
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
 
-def test_a_sequence_that_does_not_fit_alone_is_named(pairs, monkeypatch):
-    monkeypatch.setattr(measuring, "forward_logps", no_memory)
+def test_a_single_sequence_that_does_not_fit_is_an_error(pairs, monkeypatch):
+    monkeypatch.setattr(measuring, "forward_logps", raise_out_of_memory)
     with pytest.raises(MemoryError, match=r"a sequence of \d+ tokens does not fit in memory"):
         measure(small_model("llama"), pairs, max_batch_tokens=10)
 
 
-def test_a_trial_for_which_memory_does_not_suffice_is_no_reason_to_stop(pairs, monkeypatch):
+def test_a_trial_that_runs_out_of_memory_leads_to_padding(pairs, monkeypatch):
     model = small_model("llama")
     expected = measure(model, pairs, layout="padded")
-    monkeypatch.setattr(trials, "_why_not_packed", no_memory)
+    monkeypatch.setattr(trials, "_reason_not_to_pack", raise_out_of_memory)
     assert torch.equal(measure(small_model("llama"), pairs).chosen, expected.chosen)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(pairs, monkeypatch):
-    def broken(*args, **options):
+def test_other_runtime_errors_are_raised_unchanged(pairs, monkeypatch):
+    def raise_other_error(*args, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(measuring, "forward_logps", broken)
+    monkeypatch.setattr(measuring, "forward_logps", raise_other_error)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         measure(small_model("llama"), pairs)

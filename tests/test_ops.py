@@ -12,7 +12,7 @@ IMPLEMENTATIONS = ["reference", "chunked"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 256 columns, so that small vocabularies have several."""
+    """Use blocks of 256 columns, so that small vocabularies have several."""
     monkeypatch.setitem(chunked.BLOCK_LOGITS, "cpu", 1)
 
 
@@ -25,7 +25,7 @@ def problem(tokens=7, hidden=5, vocabulary=700, dtype=torch.float64, scale=1.0, 
     )
 
 
-def truth(hidden, weight, targets, bias=None, softcap=None):
+def exact_logps(hidden, weight, targets, bias=None, softcap=None):
     """log_softmax in float64, whatever the inputs' dtype."""
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()
@@ -44,46 +44,46 @@ def truth(hidden, weight, targets, bias=None, softcap=None):
 def test_against_float64(impl, tokens, hidden, vocabulary, dtype, softcap, with_bias):
     h, w, t = problem(tokens, hidden, vocabulary, dtype)
     bias = torch.linspace(-1, 1, vocabulary).to(dtype) if with_bias else None
-    found = token_logps(h, w, t, bias=bias, softcap=softcap, impl=impl)
-    assert found.dtype == torch.float32
+    result = token_logps(h, w, t, bias=bias, softcap=softcap, impl=impl)
+    assert result.dtype == torch.float32
     # fp32 logits whatever the inputs' dtype: bf16 logits would be off by 1e-2
-    assert torch.allclose(found.double(), truth(h, w, t, bias, softcap), atol=5e-5, rtol=0)
+    assert torch.allclose(result.double(), exact_logps(h, w, t, bias, softcap), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_autocast_does_not_round_the_logits(impl):
     h, w, t = problem(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = token_logps(h, w, t, impl=impl)
-    assert torch.equal(found, token_logps(h, w, t, impl=impl))
+        result = token_logps(h, w, t, impl=impl)
+    assert torch.equal(result, token_logps(h, w, t, impl=impl))
 
 
 def test_autocast_does_not_round_the_gradients():
     h, w, t = problem(dtype=torch.float32)
     h.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(token_logps(h, w, t, impl="chunked").sum(), h)
-    assert torch.equal(found[0], torch.autograd.grad(token_logps(h, w, t).sum(), h)[0])
+        result = torch.autograd.grad(token_logps(h, w, t, impl="chunked").sum(), h)
+    assert torch.equal(result[0], torch.autograd.grad(token_logps(h, w, t).sum(), h)[0])
 
 
 @pytest.mark.parametrize("impl", ["chunked"])
 @pytest.mark.parametrize("precision", ["medium", "high"])
-def test_permitted_imprecision_does_not_reach_the_logits(impl, precision):
+def test_a_reduced_matmul_precision_does_not_affect_the_logits(impl, precision):
     h, w, t = problem(64, 256, 1000, torch.float32)
     torch.set_float32_matmul_precision(precision)
     try:
-        found = token_logps(h.requires_grad_(), w, t, impl=impl)
-        found.sum().backward()
+        result = token_logps(h.requires_grad_(), w, t, impl=impl)
+        result.sum().backward()
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.allclose(found.double(), truth(h, w, t), atol=1e-4, rtol=0)
+    assert torch.allclose(result.double(), exact_logps(h, w, t), atol=1e-4, rtol=0)
 
 
-def test_precision_that_was_permitted_by_the_newer_flags():
+def test_a_precision_set_by_the_newer_flags_is_restored():
     flags = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     if not all(hasattr(flag, "fp32_precision") for flag in flags):
-        pytest.skip("this PyTorch has the older setting alone")
+        pytest.skip("this PyTorch has only the older setting")
     h, w, t = problem(dtype=torch.float32)
     expected = token_logps(h, w, t)
     try:
@@ -99,33 +99,35 @@ def test_precision_that_was_permitted_by_the_newer_flags():
     ("dtype", "expected"), [(torch.float32, "highest"), (torch.bfloat16, "medium")]
 )
 def test_the_precision_of_products(dtype, expected, monkeypatch):
-    """On many a CPU nothing is rounded when it may be: so look at what is permitted."""
-    product, permitted = torch.mm, set()
+    """Checks the setting, since on many CPUs a lower precision changes no result."""
+    mm, precisions = torch.mm, set()
 
-    def looked_at(*args, **options):
-        permitted.add(torch.get_float32_matmul_precision())
-        return product(*args, **options)
+    def recording_mm(*args, **options):
+        precisions.add(torch.get_float32_matmul_precision())
+        return mm(*args, **options)
 
-    monkeypatch.setattr(torch, "mm", looked_at)
+    monkeypatch.setattr(torch, "mm", recording_mm)
     h, w, t = problem(dtype=dtype)
     token_logps(h.requires_grad_(), w, t, impl="chunked").sum().backward()
-    assert permitted == {expected}
+    assert precisions == {expected}
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @given(st.floats(0.0, 40.0))
 def test_confident_tokens(impl, lead):
-    """From p = 1 / V to 1 - 1e-17: never above 0, and exact to the rounding of the logit."""
+    """From p = 1 / V to 1 - 1e-17, log p is at most 0 and exact to the rounding of the logit."""
     h, w = torch.tensor([[lead]]), torch.zeros(700, 1)
     w[300] = 1.0
-    found = token_logps(h, w, torch.tensor([300]), impl=impl)
-    assert found <= 0
-    assert torch.allclose(found.double(), truth(h, w, torch.tensor([300])), atol=4e-6, rtol=1e-5)
+    result = token_logps(h, w, torch.tensor([300]), impl=impl)
+    assert result <= 0
+    assert torch.allclose(
+        result.double(), exact_logps(h, w, torch.tensor([300])), atol=4e-6, rtol=1e-5
+    )
 
 
 def test_an_error_that_all_logits_of_a_row_share_cancels(monkeypatch):
-    """Tensor cores cut off where they add, so every logit of 30 is off by the same 3e-4."""
+    """Tensor cores truncate when they add, so every logit of 30 is off by the same 3e-4."""
     h, w = torch.full((1, 1), 30.0), torch.zeros(700, 1)
     w[300] = 1.0
     product = chunked.product
@@ -134,21 +136,21 @@ def test_an_error_that_all_logits_of_a_row_share_cancels(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_rows_that_overflow_are_done_again_and_others_are_not_touched(impl):
+def test_rows_that_overflow_are_recomputed_and_others_are_unchanged(impl):
     h, w, t = problem(tokens=9, dtype=torch.float32)
     alone = token_logps(h, w, t, impl=impl)
     h[4] *= 500
-    found = token_logps(h, w, t, impl=impl)
-    assert torch.allclose(found.double(), truth(h, w, t), rtol=1e-5, atol=5e-5)
-    assert torch.equal(found[[0, 1, 2, 3, 5, 6, 7, 8]], alone[[0, 1, 2, 3, 5, 6, 7, 8]])
+    result = token_logps(h, w, t, impl=impl)
+    assert torch.allclose(result.double(), exact_logps(h, w, t), rtol=1e-5, atol=5e-5)
+    assert torch.equal(result[[0, 1, 2, 3, 5, 6, 7, 8]], alone[[0, 1, 2, 3, 5, 6, 7, 8]])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_extreme_logits(impl):
     h, w, t = problem(scale=300.0, dtype=torch.float32)
-    found = token_logps(h, w, t, impl=impl)
-    assert found.min() < -200
-    assert torch.allclose(found.double(), truth(h, w, t), rtol=1e-5)
+    result = token_logps(h, w, t, impl=impl)
+    assert result.min() < -200
+    assert torch.allclose(result.double(), exact_logps(h, w, t), rtol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -166,50 +168,50 @@ def test_gradients(impl):
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_gradients_of_a_part(frozen):
+def test_gradients_of_some_inputs_only(frozen):
     h, w, t = problem()
     leaves = [h, w, torch.linspace(-1, 1, 700).double()]
-    free = [leaf.requires_grad_() for i, leaf in enumerate(leaves) if i != frozen]
-    found, expected = (
-        torch.autograd.grad(token_logps(h, w, t, bias=leaves[2], impl=impl).sum(), free)
+    trained = [leaf.requires_grad_() for i, leaf in enumerate(leaves) if i != frozen]
+    result, expected = (
+        torch.autograd.grad(token_logps(h, w, t, bias=leaves[2], impl=impl).sum(), trained)
         for impl in ("chunked", "reference")
     )
-    assert all(torch.allclose(*both) for both in zip(found, expected, strict=True))
+    assert all(torch.allclose(*both) for both in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_ignored_tokens_count_nothing_and_learn_nothing(impl):
+def test_ignored_tokens_have_zero_log_probs_and_gradients(impl):
     h, w, t = problem()
     t[[0, 3]] = -100
     h.requires_grad_()
-    found = token_logps(h, w, t, impl=impl)
-    found.sum().backward()
-    assert found[[0, 3]].tolist() == [0, 0]
+    result = token_logps(h, w, t, impl=impl)
+    result.sum().backward()
+    assert result[[0, 3]].tolist() == [0, 0]
     assert h.grad[[0, 3]].abs().sum() == 0
     assert (h.grad[[1, 2]].abs().sum(-1) > 0).all()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_nothing_reaches_the_head_from_an_ignored_token(impl):
+def test_an_ignored_token_does_not_affect_the_gradient_of_the_head(impl):
     h, w, t = problem()
     h[3], t[3] = torch.nan, -100
     assert token_logps(h, w.requires_grad_(), t, impl=impl).isfinite().all()
     token_logps(h, w, t, impl=impl).sum().backward()
-    found, w.grad = w.grad, None
+    result, w.grad = w.grad, None
     others = [0, 1, 2, 4, 5, 6]
     token_logps(h[others], w, t[others], impl=impl).sum().backward()
-    assert torch.allclose(found, w.grad)
+    assert torch.allclose(result, w.grad)
 
 
-def test_tokens_without_weight_in_the_loss_are_left_out_of_backward():
+def test_tokens_with_zero_weight_in_the_loss_are_dropped_in_backward():
     h, w, t = problem()
-    h[3] = torch.nan  # times 0 it would be NaN
+    h[3] = torch.nan  # 0 * NaN would be NaN
     leaves = [h.requires_grad_(), w.requires_grad_()]
     weights = torch.tensor([1.0, 2.0, 0.0, 0.0, -1.0, 0.5, 1.0]).double()
-    found = torch.autograd.grad(token_logps(*leaves, t), leaves, weights)
-    some = weights != 0
-    expected = torch.autograd.grad(token_logps(h[some], w, t[some]), leaves, weights[some])
-    assert all(torch.allclose(*both) for both in zip(found, expected, strict=True))
+    result = torch.autograd.grad(token_logps(*leaves, t), leaves, weights)
+    kept = weights != 0
+    expected = torch.autograd.grad(token_logps(h[kept], w, t[kept]), leaves, weights[kept])
+    assert all(torch.allclose(*both) for both in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -225,7 +227,7 @@ def test_nan_stays_in_its_row():
     assert token_logps(h, w, t).isnan().tolist() == [False] * 3 + [True] + [False] * 3
 
 
-def test_sequences_are_summed_in_float64_whatever_stands_beside_them():
+def test_sequences_are_summed_in_float64_independently_of_each_other():
     h, w, t = problem(tokens=60, dtype=torch.float32)
     bounds = torch.tensor([0, 10, 10, 60])
     logps = token_logps(h, w, t)
@@ -236,24 +238,26 @@ def test_sequences_are_summed_in_float64_whatever_stands_beside_them():
     )
 
 
-def test_a_bias_that_rules_out_a_whole_block():
+def test_a_bias_that_excludes_a_whole_block():
     h, w, t = problem()
     bias = torch.zeros(700).double()
     bias[:300] = -torch.inf
     t = t.clamp(min=300)
-    assert torch.allclose(token_logps(h, w, t, bias=bias, impl="chunked"), truth(h, w, t, bias))
+    assert torch.allclose(
+        token_logps(h, w, t, bias=bias, impl="chunked"), exact_logps(h, w, t, bias)
+    )
 
 
 def test_no_tokens_and_no_sequences():
     h, w, t = problem()
     assert sequence_logps(h[:0], w, t[:0], torch.tensor([0])).shape == (0,)
-    found = sequence_logps(h[:0], w.requires_grad_(), t[:0], torch.tensor([0, 0]))
-    assert found.tolist() == [0.0]
-    found.sum().backward()
+    result = sequence_logps(h[:0], w.requires_grad_(), t[:0], torch.tensor([0, 0]))
+    assert result.tolist() == [0.0]
+    result.sum().backward()
     assert w.grad.abs().sum() == 0
 
 
-def test_no_matrix_of_logits_is_kept():
+def test_no_matrix_of_logits_is_saved_for_backward():
     h, w, t = problem(tokens=64, vocabulary=20_000, dtype=torch.float32)
     h.requires_grad_()
     sizes = []
@@ -276,8 +280,10 @@ OPERANDS = [
 
 @pytest.mark.parametrize(("tokens", "dtype", "with_bias", "softcap", "ignored"), OPERANDS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_operators_keep_their_word(tokens, dtype, with_bias, softcap, ignored, transposed):
-    """To PyTorch: no input is written to, and shapes, dtypes and strides are those foretold."""
+def test_the_operators_match_their_fake_kernels(
+    tokens, dtype, with_bias, softcap, ignored, transposed
+):
+    """No input is modified, and shapes, dtypes and strides are those of the fake kernels."""
     h, w, t = problem(tokens, dtype=dtype)
     if transposed:
         h, w = h.T.contiguous().T, w.T.contiguous().T
@@ -298,13 +304,13 @@ def test_the_operators_keep_their_word(tokens, dtype, with_bias, softcap, ignore
     leaves = [x if x is None else x.requires_grad_() for x in (h, w, bias)]
     inputs = (*leaves[:2], t, leaves[2], *options)
     torch.library.opcheck(operators.token_logps_operator, inputs, rtol=0, atol=0)
-    found = operators.token_logps_operator(*inputs)
-    assert [x.requires_grad for x in found] == [True, False]
+    result = operators.token_logps_operator(*inputs)
+    assert [x.requires_grad for x in result] == [True, False]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_one_graph_for_any_number_of_tokens(impl):
-    """And the same bits as without a graph, in logps and gradients."""
+    """Compiled and eager log-probs and gradients are bit-identical."""
 
     def logps(h, w, bias, t, bounds):
         return sequence_logps(h.tanh(), w, t, bounds, bias=bias, softcap=3.0, impl=impl)
@@ -313,8 +319,8 @@ def test_one_graph_for_any_number_of_tokens(impl):
         h, w, t = problem(tokens, dtype=torch.float32)
         t[1] = -100
         leaves = [x.requires_grad_() for x in (h, w, torch.linspace(-1, 1, len(w)))]
-        found = function(*leaves, t, torch.tensor([0, 2, 2, tokens]))
-        return found, *torch.autograd.grad(found.sum(), leaves)
+        result = function(*leaves, t, torch.tensor([0, 2, 2, tokens]))
+        return result, *torch.autograd.grad(result.sum(), leaves)
 
     compiled = torch.compile(logps, backend="aot_eager", fullgraph=True, dynamic=True)
     with_gradients(compiled, 7)
@@ -325,23 +331,23 @@ def test_one_graph_for_any_number_of_tokens(impl):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"t": torch.tensor([1, 700])}, "target 700 at position 1 is outside the vocabulary of 70"),
         ({"t": torch.tensor([-1, 3])}, "target -1 at position 0 is outside"),
         ({"bounds": torch.tensor([1, 2])}, "start at 0"),
-        ({"bounds": torch.tensor([0, 1])}, "rise from 0 to 2, got"),
-        ({"bounds": torch.tensor([0, 3, 2])}, "rise from 0 to 2, got"),
+        ({"bounds": torch.tensor([0, 1])}, "rise from 0 to 2, the number of tokens, got"),
+        ({"bounds": torch.tensor([0, 3, 2])}, "rise from 0 to 2, the number of tokens, got"),
     ],
 )
-def test_wrong_values_are_refused_in_a_graph_too(change, words):
+def test_wrong_values_are_also_refused_in_a_graph(change, message):
     h, w, t = problem(tokens=2)
     compiled = torch.compile(sequence_logps, backend="aot_eager", fullgraph=True)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         compiled(h, w, change.get("t", t), change.get("bounds", torch.tensor([0, 2])))
 
 
-def test_exported_for_any_number_of_tokens():
+def test_export_for_any_number_of_tokens():
     class Head(torch.nn.Module):
         def forward(self, hidden, weight, targets, bounds):
             return sequence_logps(hidden, weight, targets, bounds)
@@ -371,7 +377,7 @@ def test_tensors_without_values(dtype, expected):
     assert all((x.grad.shape, x.grad.dtype) == (x.shape, dtype) for x in (h, w))
 
 
-def test_gradients_of_gradients_are_refused():
+def test_second_derivatives_are_refused():
     h, w, t = problem()
     logps = token_logps(h.requires_grad_(), w, t, impl="chunked")
     (grad,) = torch.autograd.grad(logps.sum(), h, create_graph=True)

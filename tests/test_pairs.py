@@ -30,13 +30,13 @@ def test_concatenate_undoes_a_split(pool):
 
 @pytest.mark.parametrize("index", [[0, 1, 2], [5, 3, 9]])
 @pytest.mark.parametrize("wanted", [[3, 4], [-1], [10]])
-def test_take_names_a_row_that_was_never_measured(index, wanted):
+def test_take_refuses_a_row_that_was_never_measured(index, wanted):
     with pytest.raises(KeyError, match="were never measured, the first is row"):
         pair_logps(index, [0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]).take(wanted)
 
 
-def test_take_refuses_rows_that_stand_twice():
-    with pytest.raises(ValueError, match="row 5 stands in these log-probs more than once"):
+def test_take_refuses_duplicate_rows():
+    with pytest.raises(ValueError, match="these log-probs contain row 5 more than once"):
         pair_logps([5, 5], [0, 1], [0, 1], [1, 1], [1, 1]).take([5])
 
 
@@ -45,7 +45,7 @@ def test_rewards():
     assert (r.chosen.item(), r.rejected.item(), r.margin.item()) == pytest.approx((1, -2, 3))
 
 
-def test_rewards_refuse_pairs_in_different_order():
+def test_rewards_refuse_pairs_in_a_different_order():
     policy, reference = with_rewards([1.0, 2.0], [0.0, 0.0])
     with pytest.raises(ValueError, match=r"align them with reference\.take\(policy\.index\)"):
         rewards(policy, reference.take([1, 0]))
@@ -58,7 +58,7 @@ def selection() -> Selection:
     )
 
 
-def test_a_selection_is_its_indices():
+def test_a_selection_behaves_like_its_indices():
     assert np.asarray(selection()).tolist() == list(selection()) == [12, 10]
     assert len(selection()) == 2
     assert selection().cut == 0.5
@@ -74,12 +74,12 @@ def test_writing_to_the_array_does_not_change_the_selection():
 
 def test_metrics():
     policy, reference = with_rewards([1.0, -1.0, 0.0], [0.0, 0.0, 0.0])
-    found = preference_metrics(policy, reference)
-    assert found["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert found["margin"] == pytest.approx(0.0, abs=1e-12)
+    metrics = preference_metrics(policy, reference)
+    assert metrics["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert metrics["margin"] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_margin_within_the_noise_of_rounding_is_a_tie():
+def test_a_margin_within_rounding_noise_is_a_tie():
     policy, reference = with_rewards([1e-6, -1e-6, 1e-6, 0.5], [0.0, 0.0, 0.0, 0.0])
     assert preference_metrics(policy, reference)["accuracy"] == (3 * 0.5 + 1) / 4
 
@@ -90,23 +90,23 @@ names = st.lists(st.text(st.characters(blacklist_characters="\0"), min_size=1), 
 
 
 @given(names, st.integers(), names)
-def test_a_hash_depends_on_the_id_and_the_key_alone(ids, seed, others):
+def test_a_hash_depends_on_the_id_and_the_key_only(ids, seed, others):
     alone = [keyed_hash([name], "test", seed)[0] for name in ids]
     assert keyed_hash([*ids, *others], "test", seed)[: len(ids)].tolist() == alone
 
 
 @given(st.lists(st.integers(-(2**62), 2**62), min_size=2, unique=True))
-def test_ids_keep_apart_and_keys_keep_apart(ids):
+def test_different_ids_and_keys_give_different_hashes(ids):
     assert len(set(keyed_hash(ids, "a").tolist())) == len(ids)
     assert (keyed_hash(ids, "a") != keyed_hash(ids, "b")).all()
 
 
-def test_bits_are_fair():
+def test_hash_bits_are_balanced():
     bits = np.unpackbits(keyed_hash(np.arange(10_000), "bits").view(np.uint8)).reshape(-1, 64)
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.03
     assert sorted(hash_order(np.arange(50), "order")) == list(range(50))
 
 
-def test_hashes_refuse_numbers_that_are_not_whole():
+def test_hashes_refuse_ids_that_are_not_whole_numbers():
     with pytest.raises(TypeError, match="ids must be integers or strings"):
         keyed_hash([0.5])

@@ -32,7 +32,7 @@ def weights(model) -> torch.Tensor:
 
 @pytest.fixture
 def worlds(world):
-    """As many copies of a fresh world as a test asks for."""
+    """Return a function that returns fresh copies of the world."""
     from copy import deepcopy
 
     return lambda: replace(world, model=deepcopy(world.model))
@@ -52,7 +52,7 @@ def test_training_lowers_the_loss_on_the_training_pairs(world):
 
 
 def test_a_step_against_torch_by_hand(worlds):
-    """One step of the loop equals the loss of Eq. 4 and AdamW written out."""
+    """Compare one step of the loop with Eq. 4, clipping and AdamW written out."""
     ours, by_hand = worlds(), worlds()
     training = Training(learning_rate=1e-3, schedule="constant_with_warmup", warmup_share=0.0)
     run(ours, training=training, rows=8)
@@ -97,8 +97,8 @@ def test_layout_and_activation_checkpointing_change_rounding_only(worlds):
             assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
 
 
-def test_a_reference_that_is_measured_on_the_way(worlds, tmp_path):
-    """With adapters the policy is its own reference: off, they are the same at any step."""
+def test_a_reference_that_is_measured_during_training(worlds, tmp_path):
+    """A LoRA policy with its adapters off is the same reference at any step."""
     runs = []
     for filled in (True, False):
         torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_a_reference_that_is_measured_on_the_way(worlds, tmp_path):
 def test_learning_rates_follow_the_exact_total(world):
     training = TRAINING.replace(warmup_share=0.25)
     rates = [step["learning_rate"] for step in run(world, training=training).steps]
-    # what each step was taken with: up over a quarter of the steps, then down towards zero
+    # warm-up over a quarter of the steps, then linear decay towards zero
     assert rates == pytest.approx([0.0, 5e-4, *(1e-3 * k / 6 for k in range(6, 0, -1))])
 
 
@@ -142,7 +142,7 @@ def test_metrics_of_every_step(world, tmp_path):
     assert history.steps[-1]["tokens_trained"] == sum(lengths[row] for row in kept)
     first = world.timeline.plan.pools[0]
     assert world.timeline.kept_count[0] == len(first)
-    unscored = sum(lengths[row] for row in first.tolist())  # all of it is kept
+    unscored = sum(lengths[row] for row in first.tolist())  # it is kept whole
     assert history.steps[-1]["tokens_scored"] == sum(lengths.values()) - unscored
 
 
@@ -160,7 +160,7 @@ def test_the_best_weights_are_kept(world, tmp_path):
 
 
 def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path, monkeypatch):
-    whole, stopped = worlds(), worlds()
+    whole, interrupted = worlds(), worlds()
     run(whole, folder=tmp_path / "whole")
     real, calls = torch.optim.AdamW.step, iter(range(100))
 
@@ -172,10 +172,10 @@ def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            run(stopped, folder=tmp_path / "parts")
-    again = worlds()
-    history = run(again, folder=tmp_path / "parts", resume=True)
-    assert torch.equal(weights(whole.model), weights(again.model))
+            run(interrupted, folder=tmp_path / "parts")
+    resumed = worlds()
+    history = run(resumed, folder=tmp_path / "parts", resume=True)
+    assert torch.equal(weights(whole.model), weights(resumed.model))
     assert [step["step"] for step in history.steps] == list(range(1, 9))
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert metrics[0] == metrics[1]
@@ -183,7 +183,7 @@ def test_resuming_in_the_middle_gives_the_same_bits(worlds, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("part", ["*.distcp", ".metadata", "run.pt"])
-def test_a_spoiled_checkpoint_is_passed_over(part, worlds, tmp_path):
+def test_a_damaged_checkpoint_is_skipped(part, worlds, tmp_path):
     run(worlds(), folder=tmp_path)
     newest = max(tmp_path.glob("checkpoint-*"))
     for shard in newest.glob(part):
@@ -225,7 +225,7 @@ def test_options(options, world):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike(worlds):
+def test_a_compiled_model_trains_the_same_up_to_rounding(worlds):
     plain, compiled = worlds(), worlds()
     first = run(plain, rows=24).steps
     second = run(compiled, rows=24, training=TRAINING.replace(compile_model=True)).steps
@@ -242,14 +242,14 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), REFUSED)
-def test_resuming_with_other_settings_is_refused(change, words, worlds, tmp_path):
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_resuming_with_different_settings_is_refused(change, message, worlds, tmp_path):
     run(worlds(), folder=tmp_path, rows=8)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         run(worlds(), folder=tmp_path, rows=8, resume=True, training=TRAINING.replace(**change))
 
 
-def test_a_run_whose_checkpoints_are_all_spoiled_is_not_begun_anew(worlds, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_restarted(worlds, tmp_path):
     run(worlds(), folder=tmp_path, rows=8)
     for path in tmp_path.glob("checkpoint-*/run.pt"):
         path.write_bytes(b"")
@@ -269,7 +269,7 @@ def build_loader(world, selector=None, model=None) -> SelectiveLoader:
 
 def test_a_loader_of_another_model_is_refused(worlds):
     world, other = worlds(), worlds()
-    with pytest.raises(ValueError, match="scores pools with another model than the one to train"):
+    with pytest.raises(ValueError, match="pools with a different model than the one to train"):
         train(world.model, build_loader(world, model=other.model), world.dataset,
               world.selector.reference, TRAINING)  # fmt: skip
 
@@ -283,13 +283,13 @@ def test_a_loader_of_another_precision_is_refused(world):
     train(world.model, build_loader(world, selector), world.dataset, reference, mixed)
 
 
-def test_a_loader_that_is_under_way_is_refused(world):
+def test_a_loader_that_has_handed_out_batches_is_refused(world):
     loader = build_loader(world)
     next(iter(loader))
     with pytest.raises(ValueError, match="the loader has handed out 1 batches already"):
         train(world.model, loader, world.dataset, world.selector.reference, TRAINING)
 
 
-def test_no_pairs_to_evaluate_on_are_refused(world):
+def test_an_empty_held_out_set_is_refused(world):
     with pytest.raises(ValueError, match="held_out has no pairs"):
         run(world, held_out=world.dataset.take([]))

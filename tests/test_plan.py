@@ -42,11 +42,11 @@ def problems(draw):
 
 
 @given(problems())
-def test_every_pair_is_dealt_exactly_and_at_most_once_per_pool(problem):
+def test_every_pair_is_assigned_exactly_and_at_most_once_per_pool(problem):
     strata, mix, num_pools, copies, seed = problem
     plan = plan_pools(strata, mix, num_pools, copies=copies, seed=seed)
-    times = np.bincount(np.concatenate(plan.pools), minlength=len(strata))
-    assert (times == copies).all()
+    assignments = np.bincount(np.concatenate(plan.pools), minlength=len(strata))
+    assert (assignments == copies).all()
     assert all(len(np.unique(pool)) == len(pool) for pool in plan.pools)
 
 
@@ -58,7 +58,7 @@ def test_a_pool_across_two_traversals_repeats_no_pair(num_pairs, copies, num_poo
 
 
 @given(problems())
-def test_sizes_and_counts_are_what_they_say(problem):
+def test_sizes_and_counts_describe_the_pools(problem):
     strata, mix, num_pools, copies, seed = problem
     plan = plan_pools(strata, mix, num_pools, copies=copies, seed=seed)
     sizes = [len(pool) for pool in plan.pools]
@@ -73,7 +73,7 @@ def test_sizes_and_counts_are_what_they_say(problem):
 
 
 @given(problems(), st.randoms(use_true_random=False))
-def test_with_ids_the_deal_does_not_depend_on_the_order_of_rows(problem, shuffler):
+def test_with_ids_the_assignment_does_not_depend_on_the_row_order(problem, shuffler):
     strata, mix, num_pools, copies, seed = problem
     ids = np.array([f"pair-{i}" for i in range(len(strata))])
     order = list(range(len(strata)))
@@ -84,7 +84,7 @@ def test_with_ids_the_deal_does_not_depend_on_the_order_of_rows(problem, shuffle
         assert ids[pool].tolist() == ids[order][other].tolist()
 
 
-def test_the_sizes_of_the_paper():
+def test_pool_sizes_of_the_paper():
     plan = plan_run(PAPER_STRATA, PAPER_MIX, batch_size=16, refresh_steps=25, epochs=3)
     assert len(plan) == 31
     assert sorted({len(pool) for pool in plan.pools}) == [400, 401]
@@ -96,14 +96,14 @@ def test_the_sizes_of_the_paper():
     assert timeline.total_steps == -(-sum(timeline.kept_count) // 16)
 
 
-def test_rounding_is_spread_over_the_pools():
-    """Pools of one pair alternate between equal strata; they do not use one up first."""
+def test_rounding_errors_are_spread_over_the_pools():
+    """Pools of one pair alternate between equal strata, rather than exhaust one first."""
     plan = plan_pools([0] * 50 + [1] * 50, Constant((0.5, 0.5)), 100)
     so_far = np.cumsum(plan.counts - plan.ideal, axis=0)
     assert np.abs(so_far).max() <= 1
 
 
-def test_a_mix_that_fits_is_met_exactly():
+def test_a_feasible_mix_is_followed_exactly():
     plan = plan_pools([0] * 60 + [1] * 40, Linear((0.8, 0.2), (0.4, 0.6)), 5, on_infeasible="error")
     assert plan.counts.tolist() == [[16, 4], [14, 6], [12, 8], [10, 10], [8, 12]]
 
@@ -114,17 +114,17 @@ def test_an_infeasible_mix_is_rebalanced_or_refused():
     assert plan.counts.tolist() == [[18, 2]] * 5
     assert plan.largest_deviation == 8
     with pytest.raises(
-        ValueError, match=r"asks for shares \[0.5, 0.5\], the data hold \[0.9, 0.1\]"
+        ValueError, match=r"asks for shares \[0.5, 0.5\], but the data contain \[0.9, 0.1\]"
     ):
         plan_pools(strata, mix, 5, on_infeasible="error")
 
 
-def test_a_stratum_the_mix_never_asks_for_is_dealt_all_the_same():
+def test_a_stratum_that_the_mix_never_asks_for_is_assigned_too():
     plan = plan_pools([0, 0, 1, 1], Constant((1.0, 0.0)), 2)
     assert plan.counts.sum(axis=0).tolist() == [2, 2]
 
 
-def test_seeds_make_different_deals_and_no_global_generator_is_touched():
+def test_seeds_give_different_plans_and_leave_the_global_generator_alone():
     np.random.seed(0)  # noqa: NPY002
     state = np.random.get_state()[1].tolist()  # noqa: NPY002
     first, again, other = (plan_pools(PAPER_STRATA, PAPER_MIX, 10, seed=s) for s in (0, 0, 1))
@@ -136,10 +136,11 @@ def test_seeds_make_different_deals_and_no_global_generator_is_touched():
 
 
 @pytest.mark.parametrize(
-    ("rule", "times"), [("inclusive", (0.0, 0.5, 1.0)), ("k_over_K", (1 / 3, 2 / 3, 1.0))]
+    ("rule", "expected"), [("inclusive", (0.0, 0.5, 1.0)), ("k_over_K", (1 / 3, 2 / 3, 1.0))]
 )
-def test_progress(rule, times):
-    assert plan_pools([0] * 9, Constant((1.0,)), 3, progress=rule).progress == pytest.approx(times)
+def test_progress(rule, expected):
+    plan = plan_pools([0] * 9, Constant((1.0,)), 3, progress=rule)
+    assert plan.progress == pytest.approx(expected)
 
 
 def test_a_single_interval_has_progress_0():
@@ -153,13 +154,13 @@ def test_scopes(scope, copies):
     plan = plan_run(PAPER_STRATA, PAPER_MIX, batch_size=16, epochs=3, scope=scope)
     assert (np.bincount(np.concatenate(plan.pools)) == copies).all()
     assert plan.copies == copies
-    if scope == "epoch":  # each epoch is a partition of its own, and the curriculum starts again
+    if scope == "epoch":  # each epoch is a separate partition, and the schedule restarts
         assert plan.progress.count(0.0) == 3
         first = np.concatenate(plan.pools[: len(plan) // 3])
         assert sorted(first) == list(range(len(PAPER_STRATA)))
 
 
-def test_a_plan_for_other_rows():
+def test_on_rows_translates_row_numbers():
     plan = plan_pools([0, 0, 0], Constant((1.0,)), 3).on_rows([7, 8, 9])
     assert sorted(np.concatenate(plan.pools).tolist()) == [7, 8, 9]
 
@@ -177,17 +178,17 @@ def test_kept_count(ratio, size, multiple):
 
 
 @given(st.integers(0, 100), st.integers(1, 1000))
-def test_kept_count_of_whole_percentages_is_the_whole_number(percent, hundreds):
+def test_kept_count_is_exact_for_whole_percentages(percent, hundreds):
     assert kept_count(percent / 100, 100 * hundreds) == max(1, percent * hundreds)
 
 
 @given(problems(), st.floats(0.05, 1), st.floats(0.05, 1), st.integers(1, 9))
-def test_totals_are_known_beforehand(problem, start, end, batch_size):
+def test_steps_are_known_in_advance(problem, start, end, batch_size):
     strata, mix, num_pools, copies, seed = problem
     plan = plan_pools(strata, mix, num_pools, copies=copies, seed=seed)
     timeline = Timeline(plan, Linear(start, end), batch_size)
     carried = step = 0
-    for k in range(num_pools):  # whole batches, the rest carried on
+    for k in range(num_pools):  # full batches, with the remainder carried over
         assert timeline.first_step[k] == step
         step += (carried + timeline.kept_count[k]) // batch_size
         carried = (carried + timeline.kept_count[k]) % batch_size
@@ -195,7 +196,7 @@ def test_totals_are_known_beforehand(problem, start, end, batch_size):
 
 
 @given(problems(), st.floats(0.05, 1), st.integers(1, 9))
-def test_the_interval_at_a_step_is_the_last_that_has_begun(problem, keep, batch_size):
+def test_the_interval_at_a_step_is_the_last_one_started(problem, keep, batch_size):
     strata, mix, num_pools, copies, seed = problem
     timeline = Timeline(
         plan_pools(strata, mix, num_pools, copies=copies, seed=seed), Constant(keep), batch_size
@@ -221,14 +222,14 @@ def test_strata_from_judgments():
     assert strata_from_judgments(clarity, score).tolist() == list(stratum)
 
 
-def test_equal_values_across_a_cut_are_pointed_out():
-    with pytest.warns(UserWarning, match="10 of 12 pairs have the value 1 and stand on both sides"):
+def test_equal_values_on_both_sides_of_a_cut_give_a_warning():
+    with pytest.warns(UserWarning, match="10 of 12 pairs have the value 1 and lie on both sides"):
         strata_from_values([3.0, *[1.0] * 10, 0.5], (0.5, 0.5))
 
 
 @pytest.mark.filterwarnings("ignore:strata_from_values")
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=50))
-def test_strata_from_values_are_ordered_and_of_the_size_asked_for(values):
+def test_strata_from_values_are_ordered_and_have_the_requested_sizes(values):
     strata = strata_from_values(values, shares=(0.5, 0.3, 0.2))
     easiest_first = np.asarray(values)[np.argsort(strata, kind="stable")]
     for k in range(2):

@@ -1,4 +1,4 @@
-"""Processes that measure and update together: real ones, under torchrun with gloo."""
+"""Ranks that measure and update together: real processes, under torchrun with gloo."""
 
 import re
 import subprocess
@@ -22,8 +22,8 @@ processes = pytest.mark.parametrize("world", [1, 2, 4])
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
-def test_processes_that_leave_end_well():
-    # without leave() about a third of them are aborted
+def test_processes_that_call_leave_exit_cleanly():
+    # without leave() about a third of them abort
     command = [sys.executable, WORKER.with_name("leaving_worker.py"), "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.split() == ["0"], done.stderr
@@ -31,7 +31,7 @@ def test_processes_that_leave_end_well():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The reports of all processes of a world, which runs once."""
+    """Reports of all ranks for a world size, each of which runs only once."""
 
     @cache
     def of(world: int) -> list[dict]:
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same of one process that knows of no others, by the model's name."""
+    """The same results from a single process without a process group, by strategy."""
 
     @cache
     def of(strategy: str) -> dict:
@@ -66,26 +66,27 @@ def alone():
 
 @processes
 @strategies
-def test_the_same_bits_for_any_number_of_processes(run, alone, world, strategy):
+def test_equal_bits_for_any_world_size(run, alone, world, strategy):
     expected = alone(strategy)
     for report in run(world):
-        found = report[strategy]
+        results = report[strategy]
         for name in ("logps", "store"):
-            assert all(map(torch.equal, found[name], expected["logps"]))
-        assert np.array_equal(found["kept"], expected["kept"])
-        assert found["digest"] == expected["digest"]
-        assert found["measured"][0] > 0 == found["measured"][1]
+            assert all(map(torch.equal, results[name], expected["logps"]))
+        assert np.array_equal(results["kept"], expected["kept"])
+        assert results["digest"] == expected["digest"]
+        # the second time everything comes from the store
+        assert results["measured"][0] > 0 == results["measured"][1]
 
 
 @processes
 @strategies
-def test_gradients_are_those_of_one_process(run, alone, world, strategy):
+def test_gradients_equal_those_of_a_single_process(run, alone, world, strategy):
     expected = alone(strategy)["gradients"]
     for report in run(world):
-        found = report[strategy]["gradients"]
-        assert found.keys() == expected.keys()
+        gradients = report[strategy]["gradients"]
+        assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
-            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+            assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -96,14 +97,12 @@ def test_gradients_are_those_of_one_process(run, alone, world, strategy):
         ("other budgets", r"need the same pool, budget.* pass processes=Processes\(\)"),
         ("not finite", r"pair .* \(row 0\) has log-probs nan and nan; the model's weights"),
         ("alone", "nothing"),
-        # packed without a warning, and rounding is no signal: both go by what shards are cast to
+        # the dtype that shards are cast to decides both: packing without a warning, and the noise
+        # floor, below which rounding is no signal
         ("cast shards", r"torch.bfloat16 hash \['Selector: at step 0 the log-ratios of al'\]"),
-        (
-            "training",
-            r"knows of [24] processes, .* would drift apart; pass shard\(model\)",
-        ),
+        ("training", r"[24] processes, .* would drift apart; pass shard\(model\)"),
     ],
 )
-def test_what_goes_wrong_is_said_by_all(run, world, case, words):
+def test_errors_are_raised_on_every_rank(run, world, case, words):
     for report in run(world):
         assert re.search(words, report["refusals"][case])

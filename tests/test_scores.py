@@ -20,28 +20,28 @@ def literal(u: float, eps: float) -> float:
     return (1 - p) ** 2 / (p * (1 - p) + eps)
 
 
-# The score falls as a response's confidence rises: the law the whole selection rests on.
+# The score falls as the confidence of a response rises; the whole selection relies on this.
 
 
 @given(rewards, rewards, rewards, dampings)
-def test_never_higher_for_a_more_confident_chosen_response(low, high, rejected, eps):
+def test_not_higher_for_a_more_confident_chosen_response(low, high, rejected, eps):
     low, high = sorted((low, high))
     assert sage_of(high, rejected, eps) <= sage_of(low, rejected, eps)
 
 
 @given(rewards, rewards, rewards, dampings)
-def test_never_lower_for_a_more_confident_wrong_response(low, high, chosen, eps):
+def test_not_lower_for_a_more_likely_rejected_response(low, high, chosen, eps):
     low, high = sorted((low, high))
     assert sage_of(chosen, high, eps) >= sage_of(chosen, low, eps)
 
 
 @given(modest_rewards, modest_rewards, dampings)
-def test_strictly_decreasing_where_float64_can_tell(low, high, eps):
+def test_strictly_decreasing_within_float64_resolution(low, high, eps):
     low, high = sorted((low, high))
     assume(high - low > 0.1)
-    settled = 1e5  # a response so confident that it adds nothing to the other
-    assert sage_of(high, -settled, eps) < sage_of(low, -settled, eps)
-    assert sage_of(settled, low, eps) < sage_of(settled, high, eps)
+    extreme = 1e5  # a response so confident that it contributes nothing to the score
+    assert sage_of(high, -extreme, eps) < sage_of(low, -extreme, eps)
+    assert sage_of(extreme, low, eps) < sage_of(extreme, high, eps)
 
 
 @given(rewards, rewards, st.floats(1e-300, 10.0))
@@ -69,24 +69,24 @@ def test_value_at_policy_equal_to_reference(eps):
 
 
 @given(modest_rewards, modest_rewards, st.integers(1, 10_000), st.integers(1, 10_000))
-def test_never_higher_for_a_longer_pair(chosen, rejected, short, long):
+def test_not_higher_for_a_longer_pair(chosen, rejected, short, long):
     short, long = sorted((short, long))
     assert sage_of(chosen, rejected, tokens=long) <= sage_of(chosen, rejected, tokens=short)
 
 
 @given(pools())
-def test_logarithm(pool):
+def test_log_sage_is_the_logarithm_of_sage(pool):
     assert torch.allclose(log_sage(*pool).exp(), sage(*pool))
 
 
-def test_the_logarithm_still_ranks_where_the_score_underflows():
+def test_log_sage_ranks_pairs_whose_scores_underflow():
     policy, reference = with_rewards([1000.0, 2000.0], [-2000.0, -2000.0])
     assert sage(policy, reference).tolist() == [0.0, 0.0]
     first, second = log_sage(policy, reference).tolist()
     assert first > second
 
 
-def test_damping_caps_a_response():
+def test_damping_limits_the_contribution_of_a_response():
     assert sage_of(-1e5, -1e5, eps=1e-3, tokens=1) == pytest.approx(1e3 / 2)
 
 
@@ -101,9 +101,9 @@ def test_does_not_depend_on_the_order_of_rows(name, pool, shuffler):
     shuffler.shuffle(order)
     expected = SCORES[name](policy, reference)
     shuffled = SCORES[name](policy.take(order), reference.take(order))
-    found = shuffled[[order.index(row) for row in policy.index.tolist()]]
-    # inf is a legal score of the undamped rules, and vector lanes may round differently
-    assert torch.allclose(expected, found, rtol=1e-12, atol=0, equal_nan=True)
+    restored = shuffled[[order.index(row) for row in policy.index.tolist()]]
+    # undamped scores may be inf, and vectorised code may round differently by position
+    assert torch.allclose(expected, restored, rtol=1e-12, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -115,7 +115,7 @@ def test_one_float64_per_pair(name, pool):
     assert not score.isnan().any()
 
 
-TABLE = [  # at rewards (chosen, rejected) = (1, -1), 20 tokens in all
+TABLE = [  # at rewards (chosen, rejected) = (1, -1) and 20 tokens in total
     (scores.without_curvature, 2 * (1 - 0.7310585786) ** 2 / 20),
     (scores.without_gradient, 2 / (0.7310585786 * 0.2689414214 + 1e-6) / 20),
     (scores.gradient_slope, ((1.5 * 0.7310585786 - 1) ** 2 + (0.5 * 0.2689414214) ** 2) ** 0.5),
@@ -146,19 +146,19 @@ def test_gradient_slope_is_the_gradient_of_the_nca_loss(pool):
     assert torch.allclose(scores.gradient_slope(policy, reference), expected, atol=1e-9)
 
 
-def test_random_is_a_lot_that_belongs_to_the_row_and_the_seed():
+def test_random_numbers_depend_on_the_row_and_the_seed_only():
     policy, reference = with_rewards(torch.zeros(1000), torch.zeros(1000))
-    lots = scores.random(policy, reference, seed=1)
+    numbers = scores.random(policy, reference, seed=1)
     assert torch.equal(
-        lots.flip(0), scores.random(policy.take(range(999, -1, -1)), reference, seed=1)
+        numbers.flip(0), scores.random(policy.take(range(999, -1, -1)), reference, seed=1)
     )
-    assert not torch.equal(lots, scores.random(policy, reference, seed=2))
-    assert lots.min() >= 0
-    assert lots.max() < 1
-    assert abs(lots.mean() - 0.5) < 0.05
+    assert not torch.equal(numbers, scores.random(policy, reference, seed=2))
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.05
 
 
-def test_stratified_ranks_within_pairs_of_like_length():
+def test_stratified_ranks_among_pairs_of_similar_length():
     tokens = torch.tensor([5] * 10 + [500] * 10)
     policy, reference = with_rewards(torch.arange(20.0), torch.zeros(20), tokens)
     best = sage(policy, reference, length_norm="stratified").topk(4).indices

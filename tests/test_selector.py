@@ -1,3 +1,5 @@
+"""Tests of the Selector: the cut, ranking, pools without signal, and measuring."""
+
 import warnings
 from functools import partial
 
@@ -22,7 +24,7 @@ def selector(score=sage, keep=Constant(0.5), reference=None, **options) -> Selec
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0]), min_size=1, max_size=30), st.data())
-def test_top_is_the_head_of_a_full_sort(values, data):
+def test_top_equals_the_start_of_a_full_sort(values, data):
     values = np.array(values)
     count = data.draw(st.integers(0, len(values)))
     best = top(values, count, ids=np.arange(len(values)))
@@ -43,7 +45,7 @@ def test_ties_are_broken_by_id(size, shuffler):
     assert first.tolist() == ids[order][top(np.zeros(size), size // 2, ids=ids[order])].tolist()
 
 
-def test_another_key_breaks_ties_otherwise():
+def test_the_key_decides_how_ties_are_broken():
     draws = {tuple(top(np.zeros(20), 5, ids=np.arange(20), key=(seed,))) for seed in range(10)}
     assert len(draws) > 5
 
@@ -53,7 +55,7 @@ def test_another_key_breaks_ties_otherwise():
 
 @pytest.mark.parametrize("name", SCORES)
 @given(pool=pools(), ratio=st.floats(0, 1))
-def test_keeps_the_highest_scores(name, pool, ratio):
+def test_rank_keeps_the_highest_scores(name, pool, ratio):
     policy, reference = pool
     decision = selector(SCORES[name], Constant(ratio), reference).rank(policy, reference, 0.0)
     assert len(decision) == max(1, int(ratio * len(policy.index) + 1e-9))
@@ -65,19 +67,19 @@ def test_keeps_the_highest_scores(name, pool, ratio):
 
 
 @given(pools(), st.randoms(use_true_random=False), st.floats(0, 1))
-def test_the_order_of_rows_changes_nothing(pool, shuffler, ratio):
+def test_the_order_of_rows_does_not_matter(pool, shuffler, ratio):
     policy, reference = pool
     order = policy.index.tolist()
     shuffler.shuffle(order)
     decide = selector(log_sage, Constant(ratio), reference).rank
-    # the reference is looked up by row: neither its order nor what else it covers matters
+    # the reference is looked up by row, so neither its order nor further rows matter
     assert list(decide(policy, reference, 0.0)) == list(
         decide(policy.take(order), reference.take(order[::-1]), 0.0)
     )
 
 
 @given(pools(min_size=8), st.integers(1, 4))
-def test_a_multiple(pool, multiple):
+def test_kept_counts_are_multiples(pool, multiple):
     policy, reference = pool
     decision = selector(keep=Constant(0.7), reference=reference, multiple=multiple).rank(
         policy, reference, 0.0
@@ -85,7 +87,7 @@ def test_a_multiple(pool, multiple):
     assert len(decision) % multiple == 0
 
 
-def test_the_keep_schedule_is_read_at_the_progress():
+def test_the_keep_schedule_is_evaluated_at_the_progress():
     policy, reference = with_rewards(torch.randn(100), torch.randn(100))
     decide = selector(keep=Linear(1.0, 0.4), reference=reference).rank
     assert [len(decide(policy, reference, t)) for t in (0.0, 0.5, 1.0)] == [100, 70, 40]
@@ -97,56 +99,57 @@ def test_a_missing_reference_row_is_an_error():
         selector(reference=reference).rank(policy, reference.take([0]), 0.0)
 
 
-def test_a_reference_of_other_tokens_is_an_error():
+def test_different_token_counts_are_an_error():
     policy, reference = with_rewards([1.0, 2.0], [0.0, 0.0])
     other = reference._replace(chosen_tokens=reference.chosen_tokens + 1)
     with pytest.raises(ValueError, match="counted different response tokens for row 0"):
         selector(reference=other).rank(policy, other, 0.0)
 
 
-# A score that carries no signal must not select
+# Pools without signal
 
 
-def alike(noise: float = 0.0):
+def equal_rewards(noise: float = 0.0):
+    """Log-probs of 100 pairs at policy = reference, with lengths 1 to 100 and optional noise."""
     tokens = torch.arange(1, 101)
     policy, reference = with_rewards(torch.zeros(100), torch.zeros(100), tokens)
     return policy._replace(chosen=noise * torch.randn(100).double()), reference
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4])
-def test_without_signal_the_hash_decides_and_says_so(noise):
-    policy, reference = alike(noise)
+def test_without_signal_the_hash_decides_with_a_warning(noise):
+    policy, reference = equal_rewards(noise)
     decide = Selector(sage, Constant(0.4), reference, lambda step: 0.0)
-    with pytest.warns(UserWarning, match="log-ratios of all 100 candidates are alike"):
+    with pytest.warns(UserWarning, match="log-ratios of all 100 candidates are equal up to"):
         decision = decide.rank(policy, reference, 0.0)
     assert decision.rule == "hash"
     assert len(decision) == 40
     assert decision.signal <= 1e-3
     shortest = set(range(40))
-    assert len(shortest & set(decision)) < 30  # by length alone it would be all of them
-    with pytest.warns(UserWarning, match="are alike"):
+    assert len(shortest & set(decision)) < 30  # ranked by length it would be all 40
+    with pytest.warns(UserWarning, match="are equal up to rounding"):
         assert list(decide.rank(policy, reference, 0.0)) == list(decision)
 
 
-def test_the_paper_to_the_letter_keeps_the_shortest():
-    policy, reference = alike()
+def test_ranking_by_score_without_signal_keeps_the_shortest():
+    policy, reference = equal_rewards()
     decision = selector(keep=Constant(0.4), reference=reference).rank(policy, reference, 0.0)
     assert decision.rule == "score"
     assert sorted(decision) == list(range(40))
 
 
-def test_with_signal_or_nothing_to_drop_there_is_no_warning():
-    policy, reference = alike()
-    moved, _ = with_rewards(torch.linspace(-1, 1, 100), torch.zeros(100), torch.arange(1, 101))
+def test_no_warning_with_signal_or_with_nothing_to_drop():
+    policy, reference = equal_rewards()
+    trained, _ = with_rewards(torch.linspace(-1, 1, 100), torch.zeros(100), torch.arange(1, 101))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decide = Selector(sage, Constant(1.0), reference, lambda step: 0.0)
         assert decide.rank(policy, reference, 0.0).rule == "score"
         decide = Selector(sage, Constant(0.4), reference, lambda step: 0.0)
-        assert decide.rank(moved, reference, 0.0).rule == "score"
+        assert decide.rank(trained, reference, 0.0).rule == "score"
 
 
-def test_a_common_shift_is_no_signal():
+def test_a_common_shift_has_no_spread():
     policy, reference = with_rewards(torch.full((9,), 5.0), torch.full((9,), -5.0))
     assert log_ratio_spread(policy, reference) == pytest.approx(0.0, abs=1e-9)
 
@@ -164,13 +167,13 @@ def test_select_measures_the_pool_and_ranks_it(still):
     assert list(decision) == list(again)
 
 
-def test_any_measure_and_any_pool():
+def test_select_passes_model_and_pool_to_any_measure():
     policy, reference = with_rewards([3.0, -3.0], [0.0, 0.0])
     decide = selector(reference=reference, measure=lambda model, pool: policy)
     assert list(decide.select("any model", "any pool", step=0)) == [1]
 
 
-def test_nothing_is_measured_where_nothing_can_be_dropped(still):
+def test_nothing_is_measured_if_nothing_can_be_dropped(still):
     decide = selector(
         keep=Constant(1.0),
         reference=still.selector.reference,
@@ -181,18 +184,18 @@ def test_nothing_is_measured_where_nothing_can_be_dropped(still):
     assert decision.rule == "all"
 
 
-def test_a_score_with_parameters():
+def test_a_partial_score():
     policy, reference = with_rewards([1.0, -1.0], [0.0, 0.0])
     score = partial(scores.sage, beta=1.0, length_norm="none")
     assert list(selector(score, reference=reference).rank(policy, reference, 0.0)) == [1]
 
 
-def test_a_score_that_does_not_look_at_logps_ranks_without_signal():
-    policy, reference = alike()
-    worth = torch.rand(100, dtype=torch.float64)
+def test_a_score_independent_of_logps_ranks_without_signal():
+    policy, reference = equal_rewards()
+    ratings = torch.rand(100, dtype=torch.float64)
 
     def judged(policy, reference):
-        return worth[policy.index]
+        return ratings[policy.index]
 
     for score in (judged, scores.shortest, partial(scores.random, seed=3)):
         decide = Selector(score, Constant(0.1), reference, lambda step: 0.0)
@@ -202,8 +205,8 @@ def test_a_score_that_does_not_look_at_logps_ranks_without_signal():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_signal_in_any_precision(dtype, still):
-    """The same weights, in two batchings: their log-ratios are nothing but rounding."""
+def test_rounding_is_not_signal_in_any_precision(dtype, still):
+    """With equal weights and two batch sizes, the log-ratios consist of rounding alone."""
     from copy import deepcopy
 
     model = deepcopy(still.model).to(dtype)
@@ -211,12 +214,12 @@ def test_rounding_is_no_signal_in_any_precision(dtype, still):
         sage, Constant(0.4), measure(model, still.dataset), lambda step: 0.0,
         Reader(max_batch_tokens=100),
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="are alike"):
+    with pytest.warns(UserWarning, match="are equal up to rounding"):
         assert decide.select(model, still.dataset.take(np.arange(50)), 0).rule == "hash"
 
 
-def test_numbers_of_any_kind_make_the_same_decision():
-    policy, reference = alike()
+def test_a_numpy_step_breaks_ties_like_a_python_int():
+    policy, reference = equal_rewards()
     decide = selector(lambda p, r: torch.zeros(100), reference=reference).rank
     assert list(decide(policy, reference, 0.0, 3)) == list(
         decide(policy, reference, 0.0, np.int64(3))
@@ -224,7 +227,7 @@ def test_numbers_of_any_kind_make_the_same_decision():
     assert list(decide(policy, reference, 0.0, 3)) != list(decide(policy, reference, 0.0, 4))
 
 
-def test_the_graph_of_the_policy_is_let_go():
+def test_a_selection_does_not_keep_the_autograd_graph():
     policy, reference = with_rewards([1.0, -1.0], [0.0, 0.0])
     policy.chosen.requires_grad_()
     decision = selector(reference=reference).rank(policy, reference, 0.0)
@@ -238,13 +241,13 @@ def test_logps_that_are_not_finite_are_refused(bad):
         selector(reference=reference).rank(policy, reference, 0.0)
 
 
-def test_a_pool_with_a_row_twice_is_refused():
+def test_a_pool_with_a_repeated_row_is_refused():
     policy, reference = with_rewards([1.0, 2.0], [0.0, 0.0])
-    twice = policy._replace(index=torch.tensor([1, 1]))
-    with pytest.raises(ValueError, match="got 2 rows of which 1 differ"):
-        selector(reference=reference).rank(twice, reference, 0.0)
+    repeated = policy._replace(index=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=r"got 2 rows \(1 distinct\)"):
+        selector(reference=reference).rank(repeated, reference, 0.0)
 
 
-def test_an_empty_pool():
+def test_an_empty_pool_gives_an_empty_selection():
     policy, reference = with_rewards([], [])
     assert "kept 0 of 0" in repr(selector(reference=reference).rank(policy, reference, 0.0))

@@ -19,12 +19,12 @@ from stand_in_server import Reply, serving
 from sage_select import Constant, PreferenceDataset, Reader, ServerMeasure, measure
 from sage_select.models import serving as serving_module
 
-PAIR = r"ServerMeasure: pair \w+ \(row \d+, (chosen|rejected)\): "
+PAIR = r"ServerMeasure: pair \w+ \(row \d+, (chosen|rejected)\): "  # start of messages about a pair
 unchecked = partial(ServerMeasure, name="policy", check_responses=0, show_progress=False)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def short_pauses(monkeypatch):
     monkeypatch.setattr(serving_module, "FIRST_PAUSE", 0.01)
 
 
@@ -38,54 +38,54 @@ def few(still) -> PreferenceDataset:
     return still.dataset.take([5, 3])
 
 
-def fails(
-    still, pool, words, alter=None, error=ValueError, *, settings=(), name="policy", **options
+def assert_fails(
+    still, pool, message, alter=None, error=ValueError, *, settings=(), name="policy", **options
 ):
-    """A pass against a server like this ends with this error."""
+    """Assert that a pass with a server of these options raises this error."""
     with (
-        serving(still.model, name, alter=alter or Records(), **options) as url,
-        pytest.raises(error, match=words),
+        serving(still.model, name, alter=alter or Recorder(), **options) as url,
+        pytest.raises(error, match=message),
     ):
         unchecked(url, concurrency=1, **dict(settings))(None, pool)
 
 
-def moved(model, by: float):
-    """A copy of a model whose weights are a little different."""
-    other = deepcopy(model)
+def scaled(model, by: float):
+    """A copy of a model with weights that are larger by this share."""
+    copy = deepcopy(model)
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in copy.parameters():
             parameter.mul_(1 + by)
-    return other
+    return copy
 
 
-class Records:
-    """A server's replies as they are, and what was asked of it; `per` may change those to POST."""
+class Recorder:
+    """Records requests to a server; `change` may replace replies to POST requests."""
 
-    def __init__(self, per: Callable[[dict, Reply, int], Reply] | None = None) -> None:
-        self.per = per
-        self.asked: list[str] = []
+    def __init__(self, change: Callable[[dict, Reply, int], Reply] | None = None) -> None:
+        self.change = change
+        self.paths: list[str] = []
         self.prompts: list[list[int]] = []
 
     def __call__(self, path: str, request: dict, reply: Reply) -> Reply:
-        self.asked.append(path)
+        self.paths.append(path)
         if not request:
             return reply
         self.prompts.append(request["prompt"])
-        return self.per(request, reply, len(self.prompts)) if self.per else reply
+        return self.change(request, reply, len(self.prompts)) if self.change else reply
 
 
 @pytest.mark.parametrize("shape", ["vllm", "sglang", "echo"])
-def test_the_same_as_the_local_measure(shape, still, pool):
+def test_log_probs_equal_those_of_the_local_measure(shape, still, pool):
     expected = measure(still.model, pool)
     with serving(still.model, shape=shape) as url:
-        found = ServerMeasure(url, "policy")(still.model, pool)
+        logps = ServerMeasure(url, "policy")(still.model, pool)
     for field in ("chosen", "rejected"):
         torch.testing.assert_close(
-            getattr(found, field), getattr(expected, field), atol=1e-4, rtol=0
+            getattr(logps, field), getattr(expected, field), atol=1e-4, rtol=0
         )
-    assert found.index.tolist() == expected.index.tolist()
-    assert found.chosen_tokens.tolist() == expected.chosen_tokens.tolist()
-    assert found.chosen.dtype == torch.float64
+    assert logps.index.tolist() == expected.index.tolist()
+    assert logps.chosen_tokens.tolist() == expected.chosen_tokens.tolist()
+    assert logps.chosen.dtype == torch.float64
 
 
 @pytest.mark.parametrize("shape", ["vllm", "sglang"])
@@ -95,12 +95,12 @@ def test_a_real_model(shape, data, stories):
         data / "pairs" / "gsm8k_verified.parquet", tokenizer=tokenizer, max_length=400
     ).take(np.arange(0, 60, 10))
     with serving(model, shape=shape) as url:
-        found = ServerMeasure(url, "policy")(model, pairs)
-    torch.testing.assert_close(found.chosen, measure(model, pairs).chosen, atol=0, rtol=1e-6)
+        logps = ServerMeasure(url, "policy")(model, pairs)
+    torch.testing.assert_close(logps.chosen, measure(model, pairs).chosen, atol=0, rtol=1e-6)
 
 
-def test_what_bf16_costs(data, stories):
-    """The figures of docs/serving.md."""
+def test_the_difference_of_a_bf16_server(data, stories):
+    """Figures in docs/serving.md."""
     model, tokenizer = stories
     pairs = PreferenceDataset.read(
         data / "pairs" / "gsm8k_verified.parquet", tokenizer=tokenizer, max_length=512
@@ -111,64 +111,64 @@ def test_what_bf16_costs(data, stories):
     assert 1e-3 < server.checks[-1].mean < 1e-2
 
 
-def test_the_selector_keeps_the_same(still, pool):
-    policy = moved(still.model, 0.1)
+def test_selections_equal_those_of_the_local_measure(still, pool):
+    policy = scaled(still.model, 0.1)
     local = replace(still.selector, keep=Constant(0.5))
     with serving(policy) as url:
-        elsewhere = replace(local, measure=ServerMeasure(url, "policy"))
-        found, expected = (s.select(policy, pool, 1) for s in (elsewhere, local))
-    assert found.rule == "score"
-    assert found.indices.tolist() == expected.indices.tolist()
+        remote = replace(local, measure=ServerMeasure(url, "policy"))
+        selection, expected = (s.select(policy, pool, 1) for s in (remote, local))
+    assert selection.rule == "score"
+    assert selection.indices.tolist() == expected.indices.tolist()
 
 
-def test_each_distinct_response_is_asked_for_once(still, few):
+def test_each_distinct_response_is_requested_once(still, few):
     pool = few.take([5, 3, 5])
-    with serving(still.model, alter=(seen := Records())) as url:
+    with serving(still.model, alter=(recorder := Recorder())) as url:
         ServerMeasure(url, "policy", concurrency=3)(still.model, pool)
-    assert len(seen.prompts) == len({tuple(prompt) for prompt in seen.prompts}) == 4
-    assert {tuple(s.tokens) for s in pool.sequences()} == {tuple(p) for p in seen.prompts}
+    assert len(recorder.prompts) == len({tuple(prompt) for prompt in recorder.prompts}) == 4
+    assert {tuple(s.tokens) for s in pool.sequences()} == {tuple(p) for p in recorder.prompts}
 
 
-def test_the_order_of_answers_changes_not_one_bit(still, pool):
-    def late(request, reply, number):
+def test_the_order_of_answers_does_not_change_a_bit(still, pool):
+    def delayed(request, reply, number):
         time.sleep(0.02 * (number % 3))
         return reply
 
-    found = []
-    for concurrency, per in ((1, None), (8, late)):
-        with serving(still.model, alter=Records(per)) as url:
-            found.append(unchecked(url, concurrency=concurrency)(None, pool))
-    assert all(map(torch.equal, *found))
+    results = []
+    for concurrency, change in ((1, None), (8, delayed)):
+        with serving(still.model, alter=Recorder(change)) as url:
+            results.append(unchecked(url, concurrency=concurrency)(None, pool))
+    assert all(map(torch.equal, *results))
 
 
-def test_weights_are_sent_once_a_pass_and_before_any_request(still, few):
-    seen = Records()
-    with serving(still.model, alter=seen) as url:
-        sent = lambda model: seen.asked.append(model)  # noqa: E731
-        server = ServerMeasure(url, "policy", sync=sent)
+def test_sync_is_called_once_per_pass_before_any_request(still, few):
+    recorder = Recorder()
+    with serving(still.model, alter=recorder) as url:
+        sync = lambda model: recorder.paths.append(model)  # noqa: E731
+        server = ServerMeasure(url, "policy", sync=sync)
         server(still.model, few)
-        length = len(seen.asked)
+        length = len(recorder.paths)
         server(still.model, few)
-    assert [i for i, what in enumerate(seen.asked) if what is still.model] == [0, length]
-    assert seen.asked[1] == "/v1/models"
+    assert [i for i, event in enumerate(recorder.paths) if event is still.model] == [0, length]
+    assert recorder.paths[1] == "/v1/models"
 
 
 def test_stale_weights_are_refused_before_the_pool_is_scored(still, pool):
-    policy = moved(still.model, 0.3)
-    with serving(still.model, alter=(seen := Records())) as url:
+    policy = scaled(still.model, 0.3)
+    with serving(still.model, alter=(recorder := Recorder())) as url:
         server = ServerMeasure(url, "policy", check_responses=4)
         with pytest.raises(ValueError, match=r"differ from the local model's by 0\.\d+ nats per"):
             server(policy, pool)
-        assert len(seen.prompts) == 4
-        loose = replace(server, tolerance=10.0)
-        loose(policy, pool)
-    for agreement in (server.checks[-1], loose.checks[-1]):
+        assert len(recorder.prompts) == 4
+        tolerant = replace(server, tolerance=10.0)
+        tolerant(policy, pool)
+    for agreement in (server.checks[-1], tolerant.checks[-1]):
         assert server.tolerance < agreement.mean <= agreement.largest
         assert agreement.responses == 4
 
 
-def test_weights_that_were_sent_are_accepted(still, few):
-    served, policy = deepcopy(still.model), moved(still.model, 0.1)
+def test_weights_sent_by_sync_are_accepted(still, few):
+    served, policy = deepcopy(still.model), scaled(still.model, 0.1)
     with serving(served) as url:
         server = ServerMeasure(
             url, "policy", sync=lambda model: served.load_state_dict(model.state_dict())
@@ -179,19 +179,19 @@ def test_weights_that_were_sent_are_accepted(still, few):
 
 def test_without_a_local_model(still, few):
     with serving(still.model) as url:
-        with pytest.raises(ValueError, match="pass it, or check_responses=0"):
+        with pytest.raises(ValueError, match="pass the model, or check_responses=0"):
             ServerMeasure(url, "policy")(None, few)
-        found = unchecked(url)(None, few)
-    torch.testing.assert_close(found.chosen, measure(still.model, few).chosen, atol=1e-4, rtol=0)
+        logps = unchecked(url)(None, few)
+    torch.testing.assert_close(logps.chosen, measure(still.model, few).chosen, atol=1e-4, rtol=0)
 
 
-def test_an_empty_pool_asks_nothing(still):
-    nowhere = ServerMeasure("http://127.0.0.1:9", "policy")
-    assert len(nowhere(still.model, still.dataset.take([])).index) == 0
+def test_an_empty_pool_sends_no_request(still):
+    unreachable = ServerMeasure("http://127.0.0.1:9", "policy")
+    assert len(unreachable(still.model, still.dataset.take([])).index) == 0
 
 
-def logprobs(reply: Reply, change: Callable[[list], object]) -> Reply:
-    """A reply with its two lists of log-probs changed alike."""
+def change_logps(reply: Reply, change: Callable[[list], object]) -> Reply:
+    """Apply a change to both lists of log-probs in a reply."""
     choice = reply.body["choices"][0]
     change(choice["logprobs"]["token_logprobs"])
     if "prompt_logprobs" in choice:
@@ -206,59 +206,59 @@ def logprobs(reply: Reply, change: Callable[[list], object]) -> Reply:
     return reply
 
 
-def last(value):
-    return lambda request, reply, number: logprobs(
+def last_logp(value):
+    return lambda request, reply, number: change_logps(
         reply, lambda logps: logps.__setitem__(len(request["prompt"]) - 1, value)
     )
 
 
-def fewer(request, reply, number):
-    return logprobs(reply, lambda logps: logps.__delitem__(slice(2)))
+def too_few_logps(request, reply, number):
+    return change_logps(reply, lambda logps: logps.__delitem__(slice(2)))
 
 
-def longer(request, reply, number):
-    return logprobs(reply, lambda logps: logps.extend([-1.0, -1.0]))
+def too_many_logps(request, reply, number):
+    return change_logps(reply, lambda logps: logps.extend([-1.0, -1.0]))
 
 
-def extended(request, reply, number):
-    """With a token put in front, and nothing generated: as many as there should be."""
+def extended_prompt(request, reply, number):
+    """A server that adds a token in front and generates none: the number of log-probs is right."""
     reply.body["usage"]["prompt_tokens"] += 1
     return reply
 
 
-def other_prompt(request, reply, number):
+def changed_prompt(request, reply, number):
     reply.body["choices"][0]["prompt_token_ids"] = [7, *request["prompt"][1:]]
     return reply
 
 
-def without(request, reply, number):
+def no_logps(request, reply, number):
     return Reply({"choices": [{"index": 0, "text": "4", "logprobs": None}]})
 
 
 @pytest.mark.parametrize("shape", ["vllm", "sglang", "echo"])
 @pytest.mark.parametrize(
-    ("per", "words"),
+    ("change", "message"),
     [
-        (fewer, r"is about \d+ tokens, but \d+ were sent; the server cuts or extends"),
-        (longer, r"is about \d+ tokens, but \d+ were sent"),
-        (extended, r"is about \d+ tokens, but \d+ were sent"),
-        (other_prompt, r"is about token 7 at position 0, where \d+ was sent"),
-        (last(None), r"has None for the token at position \d+, which is no finite log-prob"),
-        (last(float("nan")), "has nan for the token"),
-        (last(-float("inf")), "has -inf for the token"),
-        (last(-9999.0), "has -9999.0 for the token"),
-        (last(3.5), r"has 3.5 for the token .* \(vLLM: --logprobs-mode raw_logprobs\)"),
-        (without, r"has no prompt log-probs, neither as prompt_logprobs nor as logprobs of an ech"),
+        (too_few_logps, r"is for \d+ tokens, but \d+ were sent; the server shortens or extends"),
+        (too_many_logps, r"is for \d+ tokens, but \d+ were sent"),
+        (extended_prompt, r"is for \d+ tokens, but \d+ were sent"),
+        (changed_prompt, r"has token 7 at position 0, but \d+ was sent"),
+        (last_logp(None), r"has None for the token at position \d+, which is not a finite log-p"),
+        (last_logp(float("nan")), "has nan for the token"),
+        (last_logp(-float("inf")), "has -inf for the token"),
+        (last_logp(-9999.0), "has -9999.0 for the token"),
+        (last_logp(3.5), r"has 3.5 for the token .* \(vLLM: --logprobs-mode raw_logprobs\)"),
+        (no_logps, r"has no prompt log-probs, neither as prompt_logprobs nor as logprobs of an ec"),
     ],
     ids=lambda value: getattr(value, "__name__", "")[:12],
 )
-def test_answers_that_cannot_be_used(shape, per, words, still, few):
-    fails(still, few, PAIR + "its answer " + words, Records(per), shape=shape)
+def test_invalid_answers_are_refused(shape, change, message, still, few):
+    assert_fails(still, few, PAIR + "the answer " + message, Recorder(change), shape=shape)
 
 
 @pytest.mark.parametrize("shape", ["vllm", "echo"])
-def test_other_tokens_are_noticed_wherever_ids_are_given(shape, still, few):
-    def other_tokens(request, reply, number):
+def test_changed_tokens_are_detected_if_the_answer_has_ids(shape, still, few):
+    def changed_tokens(request, reply, number):
         choice = reply.body["choices"][0]
         choice.pop("prompt_token_ids", None)
         choice["logprobs"]["tokens"] = [f"token_id:{t}" for t in [*request["prompt"], 0]]
@@ -267,61 +267,63 @@ def test_other_tokens_are_noticed_wherever_ids_are_given(shape, still, few):
             entry["999"] = entry.popitem()[1]
         return reply
 
-    words = r"its answer is about token 999 at position 3, where \d+ was sent"
-    fails(still, few, words, Records(other_tokens), shape=shape)
+    message = r"the answer has token 999 at position 3, but \d+ was sent"
+    assert_fails(still, few, message, Recorder(changed_tokens), shape=shape)
 
 
-def test_the_pair_is_named(still, pool):
+def test_the_message_names_the_pair(still, pool):
     bad = pool.take([9]).sequences()[1].tokens.tolist()
 
-    def one(request, reply, number):
-        return fewer(request, reply, number) if request["prompt"] == bad else reply
+    def change_one(request, reply, number):
+        return too_few_logps(request, reply, number) if request["prompt"] == bad else reply
 
-    words = rf"pair {pool.ids[9]} \(row 9, rejected\): its answer"
-    fails(still, pool.take([4, 9, 2]), words, Records(one))
+    message = rf"pair {pool.ids[9]} \(row 9, rejected\): the answer"
+    assert_fails(still, pool.take([4, 9, 2]), message, Recorder(change_one))
 
 
-def test_a_refusal_is_shown_and_not_tried_again(still, few):
-    said = {"error": {"message": "This model's maximum context length is 8 tokens", "code": 400}}
-    seen = Records(lambda request, reply, number: Reply(said, 400))
-    fails(still, few, PAIR + "POST .*/v1/completions: HTTP 400: This model's max", seen)
-    assert len(seen.prompts) == 1
+def test_a_client_error_is_shown_and_not_retried(still, few):
+    body = {"error": {"message": "This model's maximum context length is 8 tokens", "code": 400}}
+    recorder = Recorder(lambda request, reply, number: Reply(body, 400))
+    message = PAIR + "POST .*/v1/completions: HTTP 400: This model's max"
+    assert_fails(still, few, message, recorder)
+    assert len(recorder.prompts) == 1
 
 
 @pytest.mark.parametrize(
     "body", [{"object": "error", "message": "no such token"}, "no such token", ["no such token"]]
 )
-def test_what_a_server_says_of_an_error(body, still, few):
-    fails(still, few, "no such token", Records(lambda request, reply, number: Reply(body, 422)))
+def test_error_messages_of_servers_in_several_formats(body, still, few):
+    change = lambda request, reply, number: Reply(body, 422)  # noqa: E731
+    assert_fails(still, few, "no such token", Recorder(change))
 
 
-def test_a_model_that_is_not_served(still, few):
-    fails(still, few, "does not serve 'policy'; it has base", name="base")
+def test_a_model_that_is_not_served_is_an_error(still, few):
+    assert_fails(still, few, "does not serve 'policy'; it serves base", name="base")
 
 
-def test_a_response_that_the_server_has_no_room_for(still, few):
+def test_a_response_longer_than_the_server_s_context_is_refused(still, few):
     longest = int(few.sequence_lengths.max())
-    words = rf"{PAIR[:-2]} has {longest} tokens, .* max_length={longest - 1}, or serve"
-    fails(still, few, words, seen := Records(), max_model_len=longest)
-    assert seen.prompts == []
+    message = rf"{PAIR[:-2]} has {longest} tokens, .* max_length={longest - 1}, or serve"
+    assert_fails(still, few, message, recorder := Recorder(), max_model_len=longest)
+    assert recorder.prompts == []
     with serving(still.model, max_model_len=longest + 1) as url:
         unchecked(url)(None, few)
 
 
 @pytest.mark.parametrize(
-    ("reply", "words"),
+    ("reply", "message"),
     [
-        (Reply("<html>Hello</html>"), "no JSON but '<html>Hello</html>'; url must be where the A"),
-        (Reply({"detail": "Not Found"}, 404), "HTTP 404: .*Not Found.*; url must be where the API"),
-        (Reply({"object": "list"}), "/v1/models has no list: {'object': 'list'}"),
+        (Reply("<html>Hello</html>"), "no JSON but '<html>Hello</html>'; url must be the root"),
+        (Reply({"detail": "Not Found"}, 404), "HTTP 404: .*Not Found.*; url must be the root of"),
+        (Reply({"object": "list"}), "/v1/models returned no list of models: {'object': 'list'}"),
     ],
 )
-def test_a_url_at_which_there_is_something_else(reply, words, still, few):
-    fails(still, few, words, lambda *_: reply)
+def test_a_url_that_is_not_an_api_is_refused(reply, message, still, few):
+    assert_fails(still, few, message, lambda *_: reply)
 
 
-def test_the_key_is_sent_and_not_shown(still, few):
-    fails(still, few, "/v1/models: HTTP 401: .*Unauthorized", api_key="secret")
+def test_the_api_key_is_sent_and_not_shown(still, few):
+    assert_fails(still, few, "/v1/models: HTTP 401: .*Unauthorized", api_key="secret")
     with serving(still.model, api_key="secret") as url:
         server = unchecked(url, api_key="secret")
         server(None, few)
@@ -329,83 +331,85 @@ def test_the_key_is_sent_and_not_shown(still, few):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_passes_is_tried_again(status, still, few):
-    seen = Records(lambda request, reply, number: Reply("", status) if number % 3 else reply)
-    with serving(still.model, alter=seen) as url:
-        found = unchecked(url, concurrency=1)(None, few)
-    assert len(seen.prompts) == 12
-    torch.testing.assert_close(found.chosen, measure(still.model, few).chosen, atol=1e-4, rtol=0)
+def test_temporary_errors_are_retried(status, still, few):
+    recorder = Recorder(lambda request, reply, number: Reply("", status) if number % 3 else reply)
+    with serving(still.model, alter=recorder) as url:
+        logps = unchecked(url, concurrency=1)(None, few)
+    assert len(recorder.prompts) == 12
+    torch.testing.assert_close(logps.chosen, measure(still.model, few).chosen, atol=1e-4, rtol=0)
 
 
-def test_attempts_are_bounded(still, few):
-    seen = Records(lambda request, reply, number: Reply({"message": "overloaded"}, 503))
-    words = PAIR + r"POST .*HTTP 503: overloaded \(attempt 3 of 3\)"
-    fails(still, few, words, seen, ConnectionError, settings={"retries": 2})
-    assert len(seen.prompts) == 3
+def test_the_number_of_attempts_is_limited(still, few):
+    recorder = Recorder(lambda request, reply, number: Reply({"message": "overloaded"}, 503))
+    message = PAIR + r"POST .*HTTP 503: overloaded \(attempt 3 of 3\)"
+    assert_fails(still, few, message, recorder, ConnectionError, settings={"retries": 2})
+    assert len(recorder.prompts) == 3
 
 
-def test_a_server_that_names_a_time_is_left_alone_until_then(still, few):
+def test_a_retry_waits_for_retry_after(still, few):
     times = []
 
     def busy(request, reply, number):
         times.append(time.monotonic())
         return reply if number > 1 else Reply("", 429, {"Retry-After": "0.3"})
 
-    with serving(still.model, alter=Records(busy)) as url:
+    with serving(still.model, alter=Recorder(busy)) as url:
         unchecked(url, concurrency=1)(None, few)
     assert times[1] - times[0] >= 0.3
 
 
 @pytest.mark.parametrize(
-    "in_words",
+    "retry_after",
     [lambda: "3600", lambda: format_datetime(datetime.now(UTC) + timedelta(hours=1))],
     ids=["seconds", "a date"],
 )
-def test_a_server_that_wants_more_time_than_there_is(in_words, still, few):
-    busy = Records(lambda request, reply, number: Reply("", 429, {"Retry-After": in_words()}))
-    words = r"asks to wait for 3[56]\d\d seconds, longer than timeout=120"
-    fails(still, few, words, busy, ConnectionError)
+def test_a_retry_after_beyond_the_timeout_is_an_error(retry_after, still, few):
+    busy = Recorder(lambda request, reply, number: Reply("", 429, {"Retry-After": retry_after()}))
+    message = r"asks to wait for 3[56]\d\d seconds, longer than timeout=120"
+    assert_fails(still, few, message, busy, ConnectionError)
 
 
-def test_nobody_there(few):
+def test_an_unreachable_server_is_an_error(few):
     with pytest.raises(ConnectionError, match=r"GET http://127.0.0.1:9/v1/models: ConnectError"):
         unchecked("http://127.0.0.1:9/v1", retries=1)(None, few)
 
 
-def test_no_answer_in_time(still, few):
-    slow = Records(lambda request, reply, number: time.sleep(2.0) or reply)
-    words = PAIR + r"POST .*/completions: ReadTimeout \(attempt 2 of 2\); .* a longer timeout"
-    fails(still, few, words, slow, ConnectionError, settings={"timeout": 1.0, "retries": 1})
+def test_an_answer_that_takes_too_long_is_an_error(still, few):
+    slow = Recorder(lambda request, reply, number: time.sleep(2.0) or reply)
+    message = PAIR + r"POST .*/completions: ReadTimeout \(attempt 2 of 2\); .* a longer timeout"
+    settings = {"timeout": 1.0, "retries": 1}
+    assert_fails(still, few, message, slow, ConnectionError, settings=settings)
 
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as on a terminal, also where the tests run in the background."""
+    """Handle SIGINT as on a terminal, even if the tests run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_leaves_no_threads(still, few, interruptible):
-    held = threading.Event()
+    release = threading.Event()
 
-    def never(request, reply, number):
+    def hang(request, reply, number):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        held.wait(30)
+        release.wait(30)
         return reply
 
-    with serving(still.model, alter=Records(never)) as url:
-        before, began = set(threading.enumerate()), time.monotonic()
+    with serving(still.model, alter=Recorder(hang)) as url:
+        before, start = set(threading.enumerate()), time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             unchecked(url, concurrency=1)(None, few)
-        assert time.monotonic() - began < 10
-        after = set(threading.enumerate()) - before
-        held.set()
-    assert [t for t in after if "process_request_thread" not in t.name] == []  # the server's own
+        assert time.monotonic() - start < 10
+        new_threads = set(threading.enumerate()) - before
+        release.set()
+    # threads of the server itself are still waiting for `release`
+    assert [t for t in new_threads if "process_request_thread" not in t.name] == []
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"url": "localhost:8000/v1"}, "url must start with http:// or https://, got 'localhost"),
         ({"check_responses": -1}, "check_responses must be 0 or more, got -1"),
@@ -415,12 +419,12 @@ def test_ctrl_c_leaves_no_threads(still, few, interruptible):
         ({"timeout": 0}, "timeout must be positive, got 0"),
     ],
 )
-def test_settings_that_make_no_sense(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         ServerMeasure(**{"url": "http://host/v1", "name": "policy", **options})
 
 
-def test_inside_a_loop_that_is_running_as_in_a_notebook(still, few):
+def test_a_pass_inside_a_running_event_loop_as_in_a_notebook(still, few):
     async def cell(url):
         return unchecked(url)(None, few)
 
@@ -428,14 +432,14 @@ def test_inside_a_loop_that_is_running_as_in_a_notebook(still, few):
         assert len(asyncio.run(cell(url)).index) == 2
 
 
-def test_httpx_is_needed_here_and_nowhere_else():
+def test_only_this_module_needs_httpx():
     code = "import sys, sage_select; assert 'httpx' not in sys.modules"
     code += "; sys.modules['httpx'] = None; import sage_select.models.serving"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError: sage_select.models.serving needs httpx: pip install" in done.stderr
 
 
-def test_the_selector_knows_how_coarse_training_is(still):
+def test_the_selector_gets_the_precision_of_the_reader(still):
     server = ServerMeasure(
         "http://localhost:8000/v1", "policy", reader=Reader(mixed_precision=torch.bfloat16)
     )

@@ -1,4 +1,4 @@
-"""A vocabulary that is spread over processes: real ones, under torchrun with gloo."""
+"""A vocabulary sharded over ranks: real processes, started by torchrun, with gloo."""
 
 import re
 from functools import cache
@@ -16,67 +16,67 @@ WORKER = Path(__file__).with_name("shard_worker.py")
 CASES = [
     "same tokens",
     "own tokens",
-    "own tokens, of which some want no gradient",
+    "own tokens, some without a gradient",
     "DTensor, same tokens",
     "DTensor, replicated tokens",
     "DTensor, own tokens",
 ]
-processes = pytest.mark.parametrize(
+world_sizes = pytest.mark.parametrize(
     "world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The reports of all processes of a world, which runs once."""
+    """Return the reports of all ranks of a world size, each of which is run once."""
 
     @cache
-    def of(world: int) -> list[dict]:
+    def reports(world: int) -> list[dict]:
         folder = tmp_path_factory.mktemp(f"world{world}")
         launched(WORKER, folder, processes=world)
         return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
-    return of
+    return reports
 
 
 @pytest.fixture(scope="module")
 def expected():
-    """Log-probs and gradients of an undivided vocabulary, in float64."""
+    """Log-probs and gradients of the whole vocabulary, in float64."""
     hidden, weight, targets, bias, upstream = problem()
     leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     logps = token_logps(*leaves[:2], targets, bias=leaves[2], impl="reference", **OPTIONS)
     return [logps.detach(), *torch.autograd.grad(logps, leaves, upstream.double())]
 
 
-def close(found, right):
-    return torch.allclose(found.double(), right, rtol=1e-5, atol=2e-5)
+def close(result, expected):
+    return torch.allclose(result.double(), expected, rtol=1e-5, atol=2e-5)
 
 
-@processes
+@world_sizes
 @pytest.mark.parametrize("impl", ["chunked", "fused"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_as_undivided(run, expected, world, impl, case):
+def test_results_equal_those_of_the_whole_vocabulary(run, expected, world, impl, case):
     reports = [report[impl][case] for report in run(world)]
     logps, hidden, weight, bias = (list(parts) for parts in zip(*reports, strict=True))
-    # each process has its own rows of the weight's gradient, and together they are the whole
+    # each rank has the gradient of its rows of the weight
     assert close(torch.cat(weight), expected[2])
     assert close(torch.cat(bias), expected[3])
     if "own tokens" in case:
         logps, hidden = [torch.cat(logps)], [torch.cat(hidden)]
-    for found in logps:
-        assert close(found, expected[0])
-        assert torch.equal(found, logps[0])
-    assert all(close(found, expected[1]) for found in hidden)
+    for rank_logps in logps:
+        assert close(rank_logps, expected[0])
+        assert torch.equal(rank_logps, logps[0])
+    assert all(close(gradient, expected[1]) for gradient in hidden)
 
 
-@processes
-def test_a_graph_may_be_the_first_to_ask(run, expected, world):
+@world_sizes
+def test_a_compiled_graph_can_use_the_group_first(run, expected, world):
     for report in run(world):
         assert close(report["compiled"], expected[0])
 
 
-@processes
-def test_the_uneven_parts_are_uneven(world):
+@world_sizes
+def test_the_shards_of_these_tests_are_uneven(world):
     assert bounds(TOKENS, world)[0] == 0
     sizes = torch.tensor(bounds(TOKENS, world)).diff().tolist()
     assert sum(sizes) == TOKENS
@@ -88,36 +88,36 @@ def test_the_uneven_parts_are_uneven(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    ("case", "words"),
+    ("case", "message"),
     [
-        ("other targets", "have other targets than each other.*own_tokens=True"),
-        ("fewer tokens", "have other targets than each other.*own_tokens=True"),
-        ("other options", "process 1 came with another impl.*temperature"),
-        ("a gap", "process 1 has rows .* but those before it end at .*; shards follow"),
+        ("different targets", "got different targets.*own_tokens=True"),
+        ("fewer tokens", "got different targets.*own_tokens=True"),
+        ("different options", "impl.*temperature.* differs between rank 1 and rank 0"),
+        ("a gap", "rank 1 has rows .* but the ranks before it end at .* consecutive shards"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_all(run, world, case, words):
+def test_inputs_that_do_not_fit_are_refused_on_all_ranks(run, world, case, message):
     for report in run(world):
-        assert re.search(words, report["refusals"][case])
+        assert re.search(message, report["refusals"][case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_wrong_target_of_one_process_is_named_by_all(run, world):
-    told = [report["refusals"]["no such token"] for report in run(world)]
+def test_a_wrong_target_on_one_rank_is_reported_on_all_ranks(run, world):
+    messages = [report["refusals"]["no such token"] for report in run(world)]
     position = 4 + world - 1
-    assert f"target 301 at position {position} is outside the vocabulary of 301" in told[-1]
-    for words in told[:-1]:
-        assert f"position {position} of process {world - 1} is outside the vocabulary" in words
+    assert f"target 301 at position {position} is outside the vocabulary of 301" in messages[-1]
+    for message in messages[:-1]:
+        assert f"position {position} of rank {world - 1} is outside the vocabulary" in message
 
 
-def test_a_shard_needs_processes():
+def test_a_shard_needs_a_process_group():
     hidden, weight, targets, *_ = problem()
     with pytest.raises(ValueError, match=r"call torch\.distributed.init_process_group first"):
         token_logps(hidden, weight, targets, shard=Shard(0))
 
 
-def test_the_specification_knows_no_shards():
+def test_the_reference_refuses_shards():
     hidden, weight, targets, *_ = problem()
-    with pytest.raises(ValueError, match='needs the whole vocabulary; use impl="chunked"'):
+    with pytest.raises(ValueError, match=r'needs the whole vocabulary.*use impl="chunked"'):
         token_logps(hidden, weight, targets, shard=Shard(0), impl="reference")

@@ -1,4 +1,4 @@
-"""What was measured once is never measured again, and what has changed always is."""
+"""Tests of the reference store: nothing is measured twice, and every change is measured."""
 
 import os
 import signal
@@ -27,16 +27,16 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """The sequences that went through a model, but for those that try how it can be measured."""
-    seen, lay_out = [], measuring.lay_out
+    """The sequences that went through a model, without those of the packing trial."""
+    forwarded, lay_out = [], measuring.lay_out
 
-    def counting(sequences, *, packed):
-        seen.extend(sequences)
+    def recording(sequences, *, packed):
+        forwarded.extend(sequences)
         return lay_out(sequences, packed=packed)
 
-    monkeypatch.setattr(measuring, "lay_out", counting)
-    monkeypatch.setattr(reader, "packs_exactly", lambda *args: True)
-    return seen
+    monkeypatch.setattr(measuring, "lay_out", recording)
+    monkeypatch.setattr(reader, "packs_exactly", lambda *args: True)  # the trial forwards, too
+    return forwarded
 
 
 def equal(left, right) -> bool:
@@ -57,17 +57,17 @@ def test_a_store_is_measured_once(still, forwards, tmp_path):
     assert forwards == []
 
 
-def test_rows_are_measured_when_they_are_first_asked_for(still, forwards, tmp_path):
+def test_rows_are_measured_when_first_requested(still, forwards, tmp_path):
     reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
     reference.take([3, 1])
-    assert 0 < len(forwards) <= 4
+    assert 0 < len(forwards) <= 4  # two pairs, which may share a response
     missing = len(reference.missing())
     assert 0 < missing <= len(still.dataset) - 2
     assert reference.fill() > 0
     assert len(reference.missing()) == 0
 
 
-def test_a_selector_takes_a_store(still, tmp_path):
+def test_a_selector_accepts_a_store_as_reference(still, tmp_path):
     from dataclasses import replace
 
     reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
@@ -77,11 +77,11 @@ def test_a_selector_takes_a_store(still, tmp_path):
             parameter.mul_(1.01)
     pool = still.dataset.take(still.timeline.plan.pools[1])
     expected = still.selector.select(policy, pool, 6)
-    found = replace(still.selector, reference=reference).select(policy, pool, 6)
-    assert found.indices.tolist() == expected.indices.tolist()
+    selection = replace(still.selector, reference=reference).select(policy, pool, 6)
+    assert selection.indices.tolist() == expected.indices.tolist()
 
 
-def other_rows(still, **options):
+def demo_pairs(still, **options):
     from worlds import arithmetic_pairs
 
     rows = list(arithmetic_pairs())
@@ -93,33 +93,33 @@ def first_word(model):
 
 
 CHANGES = {
-    "a buffer that is not saved": lambda model: model.model.rotary_emb.to(torch.bfloat16),
+    "a non-persistent buffer": lambda model: model.model.rotary_emb.to(torch.bfloat16),
     "one bit of one weight": lambda model: first_word(model).add_(1),
     "dtype": lambda model: model.to(torch.bfloat16),
-    "a setting": lambda model: setattr(model.config, "rms_norm_eps", 1e-5),
-    "path": lambda model: model.set_attn_implementation("eager"),
+    "a model setting": lambda model: setattr(model.config, "rms_norm_eps", 1e-5),
+    "attention": lambda model: model.set_attn_implementation("eager"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_model_is_another_reference(change, still, tmp_path):
+def test_a_changed_model_is_a_new_reference(change, still, tmp_path):
     model = deepcopy(still.model)
     ReferenceStore(model, still.dataset, folder=tmp_path).fill()
     CHANGES[change](model)
     assert len(ReferenceStore(model, still.dataset, folder=tmp_path)) == 0
 
 
-def test_every_weight_counts(still):
+def test_the_digest_covers_every_weight(still):
     model = deepcopy(still.model)
     digests = {model_digest(model)}
     for tensor in model.state_dict().values():
         tensor.view(-1)[-1:].add_(1)
         digests.add(model_digest(model))
-    tied = len({tensor.data_ptr() for tensor in model.state_dict().values()})
-    assert len(digests) >= 1 + tied
+    distinct = len({tensor.data_ptr() for tensor in model.state_dict().values()})  # some are tied
+    assert len(digests) >= 1 + distinct
 
 
-def test_mixed_precision_and_head_are_part_of_the_path(still, tmp_path):
+def test_mixed_precision_and_head_are_part_of_the_identity(still, tmp_path):
     options = [{}, {"mixed_precision": torch.bfloat16}, {"impl": "reference"}]
     stores = [
         ReferenceStore(still.model, still.dataset, folder=tmp_path, reader=Reader(**o))
@@ -129,14 +129,14 @@ def test_mixed_precision_and_head_are_part_of_the_path(still, tmp_path):
     chunked = ReferenceStore(
         still.model, still.dataset, folder=tmp_path, reader=Reader(impl="chunked")
     )
-    assert chunked.identity == stores[0].identity  # what "auto" stands for
+    assert chunked.identity == stores[0].identity  # "auto" resolves to "chunked" on the CPU
 
 
-def test_truncation_measures_again_just_what_it_has_changed(still, forwards, tmp_path):
-    whole, cut = other_rows(still, max_length=64), other_rows(still, max_length=16)
-    ReferenceStore(still.model, whole, folder=tmp_path).fill()
+def test_a_new_max_length_measures_only_the_sequences_it_changes(still, forwards, tmp_path):
+    full, cut = demo_pairs(still, max_length=64), demo_pairs(still, max_length=16)
+    ReferenceStore(still.model, full, folder=tmp_path).fill()
     changed = {s.tokens.tobytes() for s in cut.sequences()} - {
-        s.tokens.tobytes() for s in whole.sequences()
+        s.tokens.tobytes() for s in full.sequences()
     }
     forwards.clear()
     reference = ReferenceStore(still.model, cut, folder=tmp_path)
@@ -146,7 +146,9 @@ def test_truncation_measures_again_just_what_it_has_changed(still, forwards, tmp
     torch.testing.assert_close(logps.chosen, measure(still.model, cut).chosen)
 
 
-def test_one_byte_of_a_template_measures_everything_again(data, forwards, stories, tmp_path):
+def test_a_template_changed_by_one_byte_measures_everything_again(
+    data, forwards, stories, tmp_path
+):
     from transformers import AutoTokenizer
 
     model, _ = stories
@@ -168,7 +170,7 @@ def test_one_byte_of_a_template_measures_everything_again(data, forwards, storie
     assert counts == [6, 0, 6]
 
 
-def test_adapters_are_off(still, forwards, tmp_path):
+def test_a_peft_policy_is_measured_without_its_adapters(still, forwards, tmp_path):
     peft = pytest.importorskip("peft")
     base = ReferenceStore(still.model, still.dataset, folder=tmp_path)
     lora = peft.LoraConfig(target_modules="all-linear", r=4)
@@ -204,7 +206,7 @@ def added_by_transformers(still):
     return policy
 
 
-NOT_OFF = {
+NOT_THE_BASE_MODEL = {
     "adapters of transformers' own": added_by_transformers,
     "the adapters are merged": merged,
     "init_lora_weights='pissa' changes": lambda still: adapted(still, init_lora_weights="pissa"),
@@ -212,37 +214,37 @@ NOT_OFF = {
 }
 
 
-@pytest.mark.parametrize("words", NOT_OFF)
-def test_adapters_that_do_not_come_off_are_refused(words, still, tmp_path):
-    policy = NOT_OFF[words](still)
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("message", NOT_THE_BASE_MODEL)
+def test_adapters_that_cannot_be_disabled_are_refused(message, still, tmp_path):
+    policy = NOT_THE_BASE_MODEL[message](still)
+    with pytest.raises(ValueError, match=message):
         ReferenceStore(policy, still.dataset, folder=tmp_path)
 
 
-def test_a_reference_that_was_trained_is_refused(world, tmp_path):
+def test_a_trained_model_cannot_fill_the_store(world, tmp_path):
     reference = ReferenceStore(world.model, world.dataset, folder=tmp_path)
     reference.fill([0, 1])
     with torch.no_grad():
         next(world.model.parameters()).add_(0.1)
     assert len(reference.take([0, 1]).index) == 2
-    with pytest.raises(ValueError, match="weights have changed since the store was opened"):
+    with pytest.raises(ValueError, match=r"weights, .* have changed since the store was opened"):
         reference.take([2])
 
 
 def test_a_store_without_a_model(still, tmp_path):
     first = ReferenceStore(still.model, still.dataset, folder=tmp_path)
     first.fill([4, 5])
-    read_only = ReferenceStore(None, still.dataset, folder=tmp_path, identity=first.identity)
-    assert equal(read_only.take([5, 4]), first.take([5, 4]))
+    without_model = ReferenceStore(None, still.dataset, folder=tmp_path, identity=first.identity)
+    assert equal(without_model.take([5, 4]), first.take([5, 4]))
     with pytest.raises(ValueError, match="there is no model to measure them with"):
-        read_only.take([6])
+        without_model.take([6])
     with pytest.raises(FileNotFoundError, match=f"has no reference other; it has {first.identity}"):
         ReferenceStore(None, still.dataset, folder=tmp_path, identity="other")
-    with pytest.raises(ValueError, match="give a model, or the identity"):
+    with pytest.raises(ValueError, match="pass either a model or the identity"):
         ReferenceStore(None, still.dataset, folder=tmp_path)
 
 
-def test_what_is_not_finite_is_not_stored(still, tmp_path):
+def test_a_log_prob_that_is_not_finite_is_not_stored(still, tmp_path):
     model = deepcopy(still.model)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("inf"))
@@ -252,11 +254,11 @@ def test_what_is_not_finite_is_not_stored(still, tmp_path):
     assert len(ReferenceStore(model, still.dataset, folder=tmp_path)) == 0
 
 
-def test_a_row_of_another_dataset_is_named(still, tmp_path):
-    some = ReferenceStore(still.model, still.dataset.take([2, 0]), folder=tmp_path)
-    for row in (1, 5):  # between its rows, and behind them
-        with pytest.raises(KeyError, match=f"row {row} is not among the 2 pairs of the store's"):
-            some.take([row])
+def test_a_row_outside_the_dataset_is_refused(still, tmp_path):
+    subset = ReferenceStore(still.model, still.dataset.take([2, 0]), folder=tmp_path)
+    for row in (1, 5):  # between its rows, and after them
+        with pytest.raises(KeyError, match=f"row {row} is not one of the 2 pairs of the store's"):
+            subset.take([row])
 
 
 # On disk
@@ -264,12 +266,12 @@ def test_a_row_of_another_dataset_is_named(still, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "in", "after"])
-def test_a_store_that_was_killed_twice_equals_one_that_was_not(
+def test_a_store_killed_twice_equals_one_that_was_never_killed(
     moment, still, tmp_path, monkeypatch
 ):
-    for name in ("WRITE_EVERY", "replace_durably"):  # `fill` sets them; put back afterwards
+    for name in ("WRITE_EVERY", "replace_durably"):  # `fill` changes them; restored after the test
         monkeypatch.setattr(parts_on_disk, name, getattr(parts_on_disk, name))
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed, never_killed = tmp_path / "killed", tmp_path / "never-killed"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "examples")])
     }
@@ -280,29 +282,30 @@ def test_a_store_that_was_killed_twice_equals_one_that_was_not(
         assert done.returncode == -signal.SIGKILL
         sizes.append(stored_references(killed)[0].sequences)
     assert 0 < sizes[0] < sizes[1] < stored_total(still)
-    fill(whole, NEVER, "")
+    fill(never_killed, NEVER, "")
     fill(killed, NEVER, "")
-    (one,), (other,) = stored_references(whole), stored_references(killed)
-    left, right = (
-        parts_on_disk.read_parts(f / r.identity) for f, r in ((whole, one), (killed, other))
-    )
-    assert left.keys.tobytes() == right.keys.tobytes()
-    assert left.logps.tobytes() == right.logps.tobytes()
+    entries = []
+    for folder in (never_killed, killed):
+        (reference,) = stored_references(folder)
+        entries.append(parts_on_disk.read_parts(folder / reference.identity))
+    expected, resumed = entries
+    assert resumed.keys.tobytes() == expected.keys.tobytes()
+    assert resumed.logps.tobytes() == expected.logps.tobytes()
 
 
 def stored_total(still) -> int:
     return len({s.tokens.tobytes() for s in still.dataset.sequences()})
 
 
-def test_many_parts_become_one(still, tmp_path, monkeypatch):
+def test_many_parts_are_merged_into_one(still, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_on_disk, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(parts_on_disk, "MERGE_ABOVE", 3)
     options = {"folder": tmp_path, "reader": Reader(max_batch_tokens=256)}
     reference = ReferenceStore(still.model, still.dataset, **options)
     leftover = reference.folder / ".part-x.arrow.0.partial"
     leftover.parent.mkdir()
-    leftover.write_bytes(b"cut sh")
-    os.utime(leftover, (0, 0))
+    leftover.write_bytes(b"truncated")
+    os.utime(leftover, (0, 0))  # older than ABANDONED_AFTER
     reference.fill()
     assert len(list(reference.folder.glob("part-*"))) == 1
     assert not leftover.exists()
@@ -310,8 +313,8 @@ def test_many_parts_become_one(still, tmp_path, monkeypatch):
     assert ReferenceStore(still.model, still.dataset, folder=tmp_path).fill() == 0
 
 
-def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
-    """Whoever merges while another reads or writes, nothing is lost and nothing is torn."""
+def test_parts_can_be_merged_during_a_read(still, tmp_path, monkeypatch):
+    """A merge by another process between listing and reading loses no entry and tears none."""
     monkeypatch.setattr(parts_on_disk, "MERGE_ABOVE", 1)
     folder = tmp_path / "reference"
     folder.mkdir()
@@ -324,49 +327,53 @@ def test_readers_and_writers_at_once(still, tmp_path, monkeypatch):
         before = sorted(folder.glob("part-*"))
         read = parts_on_disk._read_part
 
-        def merged_meanwhile(path, read=read):
+        def merging_first(path, read=read):
             monkeypatch.setattr(parts_on_disk, "_read_part", read)
             parts_on_disk.merge_parts(folder)
             return read(path)
 
-        monkeypatch.setattr(parts_on_disk, "_read_part", merged_meanwhile)
+        monkeypatch.setattr(parts_on_disk, "_read_part", merging_first)
         entries = parts_on_disk.read_parts(folder)
         monkeypatch.setattr(parts_on_disk, "_read_part", read)
-        known = start + 10
-        assert entries.look_up(keys[:known]).tolist() == values[:known].tolist(), before
-        assert np.isnan(entries.look_up(keys[known:])).all()
+        written = start + 10
+        assert entries.look_up(keys[:written]).tolist() == values[:written].tolist(), before
+        assert np.isnan(entries.look_up(keys[written:])).all()
 
 
-def test_an_entry_in_two_parts_is_one(tmp_path):
+def test_a_key_in_two_parts_has_one_entry(tmp_path):
     keys = np.frombuffer(np.random.default_rng(0).bytes(16 * 3), dtype="S16")
     parts_on_disk._write_part(tmp_path, keys, np.array([-1.0, -2.0, -3.0]))
-    parts_on_disk._write_part(tmp_path, keys[:2], np.array([-1.5, -1.5]))  # rounded otherwise
+    parts_on_disk._write_part(tmp_path, keys[:2], np.array([-1.5, -1.5]))  # rounded differently
     entries = parts_on_disk.read_parts(tmp_path)
     assert len(entries.keys) == 3
-    assert entries.look_up(keys).tolist() == [-1.5, -2.0, -3.0]  # the least, whatever the order
+    assert entries.look_up(keys).tolist() == [
+        -1.5,
+        -2.0,
+        -3.0,
+    ]  # the lowest, in any order of the parts
 
 
-def test_a_reference_that_was_evicted_under_way_is_written_anew(still, tmp_path, monkeypatch):
+def test_a_reference_evicted_during_fill_can_be_filled_again(still, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_on_disk, "WRITE_EVERY", 0.0)
     reference = ReferenceStore(
         still.model, still.dataset, folder=tmp_path, reader=Reader(max_batch_tokens=256)
     )
     write, parts = parts_on_disk._write_part, []
 
-    def evicted_once(folder, keys, logps):
+    def write_then_evict_once(folder, keys, logps):
         parts.append(write(folder, keys, logps))
         if len(parts) == 2:
             evict(tmp_path, identity=reference.identity)
         return parts[-1]
 
-    monkeypatch.setattr(parts_on_disk, "_write_part", evicted_once)
+    monkeypatch.setattr(parts_on_disk, "_write_part", write_then_evict_once)
     reference.fill()
     assert 0 < len(reference.missing()) < len(still.dataset)
     assert reference.fill() > 0
     assert len(reference.missing()) == 0
 
 
-def test_eviction_spares_what_is_not_ours(tmp_path):
+def test_eviction_leaves_other_files_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("years of work")
     (tmp_path / "0123456789abcdef0123456789abcdef").mkdir()
@@ -377,7 +384,7 @@ def test_eviction_spares_what_is_not_ours(tmp_path):
     assert evict_tokens(-1, tmp_path) == (0, 0)
 
 
-def test_a_spoiled_part_is_measured_again(still, tmp_path):
+def test_a_corrupted_part_is_measured_again(still, tmp_path):
     reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
     reference.fill()
     (part,) = reference.folder.glob("part-*")
@@ -385,7 +392,7 @@ def test_a_spoiled_part_is_measured_again(still, tmp_path):
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
     again = ReferenceStore(still.model, still.dataset, folder=tmp_path)
-    with pytest.warns(UserWarning, match="is not what was written and is passed over"):
+    with pytest.warns(UserWarning, match=r"is corrupted .* and is skipped"):
         assert len(again) == 0
 
 
@@ -410,11 +417,11 @@ def test_eviction(still, tmp_path):
     assert stored_references(tmp_path) == []
     with pytest.raises(ValueError, match="has no reference"):
         evict(tmp_path, identity=left.identity)
-    with pytest.raises(ValueError, match="say what to delete"):
+    with pytest.raises(ValueError, match="nothing to delete was given; pass identity"):
         evict(tmp_path)
 
 
-# Log-probs from elsewhere
+# Log-probs from a file
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".jsonl"])
@@ -446,8 +453,8 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("words", BAD_FILES)
-def test_messages_of_log_prob_files(words, still, tmp_path):
+@pytest.mark.parametrize("message", BAD_FILES)
+def test_bad_log_prob_files_are_refused(message, still, tmp_path):
     size = len(still.dataset)
     table = pl.DataFrame(
         {
@@ -456,12 +463,12 @@ def test_messages_of_log_prob_files(words, still, tmp_path):
             "ref_rejected_logps": np.full(size, -2.0),
         }
     )
-    BAD_FILES[words](table).write_parquet(tmp_path / "logps.parquet")
-    with pytest.raises(ValueError, match=words):
+    BAD_FILES[message](table).write_parquet(tmp_path / "logps.parquet")
+    with pytest.raises(ValueError, match=message):
         read_reference(tmp_path / "logps.parquet", still.dataset)
 
 
-def test_a_log_prob_file_of_unknown_kind_is_refused(still, tmp_path):
+def test_a_missing_or_unknown_log_prob_file_is_refused(still, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         read_reference(tmp_path / "logps.csv", still.dataset)
     with pytest.raises(ValueError, match="known endings are"):

@@ -1,4 +1,4 @@
-"""SAGE on TRL's DPOTrainer: what is trained, what is handed over, and what is refused."""
+"""SAGE on TRL's DPOTrainer: trained pairs, reference log-probs and refusals."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -27,19 +27,19 @@ PAIRS = 24
 WITHOUT_STRATA = {"refresh_steps": 3, "mix_start": [1.0], "mix_end": [1.0], "keep_end": 0.5}
 
 
-def described(**selection):
-    """12 pairs are kept of the first 12, then 6 of 12."""
+def configured(**selection):
+    """Return a configuration that keeps all 12 pairs of the first pool, then 6 of 12."""
     return SageConfig(
         strata={"by": "none"}, selection=WITHOUT_STRATA | selection, training={"epochs": 1}
     )
 
 
-CONFIG = described()
+CONFIG = configured()
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
 
 
 def records(count=PAIRS):
-    """Right solutions, and those of other problems to the same prompt."""
+    """Return pairs of a right solution and one of another problem, for the same prompt."""
     problems = make_problems(PAIRS + 1, seed=7, zipf=0.3)
     return [
         {"prompt": problem.prompt, "chosen": problem.solution, "rejected": other.solution}
@@ -48,7 +48,7 @@ def records(count=PAIRS):
 
 
 def make(folder, rows=None, model=None, evaluated=None, callbacks=(), **settings):
-    """A trainer as users build it, with a tiny policy."""
+    """Return a trainer as users build it, with a tiny policy."""
     model = small_model("qwen2") if model is None else model
     adapted = hasattr(model, "peft_config")
     options = {
@@ -68,22 +68,22 @@ def make(folder, rows=None, model=None, evaluated=None, callbacks=(), **settings
     )
 
 
-class Seen:
-    """A trainer's run, watched: pairs by micro-batch, and updates before each pool is measured."""
+class Observed:
+    """A trainer's run: pairs of each micro-batch, and updates before each pool is scored."""
 
     def __init__(self, trainer, config=CONFIG, **options):
         self.pairs = pairs_of(trainer)
         self.loader = attach(trainer, config, show_progress=False, **options)
-        self.trained, self.measured, self.trainer = [], [], trainer
+        self.trained, self.selections, self.trainer = [], [], trainer
         batches, compute_loss = Batches(self.pairs), trainer.compute_loss
 
-        def compute(model, inputs, *more, **named):
+        def compute(model, inputs, *args, **kwargs):
             if model.training:
                 self.trained.append(batches.ids_of(inputs))
-            return compute_loss(model, inputs, *more, **named)
+            return compute_loss(model, inputs, *args, **kwargs)
 
         def select(interval, selection):
-            self.measured.append((trainer.state.global_step, selection))
+            self.selections.append((trainer.state.global_step, selection))
 
         trainer.compute_loss, self.loader.on_select = compute, select
 
@@ -106,12 +106,12 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run without interruptions."""
-    return Seen(make(tmp_path_factory.mktemp("whole"))).train()
+    """Return an uninterrupted run."""
+    return Observed(make(tmp_path_factory.mktemp("whole"))).train()
 
 
-def test_it_trains_on_what_is_selected(whole):
-    steps, selections = zip(*whole.measured, strict=True)
+def test_it_trains_on_the_selected_pairs(whole):
+    steps, selections = zip(*whole.selections, strict=True)
     assert steps == (0, 3)
     kept = [set(whole.pairs.take(s.indices).ids) for s in selections]
     assert [len(ids) for ids in kept] == [12, 6]
@@ -132,18 +132,18 @@ def test_the_log_has_the_selection_and_an_exact_schedule(whole):
     assert SelectionLog(whole.trainer.args.output_dir + "/selection").read().height == PAIRS
 
 
-def test_ids_are_those_of_the_text(whole):
+def test_ids_are_hashes_of_the_text(whole):
     ours = PreferenceDataset.from_records(records(), tokenizer=base()[1], max_length=64)
-    if not OLD:  # which does not keep the text
+    if not OLD:  # old versions do not keep the text
         assert set(whole.pairs.ids) == set(ours.ids)
     assert whole.pairs.sequences()[0].tokens.tolist() == ours.sequences()[0].tokens.tolist()
 
 
-def test_workers_change_nothing(whole, tmp_path):
-    seen = Seen(make(tmp_path, dataloader_num_workers=2)).train()
-    assert [step for step, _ in seen.measured] == [0, 3]
-    assert seen.trained == whole.trained
-    assert same(seen.weights, whole.weights)
+def test_data_loader_workers_do_not_change_the_run(whole, tmp_path):
+    observed = Observed(make(tmp_path, dataloader_num_workers=2)).train()
+    assert [step for step, _ in observed.selections] == [0, 3]
+    assert observed.trained == whole.trained
+    assert same(observed.weights, whole.weights)
 
 
 class Stop(TrainerCallback):
@@ -155,28 +155,28 @@ class Stop(TrainerCallback):
 
 
 @pytest.mark.parametrize(("after", "restores"), [(2, False), (3, True), (4, False)])
-def test_a_run_goes_on_where_it_was(whole, tmp_path, after, restores):
+def test_a_run_resumes_at_its_last_step(whole, tmp_path, after, restores):
     saves = {"save_strategy": "steps", "save_steps": 1}
-    first = Seen(make(tmp_path, callbacks=[Stop(after)], **saves)).train()
+    first = Observed(make(tmp_path, callbacks=[Stop(after)], **saves)).train()
     saves |= {"restore_callback_states_from_checkpoint": restores}
-    second = Seen(make(tmp_path, **saves)).train(resume_from_checkpoint=True)
+    second = Observed(make(tmp_path, **saves)).train(resume_from_checkpoint=True)
     assert first.trained + second.trained == whole.trained
-    assert len(first.measured + second.measured) == 2  # nothing is scored again
+    assert len(first.selections + second.selections) == 2  # no pool is scored again
     assert same(second.weights, whole.weights)
     assert second.logs[-1]["epoch"] == 1.0
 
 
-def test_a_trained_policy_is_no_reference_of_a_run_that_goes_on(tmp_path):
+def test_a_trained_policy_is_refused_as_the_reference_of_a_resumed_run(tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
     first = make(tmp_path, callbacks=[Stop(2)], **saves)
-    Seen(first).train()
-    again = make(tmp_path, **saves)
-    again.ref_model = first.model  # as where the trainer is built from a checkpoint
+    Observed(first).train()
+    second = make(tmp_path, **saves)
+    second.ref_model = first.model  # as if the trainer was built from a checkpoint
     with pytest.raises(ValueError, match="the reference is another than the run's"):
-        Seen(again).train(resume_from_checkpoint=True)
+        Observed(second).train(resume_from_checkpoint=True)
 
 
-def test_reference_logps_are_the_stores(tmp_path):
+def test_reference_logps_equal_the_stores(tmp_path):
     trainer = make(tmp_path, evaluated=Dataset.from_list(records(3) + records(1)))
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     if OLD:
@@ -186,49 +186,49 @@ def test_reference_logps_are_the_stores(tmp_path):
     pairs = pairs_of(trainer)
     ours = measure(trainer.ref_model, pairs)
     attach(trainer, CONFIG, show_progress=False)
-    given, evaluated = trainer.train_dataset, trainer.eval_dataset
-    assert given["ref_chosen_logps"][:] == ours.chosen.tolist()
-    assert given["ref_rejected_logps"][:] == ours.rejected.tolist()
+    train, evaluated = trainer.train_dataset, trainer.eval_dataset
+    assert train["ref_chosen_logps"][:] == ours.chosen.tolist()
+    assert train["ref_rejected_logps"][:] == ours.rejected.tolist()
     assert evaluated["ref_chosen_logps"][:] == [*ours.chosen[:3].tolist(), ours.chosen[0].item()]
     torch.testing.assert_close(theirs[1], ours.rejected[:2].float(), rtol=1e-5, atol=1e-4)
     assert trainer.ref_model is None
-    with pytest.raises(ValueError, match="give this dataset to the trainer as one of its eval"):
-        trainer.evaluate(Dataset.from_list(records(2)) if not OLD else given.remove_columns(
+    with pytest.raises(ValueError, match="pass this dataset to the trainer in eval_dataset"):
+        trainer.evaluate(Dataset.from_list(records(2)) if not OLD else train.remove_columns(
             ["ref_chosen_logps", "ref_rejected_logps"]))  # fmt: skip
 
 
 def test_a_lora_policy(tmp_path):
-    """The reference is the policy with its adapters off; it is scored with them on."""
+    """The reference is measured with adapters off, and the policy with adapters on."""
     trainer = make(tmp_path, model=get_peft_model(small_model("qwen2"), LORA)) if OLD else (
         trl.DPOTrainer(small_model("qwen2"), args=make(tmp_path).args, peft_config=LORA,
                        train_dataset=Dataset.from_list(records()), processing_class=base()[1])
     )  # fmt: skip
-    seen, bare = Seen(trainer), measure(small_model("qwen2"), pairs_of_nothing(trainer))
+    observed, bare = Observed(trainer), measure(small_model("qwen2"), attached_pairs(trainer))
     assert trainer.train_dataset["ref_chosen_logps"][:] == bare.chosen.tolist()
-    select = seen.loader.on_select
+    select = observed.loader.on_select
 
     def compared(interval, selection):
         select(interval, selection)
         if interval:
-            pool = seen.pairs.take(selection.pool)
+            pool = observed.pairs.take(selection.pool)
             assert torch.equal(measure(trainer.model, pool).chosen, selection.policy.chosen)
             assert not torch.equal(selection.reference.chosen, selection.policy.chosen)
             np.testing.assert_array_equal(
                 selection.reference.chosen.numpy(), bare.take(selection.pool).chosen.numpy()
             )
 
-    seen.loader.on_select = compared
-    seen.train()
-    assert len(seen.measured) == 2
+    observed.loader.on_select = compared
+    observed.train()
+    assert len(observed.selections) == 2
 
 
-def pairs_of_nothing(trainer):
-    """The trainer's pairs, once SAGE is attached."""
+def attached_pairs(trainer):
+    """Return the pairs of a trainer that SAGE is attached to."""
     return trainer.get_train_dataloader().loader.dataset
 
 
 def test_a_lora_policy_that_was_trained_before(tmp_path):
-    """Its reference is a copy of its adapter, not the base model."""
+    """The reference is a copy of the policy's adapter, not the base model."""
     model = get_peft_model(small_model("qwen2"), LORA)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -242,76 +242,79 @@ def test_a_lora_policy_that_was_trained_before(tmp_path):
             if ".ref." in name:
                 parameter.data.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
     trainer = make(tmp_path, model=model, **settings)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     with_adapter = measure(model, pairs_of(trainer))
-    seen = Seen(trainer)
+    observed = Observed(trainer)
     assert trainer.train_dataset["ref_chosen_logps"][:] == with_adapter.chosen.tolist()
     assert model.active_adapter == "default"
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
-    seen.train()
-    assert abs(seen.logs[0]["rewards/chosen"]) < 1e-5  # policy and reference agree at first
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    observed.train()
+    # policy and reference are equal before the first update
+    assert abs(observed.logs[0]["rewards/chosen"]) < 1e-5
 
 
 def test_rows_that_cannot_be_used(tmp_path):
-    """TRL drops some, the library sets others aside; the rest keep their ids."""
+    """TRL drops some rows, the library sets others aside; the rest keep their ids."""
     rows = [row | {"pair_id": f"pair {n}"} for n, row in enumerate(records())]
     rows.insert(1, rows[1] | {"prompt": "1+1+" * 40 + "1?", "pair_id": "too long"})
     rows.insert(5, rows[5] | {"rejected": rows[5]["chosen"], "pair_id": "the same"})
     rows.append(rows[0])
     trainer = make(tmp_path, rows)
-    with pytest.warns(UserWarning, match=r"[23] of 2[67] rows.*identical") as told:
+    with pytest.warns(UserWarning, match=r"[23] of 2[67] rows.*identical") as warnings:
         pairs_of(trainer)
-    assert "duplicate pair" in str(told[0].message)
-    seen = Seen(trainer).train()
-    assert seen.pairs.ids.tolist() == [f"pair {n}" for n in range(PAIRS)]
-    assert {i for ids in seen.trained for i in ids} <= set(seen.pairs.ids)
-    assert sum(map(len, seen.trained)) == 18
+    assert "duplicate pair" in str(warnings[0].message)
+    observed = Observed(trainer).train()
+    assert observed.pairs.ids.tolist() == [f"pair {n}" for n in range(PAIRS)]
+    assert {i for ids in observed.trained for i in ids} <= set(observed.pairs.ids)
+    assert sum(map(len, observed.trained)) == 18
 
 
 def test_evaluation_and_the_best_checkpoint(tmp_path):
-    """Where something is due with every epoch, an interval's end counts as one."""
+    """The end of an interval triggers what is due at the end of an epoch."""
     evaluated = {name: Dataset.from_list(records(n)) for name, n in (("few", 3), ("more", 5))}
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True,
                 "metric_for_best_model": "eval_more_loss", "loss_type": ["sigmoid"]}  # fmt: skip
-    seen = Seen(make(tmp_path, evaluated=evaluated, **settings)).train()
-    assert seen.logs[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    observed = Observed(make(tmp_path, evaluated=evaluated, **settings)).train()
+    assert observed.logs[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     losses = {
         log["step"]: log["eval_more_loss"]
-        for log in seen.trainer.state.log_history
+        for log in observed.trainer.state.log_history
         if "eval_more_loss" in log
     }
     assert list(losses) == [3, 5]
     best = min(losses, key=losses.get)
-    assert seen.trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    found = seen.trainer.evaluate()["eval_more_loss"]
-    assert found == pytest.approx(min(losses.values()), abs=1e-6)
+    assert observed.trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    loss = observed.trainer.evaluate()["eval_more_loss"]
+    assert loss == pytest.approx(min(losses.values()), abs=1e-6)
 
 
 @pytest.mark.parametrize(("argument", "launcher"), [(True, "no"), (False, "bf16"), (False, "no")])
 def test_precision_is_the_trainers(tmp_path, monkeypatch, argument, launcher):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    seen = Seen(make(tmp_path, bf16=argument)).train()
+    observed = Observed(make(tmp_path, bf16=argument)).train()
     expected = torch.bfloat16 if argument or launcher == "bf16" else None
-    assert seen.loader.selector.mixed_precision == expected
-    assert np.isfinite([log["loss"] for log in seen.logs]).all()
+    assert observed.loader.selector.mixed_precision == expected
+    assert np.isfinite([log["loss"] for log in observed.logs]).all()
 
 
-def test_a_loader_of_ones_own(whole, tmp_path):
+def test_a_custom_loader(whole, tmp_path):
     trainer = make(tmp_path)
     pairs = pairs_of(trainer)
     reference = measure(trainer.ref_model, pairs)
-    own = build_loader(CONFIG, pairs, trainer.model, reference, batch_size=4, show_progress=False)
-    seen = Seen(trainer, own)
-    assert seen.loader is own
-    assert seen.train().trained == whole.trained
+    loader = build_loader(
+        CONFIG, pairs, trainer.model, reference, batch_size=4, show_progress=False
+    )
+    observed = Observed(trainer, loader)
+    assert observed.loader is loader
+    assert observed.train().trained == whole.trained
     other = make(tmp_path, records()[::-1])
-    with pytest.raises(ValueError, match="not those of the trainer, token by token"):
-        attach(other, own)
+    with pytest.raises(ValueError, match="not have the same tokens as the trainer's"):
+        attach(other, loader)
 
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory):
-    """A trainer that every attempt to attach to fails."""
+    """Return a trainer that must stay as it is when attaching to it fails."""
     return make(tmp_path_factory.mktemp("untouched"))
 
 
@@ -322,18 +325,18 @@ class Iterable:
 
 FP16 = SimpleNamespace(mixed_precision="fp16", parallelism_config=None)
 REFUSED = [
-    ("args.num_train_epochs", 3, "set num_train_epochs=1, and how often pairs are traversed"),
-    ("args.max_steps", 7, "max_steps is 7, but the number of updates follows"),
+    ("args.num_train_epochs", 3, "set num_train_epochs=1, and the number of passes over the pairs"),
+    ("args.max_steps", 7, "max_steps is 7, but the selection determines the number"),
     ("args.accelerator_config.dispatch_batches", True, "leave dispatch_batches out"),
     ("args.accelerator_config.split_batches", True, "leave split_batches out"),
-    ("args.auto_find_batch_size", True, "changes the pairs per update"),
-    ("args.group_by_length", True, "order pairs"),
-    ("args.train_sampling_strategy", "group_by_length", "order pairs"),
+    ("args.auto_find_batch_size", True, "changes the number of pairs per update"),
+    ("args.group_by_length", True, "reorder pairs"),
+    ("args.train_sampling_strategy", "group_by_length", "reorder pairs"),
     ("args.include_tokens_per_second", True, "reads all batches before the first update"),
     ("args._n_gpu", 2, "one process sees 2 GPUs"),
-    ("accelerator", FP16, "set bf16=True, or neither"),
+    ("accelerator", FP16, "set bf16=True, or neither bf16 nor fp16"),
     ("args.fsdp", "full_shard", "silently DDP on CPUs"),
-    ("is_fsdp_enabled", True, "use DDP, or FSDP2 by from_pretrained"),
+    ("is_fsdp_enabled", True, "use DDP, or FSDP2 with from_pretrained"),
     ("is_deepspeed_enabled", True, "DeepSpeed is not supported"),
     ("model._tp_size", 2, "tensor parallelism (tp_size=2) is not supported"),
     ("train_dataset", Iterable(), "train_dataset is a Iterable, which has no length"),
@@ -345,15 +348,15 @@ REFUSED = [
     ("args.precompute_ref_log_probs", True, "set precompute_ref_log_probs=False"),
     ("args.use_liger_loss", True, "needs the reference model in every update"),
     ("args.generate_during_eval", True, "needs the reference model in every evaluation"),
-    ("args.reference_free", True, "has no reference"),
+    ("args.reference_free", True, "the selection score needs one"),
     ("state.global_step", 5, "attach before trainer.train()"),
     ("data_collator", lambda rows: {"completion_mask": torch.ones(2, 9), "input_ids":
-     torch.ones(2, 9), "attention_mask": torch.ones(2, 9)}, "data_collator makes other tokens"),
+     torch.ones(2, 9), "attention_mask": torch.ones(2, 9)}, "data_collator returns other tokens"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value", "words"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_refused_with_the_fix(untouched, monkeypatch, name, value, words):
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_refusals_name_the_fix(untouched, monkeypatch, name, value, message):
     *path, last = name.split(".")
     owner = untouched
     for part in path:
@@ -361,7 +364,7 @@ def test_refused_with_the_fix(untouched, monkeypatch, name, value, words):
     monkeypatch.setattr(owner, last, value, raising=False)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         attach(untouched, CONFIG)
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert untouched.ref_model is not None
     assert "ref_chosen_logps" not in getattr(untouched.train_dataset, "column_names", ())
 
@@ -374,18 +377,20 @@ CONTRADICTIONS = [
     ({"training": {"learning_rate": 1e-5}}, "the trainer's learning_rate is 0.001"),
     ({"training": {"loss": "dpo"}}, "the trainer's loss_type is ['nca_pair']"),
     ({"data": {"max_length": 100}}, "the trainer's max_length is 64"),
-    ({"reference": {"model": "x"}}, "pass it to the trainer as ref_model"),
+    ({"reference": {"model": "x"}}, "pass a model to the trainer as ref_model"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sections", "words"), CONTRADICTIONS, ids=[r[1] for r in CONTRADICTIONS])
-def test_what_is_set_in_both_must_agree(untouched, sections, words):
+@pytest.mark.parametrize(
+    ("sections", "message"), CONTRADICTIONS, ids=[r[1] for r in CONTRADICTIONS]
+)
+def test_contradictory_settings_are_refused(untouched, sections, message):
     with pytest.raises(ConfigError) as error:
         attach(untouched, SageConfig(**sections))
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
-def test_what_agrees_is_taken(tmp_path):
+def test_equal_settings_are_accepted(tmp_path):
     settings = {"batch_size": 4, "epochs": 1, "loss": "nca", "learning_rate": 1e-3}
     config = SageConfig(
         beta=0.1, strata={"by": "none"}, selection=WITHOUT_STRATA, training=settings
@@ -397,13 +402,13 @@ def test_a_last_update_that_cannot_be_dealt(tmp_path):
     trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match=r"last update has 2 pairs.*selection.multiple=4 in"):
         attach(trainer, CONFIG)
-    assert len(attach(trainer, described(multiple=4))) == 4
+    assert len(attach(trainer, configured(multiple=4))) == 4
 
 
 @pytest.mark.parametrize("version", ["0.23.1", "2.0.0"])
 def test_other_versions_are_refused(untouched, monkeypatch, version):
     monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(ImportError, match=r"install one from 0.24 on and before 2.0"):
+    with pytest.raises(ImportError, match=r"install a version from 0.24 to before 2.0"):
         attach(untouched, CONFIG)
 
 
@@ -417,24 +422,24 @@ def test_other_trainers_and_selections_are_refused(untouched):
 def test_prompt_tuning_is_refused(tmp_path):
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     trainer = make(tmp_path, model=get_peft_model(small_model("qwen2"), prompts))
-    with pytest.raises(ValueError, match="prompt tuning puts tokens of its own"):
+    with pytest.raises(ValueError, match="prompt tuning inserts virtual tokens"):
         attach(trainer, CONFIG)
 
 
-@pytest.mark.skipif(not OLD, reason="newer versions average nothing but in the loss")
+@pytest.mark.skipif(not OLD, reason="newer versions average log-probs in the loss only")
 def test_averaged_logps_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"install TRL 0.29 or newer"):
         attach(make(tmp_path, loss_type=["ipo"]), CONFIG)
 
 
-def test_cutting_the_start_is_refused(tmp_path):
+def test_truncation_at_the_start_is_refused(tmp_path):
     trainer = make(tmp_path, max_length=12, truncation_mode="keep_end")
     with pytest.raises(ValueError, match=r"longer than max_length=12.*keep_start"):
         attach(trainer, CONFIG)
 
 
-def test_an_attached_trainer_stays_as_it_is(whole, tmp_path):
-    with pytest.raises(ValueError, match="attached to this trainer already"):
+def test_changes_to_an_attached_trainer_are_refused(whole, tmp_path):
+    with pytest.raises(ValueError, match="already attached to this trainer"):
         attach(whole.trainer, CONFIG)
     with pytest.raises(ValueError, match="has been trained already"):
         whole.trainer.train()
@@ -449,7 +454,7 @@ def test_an_attached_trainer_stays_as_it_is(whole, tmp_path):
         trainer.train()
     trainer.args.per_device_train_batch_size = 2
     trainer.train_dataset = trainer.train_dataset.select(range(4))
-    with pytest.raises(ValueError, match="not the one that SAGE was attached to"):
+    with pytest.raises(ValueError, match="train_dataset was replaced after attach"):
         trainer.train()
 
 
@@ -458,13 +463,13 @@ def test_a_checkpoint_without_a_selection_is_refused(tmp_path):
     plain.train()
     trainer = make(tmp_path)
     attach(trainer, CONFIG, show_progress=False)
-    with pytest.raises(ValueError, match="checkpoint of step 1 says nothing of a selection"):
+    with pytest.raises(ValueError, match="checkpoint of step 1 has no selection state"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_another_number_of_pairs_per_update_is_refused(tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 1}
-    Seen(make(tmp_path, callbacks=[Stop(1)], **saves)).train()
+    Observed(make(tmp_path, callbacks=[Stop(1)], **saves)).train()
     trainer = make(tmp_path, per_device_train_batch_size=1, **saves)
     attach(trainer, CONFIG, show_progress=False)
     with pytest.raises(ValueError, match="takes 4 pairs per optimizer step over all processes"):

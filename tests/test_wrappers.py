@@ -1,4 +1,4 @@
-"""Ways to spread a model that cannot be measured, each refused before anything runs."""
+"""Unsupported ways to distribute a model, each refused before anything runs."""
 
 import socket
 
@@ -16,8 +16,8 @@ from sage_select.models.wrappers import unwrapped
 
 
 @pytest.fixture(scope="module", autouse=True)
-def group():
-    """This process alone, so that there are meshes."""
+def process_group():
+    """A process group of this process alone, which device meshes need."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -32,18 +32,18 @@ def tensor_parallel(model: nn.Module, mesh) -> nn.Module:
     return model
 
 
-def both(model: nn.Module) -> nn.Module:
+def tensor_parallel_and_fsdp2(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
     fully_shard(tensor_parallel(model, mesh["tensor"]), mesh=mesh["data"])
     return model
 
 
-def stage_three(model: nn.Module) -> nn.Module:
-    next(model.parameters()).ds_id = 0  # what DeepSpeed marks a gathered weight with
+def zero_stage_three(model: nn.Module) -> nn.Module:
+    next(model.parameters()).ds_id = 0  # DeepSpeed sets this attribute on every sharded weight
     return model
 
 
-def layers_alone(model: nn.Module) -> nn.Module:
+def layers_without_root(model: nn.Module) -> nn.Module:
     for layer in model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
     return model
@@ -57,23 +57,26 @@ REFUSED = {
     ),
     "DataParallel": (nn.DataParallel, "DataParallel is not supported"),
     "DeepSpeed": (DeepSpeedEngine, "DeepSpeedEngine is not supported"),
-    "ZeRO 3": (stage_three, "ZeRO stage 3 is not supported"),
+    "ZeRO 3": (zero_stage_three, "ZeRO stage 3 is not supported"),
     "tensor parallel": (
         lambda model: tensor_parallel(model, init_device_mesh("cpu", (1,))),
         "up_proj.weight is a DTensor, but .* tensor parallelism is not supported",
     ),
-    "tensor parallel and FSDP2": (both, "up_proj.weight is spread as .*tensor parallelism is not"),
-    "layers without a root": (layers_alone, r"Call fully_shard\(model\) on the root, too"),
+    "tensor parallel and FSDP2": (
+        tensor_parallel_and_fsdp2,
+        "up_proj.weight has the placements .*tensor parallelism is not",
+    ),
+    "layers without a root": (layers_without_root, r"Call fully_shard\(model\) on the root, too"),
 }
 
 
-@pytest.mark.parametrize(("spread", "words"), REFUSED.values(), ids=REFUSED)
-def test_refused(spread, words, pairs):
-    with pytest.raises(TypeError, match=words):
-        measure(spread(small_model("llama")), pairs)
+@pytest.mark.parametrize(("distribute", "message"), REFUSED.values(), ids=REFUSED)
+def test_unsupported_wrappers_and_sharding_are_refused(distribute, message, pairs):
+    with pytest.raises(TypeError, match=message):
+        measure(distribute(small_model("llama")), pairs)
 
 
-def test_replicas_of_shards_are_not_refused():
+def test_replicas_of_shards_are_accepted():
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
     model = small_model("llama")
     fully_shard(model, mesh=mesh)

@@ -31,28 +31,28 @@ SETTINGS = {
     "seed": 0,
     "use_cpu": True,
     "weight_decay": 0.0,
-}  # of the contract, and what keeps a small run on a CPU short
+}  # the contract's settings, and some that keep a small run on a CPU short
 
 
 def sharded(folder: Path, world: int) -> Any:
-    """The policy as transformers shards it while loading.
+    """Return the policy, sharded by transformers while loading.
 
-    Its head is untied first: sharded, a tied one would keep the weights that it was loaded with.
+    Its head is untied first: once sharded, a tied head would keep the weights it was loaded with.
     """
     from transformers.distributed import DistributedConfig
 
-    print("this policy has an untied head")
+    print("this policy has an untied head")  # test_contract looks for these words
     model = policy()
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model.save_pretrained(folder)  # which only the first process does
+    model.save_pretrained(folder)  # only rank 0 writes
     torch.distributed.barrier()
     shards = DistributedConfig(fsdp_size=world)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", distributed_config=shards)
 
 
 class Batches:
-    """Which pairs a trainer's batch holds, by their tokens."""
+    """A lookup of the pair ids in a trainer's batch, by their tokens."""
 
     def __init__(self, pairs: PreferenceDataset) -> None:
         self.pad = base()[1].pad_token_id
@@ -66,7 +66,7 @@ class Batches:
         return [str(self.ids[pair]) for pair in zip(chosen, rejected, strict=True)]
 
     def sequences(self, batch: dict[str, Any], side: str) -> list[tuple[int, ...]]:
-        if "completion_mask" in batch:  # one half is chosen, the other rejected
+        if "completion_mask" in batch:  # the first half is chosen, the second rejected
             half = batch["input_ids"].chunk(2)[side == "rejected"]
             return [tuple(t for t in row if t != self.pad) for row in half.tolist()]
         parts = zip(batch["prompt_input_ids"], batch[f"{side}_input_ids"], strict=True)
@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **_: Any) -> None:
         self.case.watch(optimizer.optimizer, already=state.global_step)
-        model.train()  # the trainer does so with each update only
+        model.train()  # the trainer does so only in a training step
 
     def on_evaluate(self, args, state, control, model=None, **_: Any) -> None:
         model.train()
@@ -87,7 +87,7 @@ class Watch(TrainerCallback):
     def on_save(self, *_: Any, **__: Any) -> None:
         if self.case.dies_now():
             if self.case.world > 1:
-                torch.distributed.barrier()  # the first process is still writing
+                torch.distributed.barrier()  # rank 0 may still be writing
             self.case.die()
 
 
@@ -99,17 +99,17 @@ def run(case: Case) -> None:
         per_device_train_batch_size=case.per_process,
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=case.accumulation,
-        save_strategy="no" if fsdp2 else "steps",  # transformers resumes no model it has sharded
+        save_strategy="no" if fsdp2 else "steps",  # transformers cannot resume a sharded model
         save_steps=SAVE_EVERY,
         eval_strategy="steps",
         eval_steps=5,
     )
     assert args.world_size == case.world
     rows = Dataset.from_list(records())
-    own = case.folder / "policy"
+    weights = case.folder / "policy"
     trainer = DPOTrainer(
-        model=sharded(own, case.world) if fsdp2 else policy(),
-        ref_model=sharded(own, case.world) if fsdp2 else None,
+        model=sharded(weights, case.world) if fsdp2 else policy(),
+        ref_model=sharded(weights, case.world) if fsdp2 else None,
         args=args,
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
@@ -122,13 +122,13 @@ def run(case: Case) -> None:
     assert loader.timeline.batch_size == BATCH
     batches, compute_loss = Batches(pairs), trainer.compute_loss
 
-    def noted(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
-        loss = compute_loss(model, inputs, *more, **named)
+    def traced(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(model, inputs, *args, **kwargs)
         if model.training:
-            case.trains(batches.ids_of(inputs), [loss.item()])  # of the micro-batch, a mean
+            case.trains(batches.ids_of(inputs), [loss.item()])  # the mean over the micro-batch
         return loss
 
-    trainer.compute_loss = noted
+    trainer.compute_loss = traced
     case.watch_generators(loader)
     loader.on_select = lambda interval, selection: case.measures(
         interval, pairs.take(selection.indices).ids.tolist(), trainer.model

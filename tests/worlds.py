@@ -1,4 +1,4 @@
-"""Small real parts to test with: trained models, real tokenizers, pairs of their own making."""
+"""Small real components for tests: a trained model, its tokenizer, and pairs sampled from it."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ base = cache(load_base)
 
 @cache
 def arithmetic_pairs() -> tuple[dict[str, Any], ...]:
-    """About a hundred verified pairs that the demo's policy made itself."""
+    """About a hundred verified pairs, sampled from the demo's policy."""
     model, tokenizer = base()
     return tuple(make_pairs(model, tokenizer, make_problems(90, seed=7, zipf=0.3), seed=0))
 
 
 @dataclass
 class World:
-    """A policy, its pairs, and all that a run needs."""
+    """A policy, its pairs, and the timeline and selector of a run."""
 
     model: Any
     tokenizer: Any
@@ -44,7 +44,7 @@ class World:
 def arithmetic_world(
     *, num_pairs: int = 96, batch_size: int = 4, refresh_steps: int = 6, epochs: int = 1
 ) -> World:
-    """A fresh copy of the demo's policy before a small run of SAGE."""
+    """Return a fresh copy of the demo's policy before a small run of SAGE."""
     torch.manual_seed(0)
     model, tokenizer = deepcopy(base()[0]), base()[1]
     dataset = PreferenceDataset.from_records(

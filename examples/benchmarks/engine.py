@@ -1,30 +1,30 @@
-"""Scoring pairs: pairs per second, against the forward of TRL's DPO trainer on the same pairs.
+"""Scoring pairs: pairs per second, compared with TRL's DPO trainer on the same pairs.
 
     python examples/benchmarks/engine.py --lengths short
     python examples/benchmarks/engine.py --lengths long
     python examples/benchmarks/engine.py --lengths long --pairs 64 --shape qwen2.5-1.5b \\
         --device cuda --dtype bfloat16
 
-TRL's side is a `DPOTrainer` as it comes, with its reference online: batches of 8 pairs from its
-training dataloader, shuffled anew each round, through its `prediction_step`, which is its
-`compute_loss` without gradients, with the entropy and accuracy that it logs; on a CPU its head
-scores prompts and padding too. Our side is `measure` of the policy, and the reference from a store
-that was filled before; the last row measures the reference as well. They take turns in one process,
-and figures are medians.
+TRL is a `DPOTrainer` with default settings and an online reference: batches of 8 pairs from its
+training dataloader, reshuffled each round, through its `prediction_step`, which is `compute_loss`
+without gradients, including the entropy and accuracy that it logs. On a CPU its head also scores
+prompts and padding. sage-select runs `measure` for the policy and takes the reference from a store
+filled before; the last row measures the reference too. All take turns in one process, and figures
+are medians.
 
-Lengths are real ones where SAGE_SELECT_DATA names a folder that has them, counted with Qwen's
+Lengths are real if SAGE_SELECT_DATA names a folder that contains them, counted with Qwen's
 tokenizer: `short` draws two of eight solutions that a Qwen model wrote for a MATH problem, `long`
 two of ten long chains of thought. `demo` draws prompts and responses log-normally, with the medians
 and spreads of `short`. Tokens and weights are random.
 
 On a CPU the model has a 24th of the layers and of the vocabulary (`--part`): one layer of
-Qwen2.5-0.5B, at its full width, so that layers, attention and head (27.6 % without attention) have
-the shares of the FLOPs that they have in the whole, at any length.
+Qwen2.5-0.5B at its full width. Layers, attention and head (27.6 % without attention) then have the
+same shares of the FLOPs as in the whole model, at any length.
 
-Needed are the FLOPs of each token of a pair once, the prompt shared, of the head on response tokens
-alone, and of the lower half of attention's square. MFU is their rate, for each model that a row
-runs, over that of a bare `torch.mm`. The tokens of a row are all that went in, padding and the
-reference included; memory is the peak of a pass over what was taken before.
+Needed FLOPs count each token of a pair once, with a shared prompt, the head on response tokens
+only, and the lower half of the attention matrix. MFU is their rate, for each model that a row runs,
+over that of a bare `torch.mm`. The tokens of a row are all model inputs, including padding and the
+reference; memory is the peak of a round beyond what was allocated before.
 """
 
 import argparse
@@ -58,18 +58,18 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151_936),
 }
 PART = {"cpu": 24, "cuda": 1}
-BATCH = 8  # pairs, of TRL
-PAD, EOS, FIRST = "<pad>", "<eos>", 0x20000  # all other tokens are characters from this code on
+BATCH = 8  # pairs per batch of TRL
+PAD, EOS, FIRST = "<pad>", "<eos>", 0x20000  # other tokens are characters, from this code point
 
 
 def draw_lengths(kind: str, count: int, folder: str | None, seed: int) -> Lengths:
-    """[P, 3], tokens of the prompt and of two responses to it, of so many pairs."""
+    """Draw [P, 3]: the number of tokens of each pair's prompt and two responses."""
     random = np.random.default_rng(seed)
     if kind == "demo":
         drawn = random.lognormal(np.log([43, 346, 346]), [0.83, 0.40, 0.40], (count, 3))
         return drawn.clip(2, 4096).astype(np.int64)
     if folder is None:
-        sys.exit(f"--lengths {kind}: SAGE_SELECT_DATA is not set; use --lengths demo")
+        sys.exit(f"--lengths {kind} needs SAGE_SELECT_DATA; set it, or use --lengths demo")
     qwen = Tokenizer.from_file(f"{folder}/tokenizers/qwen2/tokenizer.json")
 
     def tokens(texts: pl.Series) -> Lengths:
@@ -83,7 +83,8 @@ def draw_lengths(kind: str, count: int, folder: str | None, seed: int) -> Length
         table = pl.read_parquet(f"{folder}/math/long_cot_samples.parquet")
         prompts = tokens(table["problem"])
         responses = tokens(table["thinking"]) + tokens(table["content"])
-        group = np.zeros(len(table))  # two to each problem are few: any other response will do
+        # only two responses per problem, so pairs are drawn across problems
+        group = np.zeros(len(table))
     chosen = random.integers(len(table), size=count)
     rows = np.arange(len(table))
     rejected = [random.choice(rows[(group == group[i]) & (rows != i)]) for i in chosen]
@@ -91,7 +92,7 @@ def draw_lengths(kind: str, count: int, folder: str | None, seed: int) -> Length
 
 
 def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """Build a tokenizer with one token per character."""
     tokens = [PAD, EOS, *(chr(FIRST + i) for i in range(vocabulary - 2))]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -99,7 +100,7 @@ def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(shape: str, part: int, longest: int, dtype: str, device: str) -> Qwen2ForCausalLM:
-    """A Qwen2 of this shape, with random weights; one part in so many of its depth and words."""
+    """Build a Qwen2 with random weights, and 1 / `part` of the shape's layers and vocabulary."""
     hidden, mlp, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -119,7 +120,7 @@ def build_model(shape: str, part: int, longest: int, dtype: str, device: str) ->
 
 
 def make_records(lengths: Lengths, vocabulary: int, seed: int) -> list[dict[str, str]]:
-    """Pairs of random tokens, one fewer per response, for the end token comes after it."""
+    """Make pairs of random tokens; responses are one shorter, since an end token is appended."""
     random = np.random.default_rng(seed)
 
     def text(length: int) -> str:
@@ -132,7 +133,7 @@ def make_records(lengths: Lengths, vocabulary: int, seed: int) -> list[dict[str,
 
 
 def needed_flops(model: Qwen2ForCausalLM, lengths: Lengths) -> tuple[float, float]:
-    """FLOPs of one model over these pairs, and the head's share of those of a token."""
+    """Return the FLOPs of one model on these pairs, and the head's share of a token's FLOPs."""
     prompt, *responses = lengths.T.astype(float)
     layers = model.model.layers
     linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
@@ -144,8 +145,8 @@ def needed_flops(model: Qwen2ForCausalLM, lengths: Lengths) -> tuple[float, floa
 
 
 @contextmanager
-def counted(*models: nn.Module) -> Iterator[list[int]]:
-    """The numbers of tokens that go into these models' embeddings, forward by forward."""
+def counting_tokens(*models: nn.Module) -> Iterator[list[int]]:
+    """Count the tokens that enter these models' embeddings, one entry per forward call."""
     tokens: list[int] = []
     hooks = [
         model.get_input_embeddings().register_forward_pre_hook(  # type: ignore[operator]
@@ -161,7 +162,7 @@ def counted(*models: nn.Module) -> Iterator[list[int]]:
 def dpo_trainer(
     model: nn.Module, tokenizer: Any, records: list[dict[str, str]], folder: str, device: str
 ) -> Any:
-    """TRL's trainer with copies of this model, which it changes, for policy and reference."""
+    """Build TRL's trainer on two copies of the model, since it modifies policy and reference."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -191,14 +192,14 @@ def dpo_trainer(
 def largest_difference(
     trainer: Any, batch: dict[str, Tensor], ours: PairLogps, dataset: PreferenceDataset
 ) -> float:
-    """Between TRL's log-probs of some of a batch under the policy and ours, in nats per token.
+    """Return the largest difference from TRL's policy log-probs in a batch, in nats per token.
 
     Raises:
-        KeyError: If TRL has other tokens than we have.
+        KeyError: If TRL's tokens are different.
     """
-    batch = {name: rows[::4] for name, rows in batch.items()}  # some, for it takes its time
+    batch = {name: rows[::4] for name, rows in batch.items()}  # a part, because TRL is slow
     logps = torch.cat([ours.chosen, ours.rejected]).tolist()
-    known = {
+    our_logps = {
         (tokens.astype(np.int64).tobytes(), len(tokens) - start): logp
         for (tokens, start), logp in zip(dataset.sequences(), logps, strict=True)
     }
@@ -206,15 +207,15 @@ def largest_difference(
     inputs, masks = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
     counts = batch["completion_mask"].sum(dim=1).tolist()
     differences = [
-        abs(known[row[mask].numpy().tobytes(), count] - logp) / count
+        abs(our_logps[row[mask].numpy().tobytes(), count] - logp) / count
         for row, mask, count, logp in zip(inputs, masks, counts, theirs, strict=True)
     ]
     return float(max(differences))
 
 
 @dataclass
-class Side:
-    """One way to score the pairs: the models that it runs, and what each round took."""
+class Contender:
+    """One way to score the pairs: its models, and the measurements of each round."""
 
     name: str
     models: list[nn.Module]
@@ -224,12 +225,12 @@ class Side:
     memory: list[float] = field(default_factory=list)
 
     def run(self, device: str) -> None:
-        """One round."""
+        """Score all pairs once, and record time, tokens and memory."""
 
         def call() -> float:
             return timed(self.call, device)
 
-        with counted(*self.models) as tokens:
+        with counting_tokens(*self.models) as tokens:
             seconds, memory = with_memory(call, device)
         self.seconds.append(seconds)
         self.tokens.append(sum(tokens))
@@ -242,14 +243,18 @@ def main() -> None:
     parser.add_argument(
         "--lengths", choices=["short", "long", "demo"], default="short" if data else "demo"
     )
-    parser.add_argument("--pairs", type=int, help="by default 24, and 16 long ones")
-    parser.add_argument("--rounds", type=int, help="by default 3, and 2 of long pairs")
+    parser.add_argument("--pairs", type=int, help="default: 24, or 16 with --lengths long")
+    parser.add_argument("--rounds", type=int, help="default: 3, or 2 with --lengths long")
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-0.5b")
-    parser.add_argument("--part", type=int, help="by default 24 on a CPU, 1 on a GPU")
+    parser.add_argument(
+        "--part",
+        type=int,
+        help="divide layers and vocabulary by this; default: 24 on a CPU, 1 on a GPU",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-trl", action="store_true", help="this library's side alone")
+    parser.add_argument("--no-trl", action="store_true", help="measure sage-select only")
     args = parser.parse_args()
     long = args.lengths == "long"
     pairs, rounds = args.pairs or (16 if long else 24), args.rounds or (2 if long else 3)
@@ -271,25 +276,26 @@ def main() -> None:
         f"{pairs} pairs, {args.lengths}: {needed:,} tokens and {flops / 1e9:,.1f} GFLOP needed\n"
         f"{'tokens':30}{'10 %':>10}{'median':>10}{'90 %':>10}{'longest':>10}"
     )
-    for name, some in ("prompts", lengths[:, 0]), ("responses", lengths[:, 1:]):
-        found = np.percentile(some, [10, 50, 90, 100])
-        print(f"{name:30}" + "".join(f"{value:10,.0f}" for value in found), flush=True)
+    for name, counts in ("prompts", lengths[:, 0]), ("responses", lengths[:, 1:]):
+        percentiles = np.percentile(counts, [10, 50, 90, 100])
+        print(f"{name:30}" + "".join(f"{value:10,.0f}" for value in percentiles), flush=True)
 
-    def score(some: nn.Module) -> PairLogps:
-        return measure(some, dataset, show_progress=False)
+    def score(model: nn.Module) -> PairLogps:
+        return measure(model, dataset, show_progress=False)
 
     with tempfile.TemporaryDirectory() as folder:
         reference = deepcopy(model)
         store = ReferenceStore(reference, dataset, folder=folder, show_progress=False)
         store.fill()
-        ours = score(model)  # and whatever is checked once per model; the store did for its own
-        stored = Side(
+        # also runs the checks that are made once per model; the store has done so for the reference
+        ours = score(model)
+        stored = Contender(
             "sage-select, reference stored",
             [model],
             lambda: (score(model), store.take(dataset.index)),
         )
-        both = Side("sage-select, both measured", [reference], lambda: score(reference))
-        sides, trainer, reason = [stored, both], None, "--no-trl"
+        both = Contender("sage-select, both measured", [reference], lambda: score(reference))
+        contenders, trainer, reason = [stored, both], None, "--no-trl"
         if not args.no_trl:
             try:
                 trainer = dpo_trainer(model, tokenizer, records, folder, args.device)
@@ -302,9 +308,9 @@ def main() -> None:
                 for batch in batches:
                     trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
 
-            sides.insert(
+            contenders.insert(
                 0,
-                Side(
+                Contender(
                     f"TRL {version('trl')}, online reference",
                     [trainer.model, trainer.ref_model],
                     forward,
@@ -320,25 +326,27 @@ def main() -> None:
             for _ in range(times):
                 torch.mm(square, square, out=product)
 
-        warm_up = args.device == "cuda"  # kernels are compiled and loaded, libraries started
+        warm_up = args.device == "cuda"  # one round to compile and load kernels
         for _ in range(rounds + warm_up):
-            for side in sides:
+            for contender in contenders:
                 bare.append(timed(multiply, args.device) / times)
-                side.run(args.device)
-            both.seconds[-1] += stored.seconds[-1]  # the policy's part is the same
+                contender.run(args.device)
+            # `both` has measured the reference only; the policy's measurement is that of `stored`
+            both.seconds[-1] += stored.seconds[-1]
             both.tokens[-1] += stored.tokens[-1]
         both.models.append(model)
-        rate = 2 * size**3 / median(bare[warm_up * len(sides) :])
+        rate = 2 * size**3 / median(bare[warm_up * len(contenders) :])
 
         columns = f"{'pairs/s':>10}{'x TRL':>8}{'tokens':>12}{'x needed':>10}{'memory, MB':>12}"
         print(f"{f'torch.mm: {rate / 1e9:,.0f} GFLOP/s':30}{columns}{'MFU':>8}")
-        for side in sides:
-            seconds, tokens = median(side.seconds[warm_up:]), median(side.tokens[warm_up:])
-            ratio = f"{median(sides[0].seconds[warm_up:]) / seconds:.2f}" if trainer else "-"
+        for contender in contenders:
+            seconds = median(contender.seconds[warm_up:])
+            tokens = median(contender.tokens[warm_up:])
+            ratio = f"{median(contenders[0].seconds[warm_up:]) / seconds:.2f}" if trainer else "-"
             print(
-                f"{side.name:30}{pairs / seconds:10.3g}{ratio:>8}"
-                f"{tokens:12,.0f}{tokens / needed:10.2f}{max(side.memory):12,.0f}"
-                f"{100 * len(side.models) * flops / seconds / rate:6.0f} %"
+                f"{contender.name:30}{pairs / seconds:10.3g}{ratio:>8}"
+                f"{tokens:12,.0f}{tokens / needed:10.2f}{max(contender.memory):12,.0f}"
+                f"{100 * len(contender.models) * flops / seconds / rate:6.0f} %"
             )
         if trainer is None:
             print(f"TRL not measured: {reason}")

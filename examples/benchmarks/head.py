@@ -1,18 +1,19 @@
-"""The output head: log-probs of target tokens, in multiples of the bare matrix product.
+"""Time, memory and error of output heads; time is in multiples of the bare matrix product.
 
     python examples/benchmarks/head.py
     python examples/benchmarks/head.py --backward
     python examples/benchmarks/head.py --tokens 8192 --hidden 1536 --device cuda
 
-Every variant runs in a process of its own, so that its peak of memory is its own; there it takes
-turns with a bare `torch.mm` of the same shapes, and the ratio is that of the two medians. With
-`--backward` each call also makes the gradients of hidden states and weight, from a gradient of
-either sign per token, and is held against three products: the logits and the two gradients.
+Every variant runs in a separate process, so that its peak memory can be measured. It takes turns
+with a bare `torch.mm` of the same shapes, and the ratio is that of the two medians. With
+`--backward` each call also computes the gradients of hidden states and weight, from an upstream
+gradient of either sign per token, and is compared with three products: the logits and the two
+gradients.
 
-The error is the largest against float64 over 64 rows, after `--backward` also that of the hidden
-states' gradient, relative to its norm. Memory is what a call takes at its peak beyond its inputs,
-gradients included; compiling comes before. What is not installed, or does not run on the device, is
-left out.
+The error is the largest of 64 rows against float64; with `--backward`, also that of the hidden
+states' gradient, relative to its norm. Memory is the peak of a call beyond its inputs, including
+gradients, and is measured after compilation. Variants that are not installed, or do not run on the
+device, are listed as not measured.
 """
 
 import argparse
@@ -32,28 +33,28 @@ from torch.nn.functional import cross_entropy
 
 from sage_select import token_logps
 
-Head = Callable[..., Tensor]  # of hidden states, weight and targets
+Head = Callable[..., Tensor]  # (hidden states, weight, targets) -> log-probs
 Result = TypeVar("Result")
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """All logits, then log_softmax in fp32: what Hugging Face models and most trainers do."""
+    """All logits, then log_softmax in fp32, as in Hugging Face models and most trainers."""
     logits = (hidden @ weight.T).float()
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
 def torch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch's cross entropy of all logits."""
+    """PyTorch's cross entropy of all logits."""
     return -cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch's own fused head, new in 2.13."""
+    """PyTorch's fused head, since 2.13."""
     return -torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """TRL's chunked head, the default of its DPO trainer."""
+    """TRL's chunked head, the default in its DPO trainer."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     temperature, chunk_size = 1.0, 32_768  # its defaults
@@ -64,7 +65,7 @@ def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger_selective(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Liger's head of its PPO and GRPO losses, by tiles of tokens and vocabulary."""
+    """Liger's head for its PPO and GRPO losses, in tiles of tokens and vocabulary."""
     from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
 
     temperature, chunk_size = 1.0, 4096  # its defaults
@@ -83,7 +84,7 @@ def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
 
 
 def cce(impl: str) -> Head:
-    """Cut cross entropy; its backward skips what it holds to be negligible, as by default."""
+    """Cut cross entropy; its backward pass skips negligible gradients, as by default."""
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -95,12 +96,12 @@ def cce(impl: str) -> Head:
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """This library's, by blocks of the vocabulary."""
+    """sage-select's head in blocks of the vocabulary."""
     return token_logps(hidden, weight, targets, impl="chunked")
 
 
 def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """This library's, in Triton kernels."""
+    """sage-select's head in Triton kernels."""
     return token_logps(hidden, weight, targets, impl="fused")
 
 
@@ -119,7 +120,7 @@ VARIANTS: dict[str, Head] = {
 
 
 class Problem(NamedTuple):
-    """N tokens, a head, and a gradient for each log-prob."""
+    """N tokens, a head, and an upstream gradient for each log-prob."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -130,7 +131,7 @@ class Problem(NamedTuple):
     def draw(
         cls, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str
     ) -> "Problem":
-        """Logits like a language model's: mostly small, with a target that stands out."""
+        """Draw a problem with logits like a language model's: small, with a large target logit."""
         torch.manual_seed(0)
         weight = torch.randn(vocabulary, hidden, device=device)
         targets = torch.randint(vocabulary, (tokens,), device=device)
@@ -139,12 +140,14 @@ class Problem(NamedTuple):
         slope = torch.randn(tokens, device=device)
         return cls(states.to(dtype), weight.to(dtype), targets, slope)
 
-    def rows(self, some: slice | Tensor) -> "Problem":
-        """Some of the tokens."""
-        return Problem(self.hidden[some], self.weight, self.targets[some], self.slope[some])
+    def rows(self, selected: slice | Tensor) -> "Problem":
+        """Return the problem of selected tokens."""
+        return Problem(
+            self.hidden[selected], self.weight, self.targets[selected], self.slope[selected]
+        )
 
     def results(self, head: Head, *bias: Tensor, backward: bool) -> list[Tensor]:
-        """A head's log-probs; and the gradients of hidden states, weight and bias, if asked for."""
+        """Run a head: log-probs, with `backward` also gradients of hidden, weight and bias."""
         if not backward:
             with torch.no_grad():
                 return [head(self.hidden, self.weight, self.targets, *bias)]
@@ -153,7 +156,9 @@ class Problem(NamedTuple):
         return [logps.detach(), *torch.autograd.grad(logps, leaves, self.slope.to(logps.dtype))]
 
     def products(self, *, backward: bool) -> "Callable[[Problem], None]":
-        """What makes the bare products of such a problem: the logits, and the two gradients."""
+        """Return a function that computes the bare products of a problem of these shapes: the
+        logits, with `backward` also the two gradients.
+        """
         logits = self.hidden.new_empty(len(self.hidden), len(self.weight))
         hidden_out, weight_out = torch.empty_like(self.hidden), torch.empty_like(self.weight)
 
@@ -166,14 +171,14 @@ class Problem(NamedTuple):
         return call
 
 
-def reason(stderr: str) -> str:
-    """Why a process ended, in a line."""
-    lines = stderr.strip().splitlines() or ["no reason given"]
+def failure(stderr: str) -> str:
+    """Return the last error of a process's stderr, in one line."""
+    lines = stderr.strip().splitlines() or ["no error message"]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1])[:100]
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -184,7 +189,7 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def with_memory(call: Callable[[], Result], device: str) -> tuple[Result, float]:
-    """A call's result, and the peak of memory over what was taken before, in MB."""
+    """Return a call's result, and its peak memory beyond what was allocated before, in MB."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -195,7 +200,7 @@ def with_memory(call: Callable[[], Result], device: str) -> tuple[Result, float]
 
 
 def measure_one(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Ratio, memory and errors of one variant, in this process."""
+    """Measure ratio, memory and errors of one variant, in this process."""
     problem = Problem.draw(
         args.tokens, args.hidden, args.vocabulary, getattr(torch, args.dtype), args.device
     )
@@ -203,28 +208,30 @@ def measure_one(name: str, args: argparse.Namespace) -> dict[str, float]:
     def call(problem: Problem = problem) -> list[Tensor]:
         return problem.results(VARIANTS[name], backward=args.backward)
 
-    some = problem.rows(slice(0, 64))
-    call(some)  # imports and compiles
+    checked = problem.rows(slice(0, 64))
+    call(checked)  # imports and compiles
     result, memory = with_memory(call, args.device)
     weight = problem.weight.double()
-    exact = (some.hidden.double() @ weight.T).log_softmax(-1)
-    expected = exact.gather(-1, some.targets[:, None]).squeeze(-1)
+    exact = (checked.hidden.double() @ weight.T).log_softmax(-1)
+    expected = exact.gather(-1, checked.targets[:, None]).squeeze(-1)
     error = (result[0][:64].double() - expected).abs().max()
-    found = {"memory": memory, "error": float(error)}
+    measured = {"memory": memory, "error": float(error)}
     if args.backward:
-        gradient = weight[some.targets] - exact.exp() @ weight
-        gradient *= some.slope[:, None].double()
+        # d log p / d hidden = weight[target] - sum_j p_j weight_j
+        gradient = weight[checked.targets] - exact.exp() @ weight
+        gradient *= checked.slope[:, None].double()
         error = (result[1][:64].double() - gradient).norm() / gradient.norm()
-        found["gradient"] = float(error)
+        measured["gradient"] = float(error)
         del gradient
     del result, exact, weight
 
+    # product and variant alternate, so that a change of the clock rate affects both
     products = problem.products(backward=args.backward)
-    bare, whole = [], []
+    product_seconds, variant_seconds = [], []
     for _ in range(args.repeats):
-        bare.append(timed(partial(products, problem), args.device))
-        whole.append(timed(call, args.device))
-    return found | {"ratio": median(whole) / median(bare)}
+        product_seconds.append(timed(partial(products, problem), args.device))
+        variant_seconds.append(timed(call, args.device))
+    return measured | {"ratio": median(variant_seconds) / median(product_seconds)}
 
 
 def main() -> None:
@@ -235,8 +242,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--backward", action="store_true", help="forward and backward")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # one variant, in a process
+    parser.add_argument("--backward", action="store_true", help="measure forward and backward")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # one variant, in a subprocess
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure_one(args.one, args)))
@@ -253,11 +260,11 @@ def main() -> None:
             check=False,
         )
         if done.returncode:
-            print(f"{name:30}not measured: {reason(done.stderr)}")
+            print(f"{name:30}not measured: {failure(done.stderr)}")
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        line = f"{name:30}{found['ratio']:12.2f}{found['memory']:12,.0f}{found['error']:14.1e}"
-        print(line + (f"{found['gradient']:14.1e}" if args.backward else ""), flush=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        line = f"{name:30}{row['ratio']:12.2f}{row['memory']:12,.0f}{row['error']:14.1e}"
+        print(line + (f"{row['gradient']:14.1e}" if args.backward else ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Checks of the fused head, which `head_gpu.py` makes in processes of their own.
+"""Checks of the fused head, which `head_gpu.py` runs in separate processes.
 
-A check is a figure and what it must not exceed: an error against float64 in nats, an error of
-gradients relative to their norm, or a number of bytes that differ where none should. An exception
-fails it too, and the next one is made; but an illegal access to memory is the end of a process.
+A check is a figure with an upper limit: an error against float64 in nats, an error of gradients
+relative to their norm, or a number of bytes that must be equal but differ. An exception also fails
+a check, and the next one runs; only an illegal memory access ends the process.
 """
 
 import json
@@ -29,12 +29,12 @@ Shape = tuple[int, int, int]  # tokens, hidden, vocabulary
 
 
 class Sizes(NamedTuple):
-    """What the checks are made with."""
+    """Sizes of the problems that the checks use."""
 
     tokens: tuple[int, ...]
     hidden: tuple[int, ...]
     vocabulary: tuple[int, ...]
-    usual: Shape
+    typical: Shape
     gradients: tuple[Shape, ...]
     tilings: tuple[Shape, ...]
     large: dict[str, Shape]
@@ -45,7 +45,7 @@ SIZES = {
         tokens=(1, 17, 129, 1000),
         hidden=(8, 33, 80, 896),
         vocabulary=(1, 127, 257, 1000, 151_936),
-        usual=(300, 896, 151_936),
+        typical=(300, 896, 151_936),
         gradients=(
             (2, 8, 127), (17, 33, 257), (129, 80, 1000), (1000, 896, 1000), (257, 896, 151_936),
         ),
@@ -61,7 +61,7 @@ SIZES = {
         tokens=(1, 17),
         hidden=(8, 33),
         vocabulary=(1, 127),
-        usual=(18, 40, 150),
+        typical=(18, 40, 150),
         gradients=((2, 8, 127), (17, 33, 129)),
         tilings=((17, 40, 257),),
         large={"many tokens": (130, 8, 33)},
@@ -73,17 +73,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"softcap": 20.0, "temperature": 0.7},
     {"biased": True, "softcap": 20.0, "temperature": 1.3},
 ]
-NATS = 5e-5  # a token; logits rounded to bf16 err by 2e-2
-FAR = 1e-5  # of a log-prob
-# of the norm, by dtype; the interpreter cuts bf16 off where a GPU rounds
-GRADIENTS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 6e-3}
-AT_ONCE = 1 << 26  # logits in float64
-EVERY = slice(None)
+MAX_ERROR = 5e-5  # nats per token; with logits rounded to bf16 the error is 2e-2
+MAX_RELATIVE_ERROR = 1e-5  # of log-probs below -88
+# relative to the gradient's norm, by dtype; the interpreter truncates bf16 where a GPU rounds
+MAX_GRADIENT_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 6e-3}
+EXACT_LOGITS = 1 << 26  # float64 logits in memory at a time
+ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and what becomes of its logits."""
+    """A problem, with the options of its head."""
 
     problem: Problem
     bias: tuple[Tensor, ...] = ()  # one or none
@@ -101,7 +101,9 @@ class Case:
         softcap: float | None = None,
         temperature: float = 1.0,
     ) -> "Case":
-        """With both ends of the vocabulary among its targets; with options, some are ignored."""
+        """Draw a case whose targets include the first and the last token of the vocabulary. With a
+        bias or a softcap, some targets are ignored.
+        """
         problem = Problem.draw(*shape, getattr(torch, dtype), device)
         tokens, _, vocabulary = shape
         problem.targets[: tokens // 2 : 5] = vocabulary - 1
@@ -111,16 +113,16 @@ class Case:
         bias = torch.randn(vocabulary, device=device).to(problem.weight.dtype)
         return cls(problem, (bias,) * biased, softcap, temperature)
 
-    def rows(self, some: slice | Tensor) -> "Case":
-        """Some of the tokens."""
-        return replace(self, problem=self.problem.rows(some))
+    def rows(self, selected: slice | Tensor) -> "Case":
+        """Return the case of selected tokens."""
+        return replace(self, problem=self.problem.rows(selected))
 
     def changed(self, **tensors: Tensor) -> "Case":
-        """With other hidden states, weight, targets or slope."""
+        """Return the case with other hidden states, weight, targets or slope."""
         return replace(self, problem=self.problem._replace(**tensors))
 
     def results(self, *, impl: Any = "fused", backward: bool = False) -> list[Tensor]:
-        """Log-probs; and the gradients of hidden states, weight and bias, if asked for."""
+        """Compute log-probs; with `backward`, also gradients of hidden, weight and bias."""
 
         def head(hidden: Tensor, weight: Tensor, targets: Tensor, *bias: Tensor) -> Tensor:
             options = {"softcap": self.softcap, "temperature": self.temperature, "impl": impl}
@@ -129,245 +131,262 @@ class Case:
         return self.problem.results(head, *self.bias, backward=backward)
 
     def exact(self, *, backward: bool = False) -> list[Tensor]:
-        """The same in float64, by the specification, some tokens at a time."""
+        """Compute the same results in float64 with the reference, in chunks of tokens."""
         weight, bias = self.problem.weight.double(), tuple(b.double() for b in self.bias)
-        at_once = max(1, AT_ONCE // len(weight))
-        parts = []
-        for first in range(0, len(self.problem.hidden), at_once):
-            some = self.problem.rows(slice(first, first + at_once))
-            problem = Problem(some.hidden.double(), weight, some.targets, some.slope.double())
+        chunk_rows = max(1, EXACT_LOGITS // len(weight))
+        chunks = []
+        for first in range(0, len(self.problem.hidden), chunk_rows):
+            chunk = self.problem.rows(slice(first, first + chunk_rows))
+            problem = Problem(chunk.hidden.double(), weight, chunk.targets, chunk.slope.double())
             case = replace(self, problem=problem, bias=bias)
-            parts.append(case.results(impl="reference", backward=backward))
-        found, by_token = list(zip(*parts, strict=True)), 1 + backward
-        return [*map(torch.cat, found[:by_token]), *(reduce(add, x) for x in found[by_token:])]
+            chunks.append(case.results(impl="reference", backward=backward))
+        # log-probs and hidden gradients have one row per token; weight and bias gradients are sums
+        results, by_token = list(zip(*chunks, strict=True)), 1 + backward
+        return [*map(torch.cat, results[:by_token]), *(reduce(add, x) for x in results[by_token:])]
 
 
 def check(
     name: str, limit: float, figure: Callable[..., float], *args: Any, **options: Any
 ) -> None:
-    """Print what comes of a check, in JSON."""
+    """Run a check, and print its result as JSON."""
     row: dict[str, Any] = {"check": name, "limit": limit}
     try:
-        found = figure(*args, **options)
-        row |= {"figure": found, "passed": found <= limit}  # NaN does not pass
+        measured = figure(*args, **options)
+        row |= {"figure": measured, "passed": measured <= limit}  # NaN does not pass
     except Exception as error:
-        row |= {"passed": False, "reason": in_a_line(error)}
+        row |= {"passed": False, "reason": error_line(error)}
     print(json.dumps(row), flush=True)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # raises again if the process can do no more
+        torch.cuda.synchronize()  # raises again after an illegal access, which ends the process
 
 
-def not_made(name: str, reason: str) -> None:
-    """Say why a check is left out."""
+def skip(name: str, reason: str) -> None:
+    """Print that a check is skipped, and the reason."""
     print(json.dumps({"check": name, "reason": reason}), flush=True)
 
 
-def in_a_line(error: Exception) -> str:
-    """What went wrong."""
-    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:120]}"
+def error_line(error: Exception) -> str:
+    """Return an error's type and message in one line."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:120]}"
 
 
-def worst(figures: Iterable[float]) -> float:
-    """The largest; NaN if there is one."""
+def largest(figures: Iterable[float]) -> float:
+    """Return the largest figure, or NaN if one is NaN."""
     return float(torch.tensor(list(figures)).max())
 
 
-def differing(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
-    """How many bytes differ."""
+def differing_bytes(results: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
+    """Return the number of bytes that differ."""
     return sum(
         int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(results, expected, strict=True)
     )
 
 
-def apart(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest distance, relative to the norm."""
-    return worst(
-        float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)
+def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the largest distance between two tensors, relative to the exact one's norm."""
+    return largest(
+        float((a.double() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)
     )
 
 
-def error(case: Case, some: slice = EVERY) -> float:
-    """The largest of some tokens, in nats."""
-    exact = case.rows(some).exact()[0]
-    return float((case.results()[0][some].double() - exact).abs().max())
+def error(case: Case, rows: slice = ALL_ROWS) -> float:
+    """Return the largest error of a log-prob among these rows, in nats."""
+    exact = case.rows(rows).exact()[0]
+    return float((case.results()[0][rows].double() - exact).abs().max())
 
 
-def error_of_numbers(tokens: Iterable[int], shape: tuple[int, int], *on: str, **how: Any) -> float:
-    """The largest for several numbers of tokens."""
-    return worst(error(Case.draw((n, *shape), *on, **how)) for n in tokens)
+def error_by_tokens(
+    tokens: Iterable[int], shape: tuple[int, int], *where: str, **options: Any
+) -> float:
+    """Return the largest error of a log-prob over several numbers of tokens, in nats."""
+    return largest(error(Case.draw((n, *shape), *where, **options)) for n in tokens)
 
 
-def error_of_gradients(case: Case, some: slice = EVERY) -> float:
-    """The largest of hidden states', weight's and bias'; or that of some hidden states'."""
-    found, exact = case.results(backward=True)[1:], case.rows(some).exact(backward=True)[1:]
-    return apart(found, exact) if some == EVERY else apart([found[0][some]], exact[:1])
+def error_of_gradients(case: Case, rows: slice = ALL_ROWS) -> float:
+    """Return the largest relative error of the gradients of hidden states, weight and bias; of a
+    part of the rows, that of their hidden states.
+    """
+    gradients, exact = case.results(backward=True)[1:], case.rows(rows).exact(backward=True)[1:]
+    if rows == ALL_ROWS:
+        return relative_error(gradients, exact)
+    return relative_error([gradients[0][rows]], exact[:1])  # others sum over all rows
 
 
-def alone(case: Case) -> int:
-    """Rows by themselves, or with fewer others."""
+def changed_alone(case: Case) -> int:
+    """Return the bytes that change if rows are computed alone, or with fewer others."""
     whole, end = case.results()[0], len(case.problem.hidden)
-    cuts = [(0, 1), (end // 2, end // 2 + 1), (end - 1, end), (3, 20), (1, end)]
-    return sum(differing(case.rows(slice(*cut)).results(), [whole[slice(*cut)]]) for cut in cuts)
+    cuts = [slice(0, 1), slice(end // 2, end // 2 + 1), slice(end - 1, end), slice(3, 20)]
+    cuts.append(slice(1, end))
+    return sum(differing_bytes(case.rows(cut).results(), [whole[cut]]) for cut in cuts)
 
 
-def shuffled(case: Case) -> int:
-    """Rows in another order."""
+def changed_shuffled(case: Case) -> int:
+    """Return the bytes that change if rows are in another order."""
     order = torch.randperm(len(case.problem.hidden), device=case.problem.hidden.device)
-    return differing(case.rows(order).results(), [case.results()[0][order]])
+    return differing_bytes(case.rows(order).results(), [case.results()[0][order]])
 
 
-def repeated(case: Case) -> int:
-    """All once more, with gradients."""
-    return differing(case.results(backward=True), case.results(backward=True))
+def changed_repeated(case: Case) -> int:
+    """Return the bytes of log-probs and gradients that change in a second call."""
+    return differing_bytes(case.results(backward=True), case.results(backward=True))
 
 
-def poisoned(case: Case) -> int:
-    """All once more, in memory that holds NaN before anything is written to it."""
+def changed_in_nan_memory(case: Case) -> int:
+    """Return the bytes that change if new memory contains NaN before it is written."""
     expected = case.results(backward=True)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is new, too
+    torch.use_deterministic_algorithms(True, warn_only=True)  # also fills new memory with NaN
     try:
         assert torch.empty_like(expected[0]).isnan().all(), "new memory was not filled"
-        return differing(case.results(backward=True), expected)
+        return differing_bytes(case.results(backward=True), expected)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def surrounded(case: Case) -> Case:
-    """The same operands, with NaN before, behind and between their rows."""
+def surrounded_by_nan(case: Case) -> Case:
+    """Return the case with NaN in memory before, after and between the rows of its operands."""
 
-    def inside(x: Tensor) -> Tensor:
-        whole = x.new_full((len(x) + 16, x.shape[1] + 16), torch.nan)
-        whole[8:-8, :-16] = x
-        return whole[8:-8, :-16]
+    def surrounded(x: Tensor) -> Tensor:
+        buffer = x.new_full((len(x) + 16, x.shape[1] + 16), torch.nan)
+        buffer[8:-8, :-16] = x
+        return buffer[8:-8, :-16]
 
-    return case.changed(hidden=inside(case.problem.hidden), weight=inside(case.problem.weight))
+    hidden, weight = case.problem.hidden, case.problem.weight
+    return case.changed(hidden=surrounded(hidden), weight=surrounded(weight))
 
 
-def spoiled(case: Case, factor: float) -> tuple[Case, Tensor]:
-    """Every seventh hidden state times a factor; and a mask of the others."""
+def scaled(case: Case, factor: float) -> tuple[Case, Tensor]:
+    """Return the case with every seventh hidden state multiplied, and a mask of the others."""
     hidden = case.problem.hidden.clone()
     hidden[::7] *= factor
     return case.changed(hidden=hidden), torch.arange(len(hidden), device=hidden.device) % 7 != 0
 
 
-def error_far_off(case: Case) -> float:
-    """Of log-probs so low that the sum around the target's logit overflows; relative to them."""
-    far, _ = spoiled(case, -40.0)
-    exact, found = far.exact()[0], far.results()[0].double()
+def error_of_overflowing_rows(case: Case) -> float:
+    """Return the largest relative error of log-probs below -88, whose sums overflow."""
+    overflowing, _ = scaled(case, -40.0)
+    exact, logps = overflowing.exact()[0], overflowing.results()[0].double()
     low = exact < -88
     assert low.any(), "none overflows"
-    return float((found / exact - 1)[low].abs().max())
+    return float((logps / exact - 1)[low].abs().max())
 
 
-def beside(case: Case, factor: float) -> int:
-    """Rows beside spoiled ones; and if those are NaN, how many do not say so."""
-    changed, others = spoiled(case, factor)
-    found = changed.results()[0]
-    silent = int((~found[~others].isnan()).sum()) if isnan(factor) else 0
-    return silent + differing([found[others]], [case.results()[0][others]])
+def changed_beside(case: Case, factor: float) -> int:
+    """Return the bytes of rows that change beside scaled ones; of rows scaled by NaN, those whose
+    log-prob is not NaN are added.
+    """
+    changed, others = scaled(case, factor)
+    logps = changed.results()[0]
+    not_nan = int((~logps[~others].isnan()).sum()) if isnan(factor) else 0
+    return not_nan + differing_bytes([logps[others]], [case.results()[0][others]])
 
 
-def error_beside_what_does_not_count(case: Case) -> float:
-    """Of gradients, where tokens that are ignored, or have no slope, hold NaN."""
-    changed, others = spoiled(case, torch.nan)
+def error_beside_dropped_tokens(case: Case) -> float:
+    """Return the relative error of gradients if ignored and zero-weight tokens contain NaN."""
+    changed, others = scaled(case, torch.nan)
     targets, slope = case.problem.targets.clone(), case.problem.slope.clone()
     targets[::14], slope[7::14] = -100, 0
     logps, hidden, weight = changed.changed(targets=targets, slope=slope).results(backward=True)
     assert (logps[::14] == 0).all(), "an ignored token has a log-prob"
-    assert (hidden[~others] == 0).all(), "a token that does not count has a gradient"
-    return apart([hidden[others], weight], case.rows(others).exact(backward=True)[1:])
+    assert (hidden[~others] == 0).all(), "a dropped token has a gradient"
+    return relative_error([hidden[others], weight], case.rows(others).exact(backward=True)[1:])
 
 
-def compiled(case: Case, backend: str) -> int:
-    """All in one graph, against the same without."""
+def changed_compiled(case: Case, backend: str) -> int:
+    """Return the bytes that change if all is compiled into one graph."""
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return token_logps(hidden * 2, weight, targets, impl="fused") * 2
 
     graph = torch.compile(head, fullgraph=True, backend=backend)
-    found, expected = (case.problem.results(each, backward=True) for each in (graph, head))
-    return differing(found, expected)
+    results, expected = (case.problem.results(each, backward=True) for each in (graph, head))
+    return differing_bytes(results, expected)
 
 
 def check_rows(dtype: str, device: str) -> None:
-    """Rows owe each other nothing."""
-    case = Case.draw(SIZES[device].usual, dtype, device)
-    check(f"{dtype}, rows alone", 0, alone, case)
-    check(f"{dtype}, rows shuffled", 0, shuffled, case)
-    check(f"{dtype}, repeated", 0, repeated, case)
-    check(f"{dtype}, in memory that held NaN", 0, poisoned, case)
-    check(f"{dtype}, operands among NaN", NATS, error, surrounded(case))
-    check(f"{dtype}, their gradients", GRADIENTS[dtype], error_of_gradients, surrounded(case))
-    check(f"{dtype}, log p below -88", FAR, error_far_off, case)
+    """Check that the result of a row does not depend on other rows or on other memory."""
+    case = Case.draw(SIZES[device].typical, dtype, device)
+    gradient_limit = MAX_GRADIENT_ERROR[dtype]
+    check(f"{dtype}, rows alone", 0, changed_alone, case)
+    check(f"{dtype}, rows shuffled", 0, changed_shuffled, case)
+    check(f"{dtype}, repeated", 0, changed_repeated, case)
+    check(f"{dtype}, in memory filled with NaN", 0, changed_in_nan_memory, case)
+    among_nan = surrounded_by_nan(case)
+    check(f"{dtype}, operands surrounded by NaN", MAX_ERROR, error, among_nan)
+    check(f"{dtype}, their gradients", gradient_limit, error_of_gradients, among_nan)
+    check(f"{dtype}, log p below -88", MAX_RELATIVE_ERROR, error_of_overflowing_rows, case)
     for factor in (-40.0, torch.inf, torch.nan):
-        check(f"{dtype}, rows beside others times {factor}", 0, beside, case, factor)
-    name = f"{dtype}, gradients beside what does not count"
-    check(name, GRADIENTS[dtype], error_beside_what_does_not_count, case)
+        check(f"{dtype}, rows beside others times {factor}", 0, changed_beside, case, factor)
+    name = f"{dtype}, gradients beside dropped tokens"
+    check(name, gradient_limit, error_beside_dropped_tokens, case)
 
 
 def check_gradients(dtype: str, device: str) -> None:
-    """Of hidden states, weight and bias."""
+    """Check the gradients of hidden states, weight and bias."""
     for shape, options in zip(SIZES[device].gradients, [*OPTIONS, {}], strict=False):
         case = Case.draw(shape, dtype, device, **options)
-        check(f"{dtype}, gradients, {shape}", GRADIENTS[dtype], error_of_gradients, case)
+        check(f"{dtype}, gradients, {shape}", MAX_GRADIENT_ERROR[dtype], error_of_gradients, case)
 
 
 def check_shapes(dtype: str, device: str) -> None:
-    """Ugly ones."""
+    """Check log-probs for shapes that no tile size divides."""
     sizes = SIZES[device]
     for i, shape in enumerate(product(sizes.hidden, sizes.vocabulary)):
         options = OPTIONS[i % len(OPTIONS)]
         name = ", ".join([f"{dtype}, {sizes.tokens} x {shape[0]} x {shape[1]}", *options])
-        check(name, NATS, error_of_numbers, sizes.tokens, shape, dtype, device, **options)
+        check(name, MAX_ERROR, error_by_tokens, sizes.tokens, shape, dtype, device, **options)
 
 
 def check_compiled(device: str) -> None:
-    """By `torch.compile`."""
-    case = Case.draw(SIZES[device].usual, "bfloat16", device)
-    check("compiled", 0, compiled, case, "inductor" if device == "cuda" else "aot_eager")
+    """Check the bits under `torch.compile`."""
+    case = Case.draw(SIZES[device].typical, "bfloat16", device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    check("compiled", 0, changed_compiled, case, backend)
 
 
 def check_large(device: str) -> None:
-    """More than 16 and 32 bits can count."""
+    """Check sizes whose indices or offsets need more than 16 or 32 bits."""
     for name, shape in SIZES[device].large.items():
         tokens, hidden, vocabulary = shape
         operand = max(tokens, vocabulary) * hidden
         if device == "cuda" and torch.cuda.mem_get_info()[0] < 30 * operand:
-            not_made(name, f"{30 * operand / 1e9:.0f} GB are not free")
+            skip(name, f"{30 * operand / 1e9:.0f} GB are not free")
             continue
         case = Case.draw(shape, "bfloat16", device)
-        some = EVERY if operand < 1 << 31 else slice(-64, None)
-        limit = NATS * max(1, hidden / 1024)  # errors grow with the number of terms
-        check(f"{name}, {shape}", limit, error, case, some)
-        check(f"{name}, gradients", GRADIENTS["bfloat16"], error_of_gradients, case, some)
+        rows = ALL_ROWS if operand < 1 << 31 else slice(-64, None)  # the exact result takes memory
+        limit = MAX_ERROR * max(1, hidden / 1024)  # errors grow with the number of terms
+        check(f"{name}, {shape}", limit, error, case, rows)
+        check(f"{name}, gradients", MAX_GRADIENT_ERROR["bfloat16"], error_of_gradients, case, rows)
         del case
 
 
 def check_tiling(tiling: Tiling, device: str) -> None:
-    """One that `tune` tries."""
+    """Check one of the tilings that `tune` tries."""
     first, *_ = SIZES[device].tilings
-    with used(tiling):
+    with using_tiling(tiling):
         for dtype in ("bfloat16", "float16"):
-            name, usual = f"{words(tiling)}, {dtype}", Case.draw(first, dtype, device)
+            name, typical = f"{tiling_name(tiling)}, {dtype}", Case.draw(first, dtype, device)
             try:
-                usual.results(backward=True)
-            except OutOfResources as lack:  # of shared memory, on a smaller device
-                not_made(name, in_a_line(lack))
+                typical.results(backward=True)
+            except OutOfResources as error_of_device:  # too little shared memory
+                skip(name, error_line(error_of_device))
                 continue
+            limit = MAX_GRADIENT_ERROR[dtype]
             for shape, options in zip(SIZES[device].tilings, OPTIONS, strict=False):
                 case = Case.draw(shape, dtype, device, **options)
-                check(f"{name}, {shape}", NATS, error, case)
-                check(f"{name}, {shape}, gradients", GRADIENTS[dtype], error_of_gradients, case)
-            check(f"{name}, rows alone", 0, alone, usual)
-            check(f"{name}, rows shuffled", 0, shuffled, usual)
-            check(f"{name}, in memory that held NaN", 0, poisoned, usual)
-            check(f"{name}, log p below -88", FAR, error_far_off, usual)
+                check(f"{name}, {shape}", MAX_ERROR, error, case)
+                check(f"{name}, {shape}, gradients", limit, error_of_gradients, case)
+            check(f"{name}, rows alone", 0, changed_alone, typical)
+            check(f"{name}, rows shuffled", 0, changed_shuffled, typical)
+            check(f"{name}, in memory filled with NaN", 0, changed_in_nan_memory, typical)
+            check(
+                f"{name}, log p below -88", MAX_RELATIVE_ERROR, error_of_overflowing_rows, typical
+            )
 
 
 @contextmanager
-def used(tiling: Tiling) -> Iterator[None]:
-    """Around calls of the fused head that are to use a tiling."""
+def using_tiling(tiling: Tiling) -> Iterator[None]:
+    """Make the fused head use this tiling inside."""
     module: Any = fused
     before = module.tiling_of
     module.tiling_of = lambda weight_VH: tiling
@@ -377,20 +396,22 @@ def used(tiling: Tiling) -> Iterator[None]:
         module.tiling_of = before
 
 
-def words(tiling: Tiling) -> str:
-    """A tiling in a few words."""
+def tiling_name(tiling: Tiling) -> str:
+    """Return a short name of a tiling."""
     rows, columns, depth, warps, stages = tiling[:5]
-    how = " TMA" * tiling.descriptors + " library" * tiling.library
-    return f"{rows}x{columns}x{depth} w{warps} s{stages} g{tiling.group}{how}"
+    options = " TMA" * tiling.descriptors + " library" * tiling.library
+    return f"{rows}x{columns}x{depth} w{warps} s{stages} g{tiling.group}{options}"
 
 
 def groups(device: str) -> Mapping[str, Callable[[], None]]:
-    """All checks, the most important first."""
+    """Return all groups of checks by name, the most important first."""
     kinds = {"rows": check_rows, "gradients": check_gradients, "shapes": check_shapes}
-    found: dict[str, Callable[[], None]] = {
+    by_name: dict[str, Callable[[], None]] = {
         f"{name}, {dtype}": partial(kind, dtype, device)
         for name, kind in kinds.items()
-        for dtype in GRADIENTS
+        for dtype in MAX_GRADIENT_ERROR
     }
-    found |= {"large": partial(check_large, device), "compiled": partial(check_compiled, device)}
-    return found | {words(tiling): partial(check_tiling, tiling, device) for tiling in CANDIDATES}
+    by_name |= {"large": partial(check_large, device), "compiled": partial(check_compiled, device)}
+    return by_name | {
+        tiling_name(tiling): partial(check_tiling, tiling, device) for tiling in CANDIDATES
+    }

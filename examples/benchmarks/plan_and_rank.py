@@ -1,9 +1,9 @@
-"""Plan and rank many pairs: how many sorts' time it takes, and how much memory.
+"""Time and memory of planning and ranking many pairs.
 
     python examples/benchmarks/plan_and_rank.py --pairs 10000000
 
-Prints ratios to one `numpy.argsort` of as many float64, measured in the same run, and the peak of
-resident memory over what the inputs themselves take.
+Times are in multiples of one `numpy.argsort` of as many float64, measured in the same run. Memory
+is the peak of resident memory beyond the inputs.
 """
 
 import argparse
@@ -21,17 +21,17 @@ Result = TypeVar("Result")
 
 
 def timed(call: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds and result of one call."""
+    """Return the seconds and the result of one call."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 class Memory:
-    """Peak of resident memory over what was resident before, on Linux."""
+    """Peak of resident memory beyond what was resident on entry, in bytes; Linux only."""
 
     def __enter__(self) -> "Memory":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
         self.before = self._bytes("VmRSS")
         return self
 
@@ -54,7 +54,7 @@ def main() -> None:
     random = np.random.default_rng(0)
 
     values = random.normal(size=size)
-    sort = min(timed(lambda: np.argsort(values))[0] for _ in range(3))
+    sort = min(timed(lambda: np.argsort(values))[0] for _ in range(3))  # the unit of all times
     print(f"{size:,} pairs; one argsort of float64 takes {sort:.2f} s")
 
     strata = random.choice(3, size, p=(0.65, 0.25, 0.10))
@@ -85,9 +85,7 @@ def main() -> None:
     with Memory() as memory:
         seconds, selection = timed(lambda: selector.rank(policy, reference, 0.0, ids=ids))
     print(selection)
-    print(
-        f"ranking:  {seconds / sort:6.1f} sorts, of which Eq. 8 itself takes {scoring / sort:.1f}"
-    )
+    print(f"ranking:  {seconds / sort:6.1f} sorts, including {scoring / sort:.1f} for Eq. 8")
     print(f"          {memory.peak / size:6.0f} bytes per pair at the peak")
 
 

@@ -1,14 +1,16 @@
-"""Ranking noise: what batches, layouts and dtypes change of log-probs, and of the pairs kept.
+"""Ranking noise: the effect of batch size, layout and dtype on log-probs and on the kept pairs.
 
     python examples/benchmarks/ranking_noise.py
 
-The reference is a small model that was really trained, the policy the same after a short run of
-NCA: a 260K-parameter Llama and pairs of GSM8K where SAGE_SELECT_DATA names a folder that has them,
-else the demo's model and pairs of its own making. On each path policy and reference measure the
-same pool, and SAGE's score keeps a share of it. Against the first path stand the largest difference
-of a log-prob, of a response's sum and per token; the pairs that flip at the cut; and how far from
-the cut the farthest of them was, as a share of its score. In the last rows the two models were not
-measured on the same path, which is what a different server or dtype for the reference would do.
+The reference is a small trained model, and the policy is the same model after a short run of NCA:
+a 260K-parameter Llama on pairs of GSM8K if SAGE_SELECT_DATA names a folder that contains them,
+otherwise the demo's model on pairs that it generates.
+
+On each path (dtype, layout and batch size) policy and reference measure the same pool, and SAGE's
+score keeps a share of it. Every path is compared with the first: the largest difference of a
+response's summed log-prob, and per token; the number of pairs that flip at the cut; and the largest
+distance of a flipped pair's score from the cut, relative to the cut. In the last rows policy and
+reference are measured on different paths, as with another server or dtype for the reference.
 """
 
 import argparse
@@ -28,19 +30,20 @@ from sage_select import (
     Constant,
     PairLogps,
     PreferenceDataset,
+    Reader,
     Selection,
     Selector,
     ShuffledLoader,
-    measure,
+    Training,
+    fit,
     sage,
 )
-from sage_select.adapters.plain import Training, train
 
 Measure = Callable[[Any, PreferenceDataset], PairLogps]
 
 
-def real(folder: Path, count: int) -> tuple[Any, PreferenceDataset, float]:
-    """A Llama that learnt children's stories, pairs of GSM8K, and a learning rate."""
+def load_real(folder: Path, count: int) -> tuple[Any, PreferenceDataset, float]:
+    """Return a Llama trained on children's stories, pairs of GSM8K, and a learning rate."""
     name = folder / "models" / "stories260K"
     dataset = PreferenceDataset.read(
         folder / "pairs" / "gsm8k_verified.parquet",
@@ -51,8 +54,8 @@ def real(folder: Path, count: int) -> tuple[Any, PreferenceDataset, float]:
     return AutoModelForCausalLM.from_pretrained(name), dataset.take(spread), 1e-4
 
 
-def made(count: int) -> tuple[Any, PreferenceDataset, float]:
-    """The demo's model, pairs that it makes itself, and a learning rate."""
+def make_demo(count: int) -> tuple[Any, PreferenceDataset, float]:
+    """Return the demo's model, pairs that it generates, and a learning rate."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from arithmetic import load_base, make_pairs, make_problems
 
@@ -62,12 +65,13 @@ def made(count: int) -> tuple[Any, PreferenceDataset, float]:
 
 
 def in_dtype(dtype: torch.dtype, **options: Any) -> Measure:
-    """Measure with a copy of the model whose weights are of this dtype."""
+    """Return a path that measures with a copy of the model, with weights of this dtype."""
+    reader = Reader(show_progress=False, **options)
 
-    def measured(model: Any, pool: PreferenceDataset) -> PairLogps:
-        return measure(deepcopy(model).to(dtype), pool, show_progress=False, **options)
+    def measure_copy(model: Any, pool: PreferenceDataset) -> PairLogps:
+        return reader(deepcopy(model).to(dtype), pool)
 
-    return measured
+    return measure_copy
 
 
 fp32, bf16, fp16 = (in_dtype(d) for d in (torch.float32, torch.bfloat16, torch.float16))
@@ -77,7 +81,7 @@ ON_ONE_PATH: dict[str, Measure] = {
     "fp32, packed, 1,024 tokens": in_dtype(torch.float32, max_batch_tokens=1024),
     "fp32, padded, 16,384 tokens": in_dtype(torch.float32, layout="padded"),
     "fp32, padded, 1,024 tokens": in_dtype(torch.float32, layout="padded", max_batch_tokens=1024),
-    "fp32, all logits kept": in_dtype(torch.float32, impl="reference", max_batch_tokens=4096),
+    "fp32, all logits stored": in_dtype(torch.float32, impl="reference", max_batch_tokens=4096),
     "fp16 weights": fp16,
     "bf16 autocast": in_dtype(torch.float32, mixed_precision=torch.bfloat16),
     "bf16 weights": bf16,
@@ -93,8 +97,9 @@ ON_TWO_PATHS: dict[str, tuple[Measure, Measure]] = {
 
 
 def decide(policy: PairLogps, reference: PairLogps, keep: float) -> Selection:
-    """What SAGE keeps of the pool, whatever the noise."""
+    """Return the pairs of the pool that SAGE's score keeps."""
     score = partial(sage, beta=0.1)
+    # no_signal="score": rank by the score even if all rewards are equal up to rounding
     selector = Selector(score, Constant(keep), reference, lambda step: 0.0, no_signal="score")
     return selector.rank(policy, reference, progress=0.0)
 
@@ -107,16 +112,17 @@ def main() -> None:
     args = parser.parse_args()
     folder = os.environ.get("SAGE_SELECT_DATA")
     reference_model, pool, rate = (
-        made(args.pairs) if folder is None else real(Path(folder), args.pairs)
+        make_demo(args.pairs) if folder is None else load_real(Path(folder), args.pairs)
     )
     torch.manual_seed(0)
     policy_model = deepcopy(reference_model)
-    few = pool.take(pool.index[: 16 * args.steps])
-    train(
+    trained_pairs = pool.take(pool.index[: 16 * args.steps])
+    epochs = -(-16 * args.steps // len(trained_pairs))
+    fit(
         policy_model,
-        ShuffledLoader(few, batch_size=16, epochs=-(-16 * args.steps // len(few))),
-        few,
-        measure(reference_model, few, show_progress=False),
+        ShuffledLoader(trained_pairs, batch_size=16, epochs=epochs),
+        trained_pairs,
+        Reader(show_progress=False)(reference_model, trained_pairs),
         Training(learning_rate=rate),
         show_progress=False,
     )
@@ -124,8 +130,8 @@ def main() -> None:
         name: (path(policy_model, pool), path(reference_model, pool))
         for name, path in ON_ONE_PATH.items()
     }
-    for name, (one, other) in ON_TWO_PATHS.items():
-        measured[name] = one(policy_model, pool), other(reference_model, pool)
+    for name, (policy_path, reference_path) in ON_TWO_PATHS.items():
+        measured[name] = policy_path(policy_model, pool), reference_path(reference_model, pool)
     first, first_reference = next(iter(measured.values()))
     expected = decide(first, first_reference, args.keep)
     size, kept = len(pool), int(expected.kept.sum())
@@ -136,9 +142,9 @@ def main() -> None:
     for name, (policy, reference) in measured.items():
         difference = torch.cat([policy.chosen - first.chosen, policy.rejected - first.rejected])
         tokens = torch.cat([policy.chosen_tokens, policy.rejected_tokens])
-        found = decide(policy, reference, args.keep)
-        flips = expected.kept & ~found.kept
-        moved = expected.kept != found.kept
+        selection = decide(policy, reference, args.keep)
+        flips = expected.kept & ~selection.kept
+        moved = expected.kept != selection.kept
         gap = np.abs(expected.scores[moved] / cut - 1).max(initial=0.0)
         print(f"{name:36}{difference.abs().max():13.1e}{(difference / tokens).abs().max():10.1e}"
               f"{int(flips.sum()):7}{gap:23.1e}")  # fmt: skip

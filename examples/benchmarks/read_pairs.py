@@ -1,11 +1,11 @@
-"""Reading pairs: rows per second and peak memory, against the tokenizer alone.
+"""Reading pairs: rows per second and peak memory, compared with the tokenizer alone.
 
     python examples/benchmarks/read_pairs.py --rows 1000000
     python examples/benchmarks/read_pairs.py --pairs pairs.parquet --tokenizer Qwen/Qwen2.5-0.5B
 
-Without a file the pairs are problems of the demo's task, tokenised with its tokenizer; with one,
-its pairs are repeated under numbered prompts. Every reading is a process of its own, so that its
-peak of memory is its own as well.
+Without --pairs, the pairs are problems of the demo's task, tokenised with its tokenizer. With it,
+the file's pairs are repeated under numbered prompts. Every reading runs in a separate process, so
+that its peak memory can be measured.
 """
 
 import argparse
@@ -24,11 +24,12 @@ HERE = Path(__file__).parent
 
 
 def write_rows(path: Path, count: int, pairs: str | None) -> None:
-    """A file of so many distinct pairs."""
+    """Write a JSON Lines file of `count` distinct pairs."""
     if pairs is not None:
         table = pl.read_parquet(pairs).select("prompt", "chosen", "rejected").drop_nulls()
-        some = table.to_dicts()
-        rows = ({**some[i % len(some)], "prompt": f"{i}. {some[i % len(some)]['prompt']}",
+        # the number in front makes repeated prompts distinct
+        given = table.to_dicts()
+        rows = ({**given[i % len(given)], "prompt": f"{i}. {given[i % len(given)]['prompt']}",
                  "margin": i % 7} for i in range(count))  # fmt: skip
     else:
         rows = ({"prompt": f"{i}*3+{i % 97}?", "chosen": f"{i}*3={i * 3},{i * 3}+{i % 97}=",
@@ -38,7 +39,7 @@ def write_rows(path: Path, count: int, pairs: str | None) -> None:
 
 
 def load_tokenizer(name: str | None) -> Any:
-    """The tokenizer of this name, or the demo's."""
+    """Load the tokenizer with this name, or build the demo's if None."""
     if name is not None:
         from transformers import AutoTokenizer
 
@@ -52,16 +53,16 @@ def load_tokenizer(name: str | None) -> Any:
 
 
 def peak_memory() -> float:
-    """The largest resident size of this process so far, in MB."""
+    """Return the largest resident size of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure_reading(what: str, path: Path, cache: Path, tokenizer: Any) -> dict[str, float]:
-    """Seconds and memory of one reading, in this process."""
+def measure_reading(name: str, path: Path, cache: Path, tokenizer: Any) -> dict[str, float]:
+    """Measure seconds and memory of one reading, in this process."""
     from sage_select import PreferenceDataset
 
     before, start = peak_memory(), time.perf_counter()
-    if what == "tokenizer alone":
+    if name == "tokenizer alone":
         count, texts = 0, []
         with path.open(encoding="utf-8") as lines:
             for line in lines:
@@ -77,7 +78,7 @@ def measure_reading(what: str, path: Path, cache: Path, tokenizer: Any) -> dict[
     else:
         dataset = PreferenceDataset.read(path, tokenizer=tokenizer, max_length=2048, cache=cache)
         count = len(dataset)
-        if what == "all tokens looked at":
+        if name == "all tokens read":  # the tokens are memory-mapped, so touch all of them
             int(dataset.num_tokens.sum())
             for start_row in range(0, count, 1000):
                 dataset.take(range(start_row, min(start_row + 1000, count))).sequences()
@@ -89,13 +90,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", help="a Parquet file with prompt, chosen and rejected")
     parser.add_argument("--tokenizer", help="a folder or hub name; by default the demo's")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # one reading, in a process
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # one reading, in a subprocess
     args = parser.parse_args()
     if args.one:
-        what, path, cache = args.one
+        name, path, cache = args.one
         print(
             json.dumps(
-                measure_reading(what, Path(path), Path(cache), load_tokenizer(args.tokenizer))
+                measure_reading(name, Path(path), Path(cache), load_tokenizer(args.tokenizer))
             )
         )
         return
@@ -104,20 +105,20 @@ def main() -> None:
         write_rows(path, args.rows, args.pairs)
         print(f"{args.rows:,} rows, {path.stat().st_size / 1e6:,.0f} MB of JSON Lines")
         print(f"{'':24}{'rows/s':>12}{'x tokenizer':>14}{'memory, MB':>14}")
-        alone = None
-        for what in ("tokenizer alone", "first reading", "second reading", "all tokens looked at"):
-            command = [sys.executable, __file__, "--one", what, str(path), str(cache)]
+        tokenizer_seconds = None
+        for name in ("tokenizer alone", "first reading", "second reading", "all tokens read"):
+            command = [sys.executable, __file__, "--one", name, str(path), str(cache)]
             if args.tokenizer:
                 command += ["--tokenizer", args.tokenizer]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            alone = alone or found["seconds"]
+            result = json.loads(done.stdout.splitlines()[-1])
+            tokenizer_seconds = tokenizer_seconds or result["seconds"]
             print(
-                f"{what:24}{found['rows'] / found['seconds']:12,.0f}"
-                f"{found['seconds'] / alone:14.2f}{found['memory']:14,.0f}"
+                f"{name:24}{result['rows'] / result['seconds']:12,.0f}"
+                f"{result['seconds'] / tokenizer_seconds:14.2f}{result['memory']:14,.0f}"
             )
-        tokens = sum(file.stat().st_size for file in cache.glob("*")) / 1e6
-        print(f"the cache holds {tokens:,.0f} MB")
+        megabytes = sum(file.stat().st_size for file in cache.glob("*")) / 1e6
+        print(f"the cache takes {megabytes:,.0f} MB on disk")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""One file describes a run; Python and the terminal drive it."""
+"""Configurations of runs, and the jobs that Python and the terminal start from them."""

@@ -1,10 +1,10 @@
-"""SageConfig: the one serialisable description of a run."""
+"""SageConfig: the complete, serialisable description of a run."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
 from pydantic import BaseModel, model_validator
@@ -21,14 +21,14 @@ from sage_select.app.sections import (
 from sage_select.system.identity import digest
 from sage_select.system.settings import FREE, ConfigError, Positive, Settings, describe_problems
 
-ENVIRONMENT = "SAGE_SELECT__"
-"""What the name of an environment variable that changes a setting starts with."""
+ENVIRONMENT_PREFIX = "SAGE_SELECT__"
+"""Prefix of environment variables that override a setting."""
 
 
 class SageConfig(Settings):
-    """A run, in full, from Python, YAML or JSON, with overrides from the environment.
+    """Complete description of a run, from Python, YAML or JSON, with environment overrides.
 
-    Every setting has a default, which is the paper's (Table 4) where the paper says anything; only
+    Every setting has a default: the paper's value (Table 4) if the paper gives one. Only
     `model.name` and `data.path` must be set before a run.
 
     Example:
@@ -41,6 +41,10 @@ class SageConfig(Settings):
         sage_select.app.config.ConfigError: SageConfig: beta: should be greater than 0, got 0
     """
 
+    if TYPE_CHECKING:  # sections may be given as plain mappings
+
+        def __init__(self, **sections: Any) -> None: ...
+
     model: ModelSection = ModelSection()
     reference: ReferenceSection = ReferenceSection()
     data: DataSection = DataSection()
@@ -49,11 +53,11 @@ class SageConfig(Settings):
     scoring: ScoringSection = ScoringSection()
     training: TrainingSection = TrainingSection()
     beta: Positive = 0.1
-    """Temperature of the implicit reward (Eq. 1), for score and loss alike."""
+    """Temperature of the implicit reward (Eq. 1), in the score and in the loss."""
     seed: int = 0
-    """Of the deal, the shuffles, the ties and the split."""
+    """Seed for pool assignment, shuffling, tie-breaking and the held-out split."""
     folder: Annotated[str | None, FREE] = None
-    """Where the run stands; by default `runs/` and the configuration's hash."""
+    """Run folder; by default `runs/` followed by the configuration's hash."""
 
     @model_validator(mode="after")
     def _strata_fit_the_mix(self) -> Self:
@@ -61,15 +65,17 @@ class SageConfig(Settings):
         given = len(self.selection.mix_start)
         if expected is not None and given != expected:
             raise ValueError(
-                f"selection.mix_start has {given} shares, but strata by {self.strata.by!r} makes "
-                f"{expected} strata; give one share per stratum"
+                f"selection.mix_start has {given} shares, but strata.by: {self.strata.by} needs "
+                f"{expected}; give one share per stratum in mix_start and mix_end"
             )
         return self
 
     @classmethod
     def paper(cls, **sections: Any) -> Self:
-        """Table 4 of the paper, written out, whatever the defaults may become; `sections` add to
-        it and override it.
+        """Return Table 4 of the paper, written out so that it does not depend on the defaults.
+
+        Args:
+            **sections: Settings that are added to it or override it.
 
         Example:
             >>> SageConfig.paper().selection.keep_end
@@ -85,24 +91,24 @@ class SageConfig(Settings):
         overrides: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Self:
-        """Read a YAML or JSON file.
+        """Read a configuration from a YAML or JSON file.
 
         Args:
             path: The file.
-            overrides: Dotted names and values that have the last word:
+            overrides: Values by dotted name that take precedence over file and environment, such as
                 `{"training.learning_rate": 1e-6}`.
-            environment: Where variables such as `SAGE_SELECT__TRAINING__LEARNING_RATE` override the
-                file; by default the process's own.
+            environment: Variables that override the file, such as
+                `SAGE_SELECT__TRAINING__LEARNING_RATE`; by default `os.environ`.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ConfigError: If it is not YAML or JSON, or describes no run.
+            ConfigError: If it is not valid YAML or JSON, or a setting is unknown or out of range.
         """
         file = Path(path)
         if not file.exists():
             raise FileNotFoundError(
                 f"SageConfig.read: no file {file}; `sage-select config paper` prints one to start "
-                "with"
+                "from"
             )
         try:
             text = file.read_text(encoding="utf-8")
@@ -110,9 +116,11 @@ class SageConfig(Settings):
             raise ConfigError(f"{file}: cannot be read: {error}") from None
         values = _parsed(text, str(file), as_json=file.suffix == ".json")
         if not isinstance(values, dict):
-            raise ConfigError(f"{file}: a configuration is a mapping of settings")
-        surroundings = os.environ if environment is None else environment
-        changes = _from_environment(surroundings) | dict(overrides or {})
+            raise ConfigError(
+                f"{file}: a configuration must be a mapping of settings, as in 'beta: 0.1'"
+            )
+        variables = os.environ if environment is None else environment
+        changes = _from_environment(variables) | dict(overrides or {})
         for name, value in changes.items():
             values = _merged(values, _nested(name, value))
         try:
@@ -121,27 +129,33 @@ class SageConfig(Settings):
 
             def origin(setting: str) -> str:
                 if setting in (overrides or {}):
-                    return f"--set {setting}"
+                    return "overrides (--set)"
                 return _variable(setting) if setting in changes else str(file)
 
             raise ConfigError(describe_problems(error.problems, origin), error.problems) from None
 
     def to_yaml(self, *, changed_only: bool = False) -> str:
-        """The same as YAML, which `read` reads back."""
+        """Return the configuration as YAML, for `read`.
+
+        Args:
+            changed_only: Leave out the settings that were not set explicitly.
+        """
         values = self.model_dump(mode="json", exclude_unset=changed_only)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        if yaml.safe_load(text) != values:  # a rare letter that must be escaped
+        if yaml.safe_load(text) != values:  # a few characters only survive if they are escaped
             text = yaml.safe_dump(values, sort_keys=False)
         return text
 
     @property
     def hash(self) -> str:
-        """12 letters that name this run's caches and logs: they change with whatever decides what
-        is computed, and with nothing else."""
+        """12 hexadecimal digits that name the run folder.
+
+        They change with every setting that affects the result, and with no other setting.
+        """
         return digest(self.deciding())[:12]
 
     def differences(self, other: "SageConfig") -> list[str]:
-        """The settings that decide the result and differ, such as "seed was 0, is 1"."""
+        """Return the settings that affect the result and differ, such as "seed was 0, is 1"."""
         before, after = (_flat(config.model_dump()) for config in (self, other))
         deciding = [_flat(config.deciding()) for config in (self, other)]
         return [
@@ -152,7 +166,7 @@ class SageConfig(Settings):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run stands."""
+        """Folder of the run: `folder`, or by default `runs/` followed by the hash."""
         return Path(self.folder) if self.folder is not None else Path("runs") / self.hash
 
 
@@ -169,11 +183,11 @@ TABLE_4: dict[str, Any] = {
     },
     "training": {"loss": "nca", "learning_rate": 5e-7, "epochs": 3, "batch_size": 16},
 }
-"""Table 4; its sequence parallelism of 8 is a matter of the host."""
+"""Settings of Table 4, except sequence parallelism of 8, which is left to the training loop."""
 
 
 def _flat(sections: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names."""
+    """Return the settings by dotted name."""
     flat: dict[str, Any] = {}
     for section, values in sections.items():
         if isinstance(values, dict):
@@ -184,9 +198,11 @@ def _flat(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return base with the changes applied, section by section."""
     merged = dict(base)
     for name, value in changes.items():
         if isinstance(value, BaseModel):
+            # defaults of a section must not override settings that base has
             value = value.model_dump(exclude_unset=True)
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
         merged[name] = _merged(merged[name], value) if both else value
@@ -194,7 +210,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:
-    """`{"a": {"b": value}}` for "a.b"."""
+    """Return `{"a": {"b": value}}` for the name "a.b"."""
     for part in reversed(name.split(".")):
         value = {part: value}
     assert isinstance(value, dict)
@@ -202,54 +218,64 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def _variable(setting: str) -> str:
-    return ENVIRONMENT + setting.replace(".", "__").upper()
+    """Return the environment variable that overrides a setting."""
+    return ENVIRONMENT_PREFIX + setting.replace(".", "__").upper()
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the overrides among environment variables, by dotted name."""
+    # a single underscore is an easy mistake, and without this check it would be ignored silently
     for name in environment:
         for section in SageConfig.model_fields:
             if name.startswith(f"SAGE_SELECT_{section.upper()}_"):
                 raise ConfigError(
-                    f"{name}: a variable that changes a setting has two underscores between its "
-                    f"parts, as in {_variable('training.epochs')}"
+                    f"{name}: a variable that overrides a setting has two underscores between its "
+                    f"parts; write it as in {_variable('training.epochs')}"
                 )
     return {
-        name.removeprefix(ENVIRONMENT).lower().replace("__", "."): parsed_value(text, name)
+        name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."): parsed_value(text, name)
         for name, text in sorted(environment.items())
-        if name.startswith(ENVIRONMENT)
+        if name.startswith(ENVIRONMENT_PREFIX)
     }
 
 
 def parsed_value(text: str, name: str) -> Any:
-    """A value as it would stand in a YAML file.
+    """Parse a value written in YAML.
+
+    Args:
+        text: The value.
+        name: The option or variable that it comes from, for error messages.
 
     Raises:
-        ConfigError: If it is not YAML.
+        ConfigError: If it is not valid YAML.
     """
     return _parsed(text, name)
 
 
-def _parsed(text: str, place: str, *, as_json: bool = False) -> Any:
+def _parsed(text: str, origin: str, *, as_json: bool = False) -> Any:
+    """Parse YAML or JSON; `origin` begins the error message."""
     try:
         if as_json:
-            return json.loads(text, object_pairs_hook=_each_once)
-        return yaml.load(text, _Loader)
+            return json.loads(text, object_pairs_hook=_unique)
+        return yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, json.JSONDecodeError, ValueError) as error:
-        raise ConfigError(f"{place}: cannot be read: {' '.join(str(error).split())}") from None
+        # on one line, since YAML errors quote the text over several
+        raise ConfigError(f"{origin}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, but a setting that stands twice is an error: the first would be lost without a word."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses repeated keys, of which PyYAML silently keeps only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        _each_once([(name, None) for name in names])
+        _unique([(name, None) for name in names])
         return super().construct_mapping(node, deep)
 
 
-def _each_once(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def _unique(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the items as a dictionary, or refuse them if a name is repeated."""
     names = [name for name, _ in items]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name!r} stands there twice; keep one of them")
+            raise ValueError(f"{name!r} is set twice; keep one of them")
     return dict(items)

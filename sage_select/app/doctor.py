@@ -1,4 +1,4 @@
-"""Doctor: what would stop or spoil an overnight run, looked for beforehand."""
+"""Doctor: check for anything that would stop or spoil a long run, before it starts."""
 
 import importlib.metadata
 import math
@@ -46,12 +46,12 @@ OPTIONAL = ("datasets", "peft", "accelerate", "lightning", "trl", "triton")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        about: What.
-        verdict: "ok", "warn" (it will run, but look at it) or "fail" (it will not).
-        message: What was found, and what to do about it.
+        about: Subject of the check, such as "model".
+        verdict: "ok", "warn" (the run will work, but have a look) or "fail" (it will not).
+        message: The observation, and the remedy if one is needed.
     """
 
     about: str
@@ -62,16 +62,19 @@ class Finding:
 def examine(
     config: SageConfig | None, *, thorough: bool = False, show_progress: bool | None = None
 ) -> Iterator[Finding]:
-    """Look at the installation and the devices; with a configuration, at all that its run needs.
+    """Check the installation and the devices, and everything that a run needs.
 
     Args:
-        config: The run's description.
-        thorough: Whether to load the models, and to try the largest batch without an update.
-        show_progress: False for no progress bars.
+        config: The run's configuration; without it, only installation and devices are checked.
+        thorough: Also load the models and try the largest batch, without an update.
+        show_progress: False to hide progress bars.
+
+    Yields:
+        Findings, as the checks finish.
     """
     yield from _installation()
     yield from _devices()
-    yield from _checked("cache", lambda: _room(cache_folder()))
+    yield from _checked("cache", lambda: _disk_space(cache_folder()))
     if config is None:
         return
     yield Finding("configuration", "ok", f"hash {config.hash}, run folder {config.run_folder}")
@@ -90,18 +93,20 @@ def examine(
 
 @dataclass
 class _Loaded:
-    """What earlier checks have loaded and later ones use."""
+    """Objects that a check has loaded and later checks use."""
 
     tokenizer: Any = None
     run: Run | None = None
 
 
-def _checked(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _checked(about: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Run a check; an error becomes a finding, so that the other checks still run."""
     try:
-        yield from look()
+        yield from check()
     except (ConfigError, OSError, ValueError, TypeError, ImportError) as error:
         yield Finding(about, "fail", str(error))
-    except (RuntimeError, ArithmeticError) as error:  # out of memory, not finite
+    except (RuntimeError, ArithmeticError) as error:  # out of memory, or a value is not finite
+        # torch may append a C++ stack trace after the first line
         yield Finding(about, "fail", str(error).splitlines()[0])
 
 
@@ -127,8 +132,8 @@ def _devices() -> Iterator[Finding]:
         yield Finding(f"cuda:{number}", verdict, f"{name}, {_size(free)} of {_size(total)} free")
 
 
-def _room(folder: Path, about: str = "cache") -> Iterator[Finding]:
-    """Whether files can be written there, and how much room is left."""
+def _disk_space(folder: Path, about: str = "cache") -> Iterator[Finding]:
+    """Check that files can be written in a folder, and report its free space."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(b"written")
@@ -138,33 +143,41 @@ def _room(folder: Path, about: str = "cache") -> Iterator[Finding]:
 
 
 def _functions(config: SageConfig) -> Iterator[Finding]:
-    one, two = torch.tensor([-10.0, -20.0]), torch.tensor([10, 20])
-    pairs = PairLogps(torch.arange(2), one, one - 1, two, two)
+    # two made-up pairs show a wrong signature or shape in a moment, without data or model
+    logps, num_tokens = torch.tensor([-10.0, -20.0]), torch.tensor([10, 20])
+    pairs = PairLogps(torch.arange(2), logps, logps - 1, num_tokens, num_tokens)
     for name, function in (
         (config.selection.score, load_score(config)),
         (config.training.loss, partial(load_loss(config), beta=config.beta)),
     ):
         try:
             shape = torch.as_tensor(function(pairs, pairs)).shape
-        except Exception as error:  # whatever a function of the user's own may raise
+        except Exception as error:  # a custom function may raise anything
             yield Finding("functions", "fail", f"{name}(policy, reference) fails: {error}")
             return
         if shape != (2,):
             yield Finding(
-                "functions", "fail", f"{name} gives {list(shape)} for two pairs, not one value each"
+                "functions",
+                "fail",
+                f"{name} returned shape {list(shape)} for two pairs; return one value per pair, "
+                "shape [2]",
             )
             return
     yield Finding("functions", "ok", f"{config.selection.score}, {config.training.loss}")
     if config.training.learning_rate > 1e-2:
         rate = config.training.learning_rate
-        yield Finding("functions", "warn", f"a learning rate of {rate:g} is far above what trains")
+        yield Finding("functions", "warn", f"a learning rate of {rate:g} is far too high to train")
 
 
 def _device(config: SageConfig) -> Iterator[Finding]:
     device = device_named(config.model.device)
     wants_bf16 = config.training.mixed_precision == "bfloat16"
     if wants_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        yield Finding("device", "fail", f"{device} has no bfloat16; mixed_precision: none")
+        yield Finding(
+            "device",
+            "fail",
+            f"{device} does not support bfloat16; set training.mixed_precision: none",
+        )
         return
     yield Finding("device", "ok", str(device))
 
@@ -173,7 +186,10 @@ def _tokenizer(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
     tokenizer = loaded.tokenizer = load_tokenizer(config.model)
     if tokenizer.eos_token is None:
         yield Finding(
-            "tokenizer", "warn", "no end token: pairs of plain text will be refused (not chats)"
+            "tokenizer",
+            "warn",
+            "no end token: pairs of plain text will be refused (chats will not); set "
+            "model.eos_token",
         )
     template = "with" if tokenizer.chat_template else "without"
     yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens, {template} a chat template")
@@ -189,32 +205,37 @@ def _model(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
         yield Finding(
             "model",
             "fail",
-            f"the tokenizer has {tokens:,} tokens, the model {vocabulary:,}; they do not belong "
-            "together",
+            f"the tokenizer has {tokens:,} tokens but the model {vocabulary:,}; they do not match: "
+            "set model.tokenizer to the model's tokenizer",
         )
     if config.model.attention == "flash_attention_2" and not find_spec("flash_attn"):
-        yield Finding("model", "fail", "model.attention: flash_attn is not installed")
+        yield Finding(
+            "model",
+            "fail",
+            "model.attention: flash_attn is not installed; install it, or set "
+            "model.attention: sdpa",
+        )
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         yield Finding(
             "model",
             "warn",
             f"data.max_length {config.data.max_length:,} is more than the model's {positions:,} "
-            "positions; longer pairs will be scored where the model was never trained",
+            "positions; longer pairs will be scored where the model was not trained",
         )
     dtype = DTYPES.get(config.model.dtype, getattr(settings, "dtype", None) or torch.float32)
     if dtype == torch.float16:
         yield Finding(
-            "model", "fail", "weights in float16 overflow in training; model.dtype: float32"
+            "model", "fail", "float16 weights overflow in training; set model.dtype: float32"
         )
     elif dtype == torch.bfloat16 and config.training.learning_rate < 1e-5:
         yield Finding(
             "model",
             "warn",
             f"a learning rate of {config.training.learning_rate:g} rounds to no change in bfloat16 "
-            "weights; model.dtype: float32 with training.mixed_precision: bfloat16",
+            "weights; set model.dtype: float32 and training.mixed_precision: bfloat16",
         )
-    # weights, gradients and Adam's two moments
+    # four tensors per weight: the weight, its gradient and Adam's two moments
     needed = 4 * parameters * dtype.itemsize
     device = device_named(config.model.device)
     if device.type == "cuda":
@@ -225,21 +246,21 @@ def _model(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
         yield Finding(
             "memory",
             "fail",
-            f"weights, gradients and optimizer take {_size(needed)} before any activation; "
-            f"{device} has {_size(free)} free",
+            f"weights, gradients and optimizer take {_size(needed)}, without activations; {device} "
+            f"has {_size(free)} free",
         )
     else:
         yield Finding(
-            "memory", "ok", f"{_size(needed)} of {_size(free)} before any activation, on {device}"
+            "memory", "ok", f"{_size(needed)} of {_size(free)} without activations, on {device}"
         )
 
 
 def _weights(name: str | None) -> Iterator[Finding]:
-    """Whether a model's folder has weights; what is on a hub is not asked for."""
+    """Report a local model folder without weights; hub models are not looked up."""
     folder = Path(name or "")
-    kinds = ("*.safetensors", "*.bin")
-    if folder.is_dir() and not any(file for kind in kinds for file in folder.glob(kind)):
-        yield Finding("model", "fail", f"{folder} has no weights ({', '.join(kinds)})")
+    patterns = ("*.safetensors", "*.bin")
+    if folder.is_dir() and not any(file for pattern in patterns for file in folder.glob(pattern)):
+        yield Finding("model", "fail", f"{folder} has no weights ({', '.join(patterns)})")
 
 
 def _reference(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
@@ -252,22 +273,22 @@ def _reference(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
     if reference.device is not None:
         device_named(reference.device, "reference.device")
     if reference.model is not None:
-        theirs = reference_config(reference).get_text_config().vocab_size
-        ours = len(loaded.tokenizer or ())
-        if ours > theirs:
+        vocabulary = reference_config(reference).get_text_config().vocab_size
+        tokens = len(loaded.tokenizer or ())
+        if tokens > vocabulary:
             yield Finding(
                 "reference",
                 "fail",
-                f"the tokenizer has {ours:,} tokens, {reference.model} {theirs:,}; they do not "
-                "belong together",
+                f"the tokenizer has {tokens:,} tokens but {reference.model} {vocabulary:,}; they "
+                "do not match: use a reference with the policy's tokenizer",
             )
         yield from _weights(reference.model)
     store = Path(reference.store) if reference.store is not None else default_store()
-    yield from _room(store, "reference")
+    yield from _disk_space(store, "reference")
 
 
 def _largest_batch(run: Run) -> Iterator[Finding]:
-    """Measure the longest pairs under both models, and take the gradient of their loss."""
+    """Measure the longest pairs under policy and reference, and compute their gradients."""
     training, reference = run.training, run.config.reference
     lengths = run.used.num_tokens
     size = training.micro_batch_size or run.config.training.batch_size
@@ -278,6 +299,7 @@ def _largest_batch(run: Run) -> Iterator[Finding]:
     else:
         logps = read_reference(reference.file, longest, key=reference.key)
     run.reader(policy, longest)
+    # only now: the scoring pass runs without gradients, so it needs no activation checkpointing
     if training.activation_checkpointing:
         checkpoint_activations(policy)
     (micro,) = dealt(longest.index, Processes(), len(longest))
@@ -289,24 +311,25 @@ def _largest_batch(run: Run) -> Iterator[Finding]:
         "largest batch",
         verdict,
         f"{len(longest)} pairs of up to {int(lengths.max()):,} tokens: loss "
-        f"{losses.mean().item():.4g}, gradient norm {norm:.4g}; the optimizer comes on top",
+        f"{losses.mean().item():.4g}, gradient norm {norm:.4g}; optimizer memory not included",
     )
 
 
 def _data(config: SageConfig, loaded: _Loaded, show_progress: bool | None) -> Iterator[Finding]:
     run = Run.prepare(config, tokenizer=loaded.tokenizer, show_progress=show_progress)
     loaded.run = run
-    aside, read = run.dataset.set_aside.height, len(run.dataset) + run.dataset.set_aside.height
-    cut = int(run.dataset.column("truncated").sum())
-    verdict: Literal["ok", "warn"] = "warn" if aside + cut > 0.1 * read else "ok"
+    set_aside = run.dataset.set_aside.height
+    rows_read = len(run.dataset) + set_aside
+    truncated = int(run.dataset.column("truncated").sum())
+    verdict: Literal["ok", "warn"] = "warn" if set_aside + truncated > 0.1 * rows_read else "ok"
     yield Finding(
         "data",
         verdict,
-        f"{read:,} rows, {aside:,} set aside, {cut:,} of {len(run.dataset):,} pairs cut at "
-        f"{config.data.max_length:,} tokens",
+        f"{rows_read:,} rows, {set_aside:,} set aside, {truncated:,} of {len(run.dataset):,} pairs "
+        f"cut at {config.data.max_length:,} tokens",
     )
     with catch_warnings(record=True) as warned:
-        simplefilter("always")
+        simplefilter("always")  # also a warning that was already shown in this process
         plan, steps = run.timeline.plan, run.timeline.total_steps
     for warning in warned:
         yield Finding("plan", "warn", str(warning.message))
@@ -321,14 +344,22 @@ def _run_folder(config: SageConfig) -> Iterator[Finding]:
         yield Finding("run folder", "fail", f"{folder} is a file; give the name of a folder")
         return
     if RunFolder(folder).holds_a_run():
-        yield Finding("run folder", "warn", f"{folder} holds a run; resume it with train --resume")
+        yield Finding(
+            "run folder",
+            "warn",
+            f"{folder} already has a run; resume it with resume=True (train --resume), or set "
+            "another folder",
+        )
         return
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not os.access(existing, os.W_OK):
-        yield Finding("run folder", "fail", f"{existing} cannot be written")
+        yield Finding(
+            "run folder", "fail", f"{folder}: {existing} is not writable; set another folder"
+        )
         return
     parameters = num_parameters(config) or 0
-    # a checkpoint has weights and two moments; the best weights and two models stand beside them
+    # 4 bytes per weight; a checkpoint has the weights and two moments, and one more is written
+    # before the oldest is deleted; then come the best weights and the two saved models
     needed = 4 * parameters * (3 * (config.training.keep_checkpoints + 1) + 3)
     free = shutil.disk_usage(existing).free
     verdict: Literal["ok", "fail"] = "ok" if needed < free else "fail"
@@ -338,14 +369,15 @@ def _run_folder(config: SageConfig) -> Iterator[Finding]:
 
 
 def _free_memory() -> int:
+    """Return the free main memory in bytes, or more than any model needs if it is unknown."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not on this system
+    except (ValueError, OSError):  # this system does not report it
         return 1 << 62
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes for people.
+    """Format a number of bytes with a unit.
 
     Example:
         >>> _size(1.5e9)
@@ -359,5 +391,5 @@ def _size(num_bytes: float) -> str:
 
 
 def as_records(findings: list[Finding]) -> list[dict[str, Any]]:
-    """Findings as plain values."""
+    """Return findings as plain values."""
     return [{"about": f.about, "verdict": f.verdict, "message": f.message} for f in findings]

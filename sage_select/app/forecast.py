@@ -1,4 +1,4 @@
-"""Forecasts: what a run will do and cost, before it starts."""
+"""Forecasts: the plan and the cost of a run, before it starts."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -19,11 +19,11 @@ from sage_select.system.ledger import Ledger, Work, break_even
 
 
 def forecast(run: Run) -> dict[str, Any]:
-    """A run in plain values: its rows, strata, intervals, steps and cost."""
+    """Return the rows, strata, intervals, steps and cost of a run as plain values."""
     timeline, plan, training = run.timeline, run.timeline.plan, run.config.training
     names = strata_names(plan.counts.shape[1])
     cost, parameters = cost_of(run), num_parameters(run.config)
-    flops = parameters is not None
+    flops_known = parameters is not None
     phases = {**cost.phases, "full": cost.full}
     return {
         "config": run.config.hash,
@@ -59,7 +59,7 @@ def forecast(run: Run) -> dict[str, Any]:
         "steps_without_selection": -(-len(run.pairs) * training.epochs // training.batch_size),
         "cost": {
             "tokens": {name: work.tokens for name, work in phases.items()},
-            "flops": {name: work.needed if flops else None for name, work in phases.items()},
+            "flops": {name: work.needed if flops_known else None for name, work in phases.items()},
             "relative": cost.relative,
             "break_even": cost.break_even,
             "keep": timeline.total_kept / sum(map(len, plan.pools)),
@@ -69,22 +69,22 @@ def forecast(run: Run) -> dict[str, Any]:
 
 
 def strata_names(count: int) -> list[str]:
-    """Easy, medium and hard, or numbers where there are not three."""
+    """Return easy, medium and hard for three strata, and numbers for any other count."""
     return list(STRATA) if count == len(STRATA) else [f"stratum {c}" for c in range(count)]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run needs, known before it starts; FLOPs where the model's shape is known.
+    """Forecast cost of a run: tokens, and FLOPs if the model's shape is known.
 
     Attributes:
-        reference: All pairs forward; less where the store knows them already.
-        scoring: Of each interval, its pool forward; nothing where the pool is kept whole.
-        training: Of each interval, its kept pairs forward and backward, if they are as long as the
-            others; a score that prefers short pairs needs less, and so do batches in which pairs
-            share a prompt.
-        evaluation: The held-out pairs forward, as often as they are evaluated.
-        full: The same epochs without selection, forward and backward.
+        reference: Forward pass over all pairs; less if the store already has some of them.
+        scoring: Forward pass over the pool of each interval; none if the pool is kept whole.
+        training: Forward and backward pass over the kept pairs of each interval, assuming that they
+            are as long as the others. A score that prefers short pairs needs less, and so do
+            batches in which pairs share a prompt.
+        evaluation: Forward pass over the held-out pairs, times the number of evaluations.
+        full: Forward and backward pass over the same epochs without selection.
     """
 
     reference: Work
@@ -95,7 +95,7 @@ class Cost:
 
     @property
     def phases(self) -> Ledger:
-        """As the run will book it."""
+        """Ledger of the phases, with the names under which the run books its work."""
         return Ledger(
             reference=self.reference,
             scoring=sum(self.scoring, Work()),
@@ -105,84 +105,93 @@ class Cost:
 
     @property
     def relative(self) -> float:
-        """The cost over that of training on everything, the reference being measured in both."""
+        """Cost relative to training on everything; both include measuring the reference."""
         selected = self.reference + self.phases["scoring"] + self.phases["training"]
         return selected.needed / (self.reference + self.full).needed
 
     @property
     def break_even(self) -> float:
-        """The share of pairs to keep, all intervals together, below which the run is cheaper."""
+        """Share of pairs to keep, over all intervals, below which the run is cheaper."""
         return break_even(self.phases["scoring"].needed, self.full.needed)
 
 
 def compared(cost: Cost, spent: Ledger) -> dict[str, Any]:
-    """What was forecast beside what it took, phase by phase, in plain values.
+    """Compare forecast and actual work, phase by phase, as plain values.
 
     `break_even` is the share to keep below which the run took less time than training on all of
-    its pairs would have taken, at the speed at which it trained.
+    its pairs would have taken, at the measured training speed.
     """
-    ahead = cost.phases
+    planned = cost.phases
+    # in the order of the forecast, then work that was not forecast
     names = [
-        *(name for name in ahead if name in spent),
-        *(name for name in spent if name not in ahead),
+        *(name for name in planned if name in spent),
+        *(name for name in spent if name not in planned),
     ]
     phases = {
-        name: {"forecast": ahead.get(name, Work()).needed, **asdict(spent[name])} for name in names
+        name: {"forecast": planned.get(name, Work()).needed, **asdict(spent[name])}
+        for name in names
     }
     training, scoring = spent.get("training", Work()), spent.get("scoring", Work())
+    # seconds of training on everything, scaled from the FLOPs of the pairs that were kept
     full = training.seconds * cost.full.needed / training.needed if training.needed else math.nan
     return {"phases": phases, "break_even": break_even(scoring.seconds, full)}
 
 
 def cost_of(run: Run) -> Cost:
-    """What a run will take."""
-    shape = _shape(run.config) or Shape(body=1, head=0, attention=0)  # tokens are all that is known
+    """Compute the forecast cost of a run."""
+    # without the model's shape, count one unit of work per token
+    shape = _shape(run.config) or Shape(body=1, head=0, attention=0)
     training, timeline, used = run.config.training, run.timeline, run.used
     keys = sequence_keys(used)
-    place = np.zeros(len(run.dataset), dtype=np.int64)
-    place[used.index] = np.arange(len(used))
+    position = np.zeros(len(run.dataset), dtype=np.int64)  # from dataset row to row of `keys`
+    position[used.index] = np.arange(len(used))
 
-    def measured(pairs: PreferenceDataset) -> Work:
-        distinct = distinct_sequences(pairs, keys.at(place[pairs.index]))
+    def forward_work(pairs: PreferenceDataset) -> Work:
+        # a sequence that several pairs share is measured once
+        distinct = distinct_sequences(pairs, keys.at(position[pairs.index]))
         return shape.needed(*distinct.needed(np.arange(len(distinct))))
 
-    def trained(pairs: PreferenceDataset) -> Work:
+    def training_work(pairs: PreferenceDataset) -> Work:
         lengths = pairs.sequence_lengths
         starts = lengths - np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
         first = np.arange(len(lengths)) < len(pairs)  # a pair's responses share their prompt
         return shape.needed(starts, lengths, first) * shape.passes
 
+    # one before the first step, one every `evaluate_every` steps, and one at the end
     evaluations = 1 + -(-timeline.total_steps // training.evaluate_every)
     pools = [run.dataset.take(pool) for pool in timeline.plan.pools]
     kept = timeline.kept_count
     return Cost(
-        reference=measured(used),
+        reference=forward_work(used),
         scoring=tuple(
-            measured(pool) if count < len(pool) else Work()
+            forward_work(pool) if count < len(pool) else Work()
             for pool, count in zip(pools, kept, strict=True)
         ),
         training=tuple(
-            trained(pool).repeated(count / len(pool))
+            training_work(pool).repeated(count / len(pool))
             for pool, count in zip(pools, kept, strict=True)
         ),
-        evaluation=Work() if run.held_out is None else measured(run.held_out).repeated(evaluations),
-        full=trained(run.pairs).repeated(training.epochs),
+        evaluation=(
+            Work() if run.held_out is None else forward_work(run.held_out).repeated(evaluations)
+        ),
+        full=training_work(run.pairs).repeated(training.epochs),
     )
 
 
 def _shape(config: SageConfig) -> Shape | None:
-    """What decides the policy's FLOPs, without loading a weight; None where it is elsewhere."""
+    """Return the shape that determines the policy's FLOPs, or None if its files are not here."""
     model = _without_weights(config)
     return None if model is None else shape_of(model)
 
 
 def num_parameters(config: SageConfig) -> int | None:
-    """Parameters of the policy, counted without loading a weight; None where it is elsewhere."""
+    """Count the policy's parameters without loading weights; None if its files are not here."""
     model = _without_weights(config)
     return None if model is None else sum(parameter.numel() for parameter in model.parameters())
 
 
 def _without_weights(config: SageConfig) -> Any:
+    """Return the policy on the meta device, without weights, or None if its files are not here."""
     try:
         settings = policy_config(config.model)
     except FileNotFoundError:

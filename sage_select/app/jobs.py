@@ -1,8 +1,11 @@
-"""Everything the terminal does, as one Python call each.
+"""The commands of the terminal as Python functions, one call each.
 
 from sage_select import SageConfig, jobs
+
 config = SageConfig.read("run.yaml")
-jobs.doctor(config); jobs.plan(config); jobs.train(config)
+jobs.doctor(config)
+jobs.plan(config)
+jobs.train(config)
 """
 
 import os
@@ -23,7 +26,7 @@ from sage_select.app.forecast import compared, cost_of, forecast
 from sage_select.app.loading import device_named
 from sage_select.app.run import Run, spread
 from sage_select.data.dataset import PreferenceDataset
-from sage_select.data.exports import ENDINGS, llamafactory_entries, write_pairs
+from sage_select.data.exports import ENDINGS, FORMATS, llamafactory_entries, write_pairs
 from sage_select.data.sources import read_records
 from sage_select.metrics import preference_metrics
 from sage_select.pairs import CHOSEN, REFERENCE, REJECTED, rewards
@@ -41,17 +44,23 @@ from sage_select.training.settings import Training
 from sage_select.training.sharding import load_best, save_pretrained
 
 Say = Callable[[str], object]
-"""Receives messages for people, a few lines each."""
+"""Callback that receives messages for the user, a few lines each."""
 
 
 def plan(config: SageConfig, *, show_progress: bool | None = None) -> dict[str, Any]:
-    """The whole run before it starts: rows, strata, intervals, steps and cost, as plain values.
+    """Forecast a run before it starts: rows, strata, intervals, steps and cost.
 
-    It needs the data and the tokenizer; no weights are loaded.
+    Needs the data and the tokenizer; no weights are loaded.
 
     Args:
-        config: The run's description.
-        show_progress: False for no progress bars.
+        config: The run's configuration.
+        show_progress: False to hide progress bars.
+
+    Returns:
+        Plain values by name, as `sage-select plan --json` prints them.
+
+    Example:
+        >>> jobs.plan(SageConfig.read("run.yaml"))["steps"]  # doctest: +SKIP
     """
     return forecast(Run.prepare(config, show_progress=show_progress))
 
@@ -59,22 +68,29 @@ def plan(config: SageConfig, *, show_progress: bool | None = None) -> dict[str, 
 def doctor(
     config: SageConfig | None = None, *, thorough: bool = False, show_progress: bool | None = None
 ) -> list[Finding]:
-    """What would stop or spoil an overnight run, looked for beforehand.
+    """Check for anything that would stop or spoil a long run, before it starts.
 
     Args:
-        config: The run's description; without it, the installation and the devices are examined.
-        thorough: Whether to load the models and try the largest batch, without an update.
-        show_progress: False for no progress bars.
+        config: The run's configuration; without it, only the installation and the devices are
+            checked.
+        thorough: Also load the models and try the largest batch, without an update.
+        show_progress: False to hide progress bars.
+
+    Returns:
+        One finding per check; the run would fail if the verdict of any of them is "fail".
+
+    Example:
+        >>> [f for f in jobs.doctor(config) if f.verdict == "fail"]  # doctest: +SKIP
     """
     return list(examine(config, thorough=thorough, show_progress=show_progress))
 
 
 class Scores(NamedTuple):
-    """What `score` gives.
+    """Result of `score`.
 
     Attributes:
         table: One row per pair: ids and rows, log-probs, rewards, margin and score.
-        metrics: Means over these pairs, see `preference_metrics`.
+        metrics: Means over these pairs, by name; see `preference_metrics`.
     """
 
     table: pl.DataFrame
@@ -92,22 +108,30 @@ def score(
     """Measure pairs under policy and reference: log-probs, rewards and scores.
 
     Args:
-        config: The run's description.
-        out: A `.parquet` or `.csv` file to write the table to; `select` and `reference.file` read
-            it.
-        policy: A checkpoint of the policy; by default `model.name`.
-        interval: The pool of this interval of the plan, from 0; by default all pairs, including
-            those held out.
-        show_progress: False for no progress bars.
+        config: The run's configuration.
+        out: `.parquet` or `.csv` file for the table; `select(policy_logps=...)` and
+            `reference.file` read it.
+        policy: Checkpoint of the policy; by default `model.name`.
+        interval: Measure only the pool of this interval of the plan, from 0; by default all pairs,
+            including those held out.
+        show_progress: False to hide progress bars.
+
+    Returns:
+        The table and the metrics.
 
     Raises:
-        ConfigError: If the file's ending is unknown, or the plan has no such interval.
+        ConfigError: If the file's extension is unsupported, or the plan has no such interval.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> jobs.score(config, policy="run/best-model").metrics["accuracy"]  # doctest: +SKIP
     """
     if out is not None:
-        out = _writable(out, (".parquet", ".csv"))
+        out = _checked_output("score", out, (".parquet", ".csv"))
     run = Run.prepare(config, show_progress=show_progress)
-    pool = run.used if interval is None else _pool(run, interval)
+    pool = run.used if interval is None else _pool_of("score", run, interval)
     model = run.load_policy(policy)
+    # a checkpoint is not the initial policy, so the reference is then loaded separately
     reference = run.open_reference(model if policy is None else None).take(pool.index)
     logps = run.reader(model, pool)
     implicit = rewards(logps, reference, beta=config.beta)
@@ -143,38 +167,58 @@ def select(
     policy_logps: str | Path | None = None,
     show_progress: bool | None = None,
 ) -> Selection:
-    """Choose pairs: of an interval's pool as the plan says, or a share of all.
+    """Select pairs: from the pool of one interval as planned, or a share of all pairs.
 
     Args:
-        config: The run's description.
-        interval: The interval of the plan, from 0.
-        keep: Instead of an interval, the share of all pairs to keep, in (0, 1].
-        out: A `.jsonl`, `.json` or `.parquet` file for the kept records, as a trainer's dataset, in
-            seeded training order. A table of all candidates, `.selection.parquet`, is written
-            beside it.
-        format: "same" writes the records as they are; or "trl", or "llamafactory".
-        policy: A checkpoint of the policy; by default `model.name`.
-        policy_logps: Instead of a policy: a file of its log-probs, as `score` writes it, perhaps
-            with the reference's.
-        show_progress: False for no progress bars.
+        config: The run's configuration.
+        interval: Interval of the plan, from 0.
+        keep: Share of all pairs to keep, in (0, 1], instead of an interval.
+        out: `.jsonl`, `.json` or `.parquet` file for the kept records, as a trainer's dataset in
+            seeded training order. A table of all candidates is written beside it, with the
+            extension `.selection.parquet`.
+        format: "same" writes the records unchanged, "trl" and "llamafactory" in the format of that
+            trainer.
+        policy: Checkpoint of the policy; by default `model.name`.
+        policy_logps: File with the policy's log-probs, as `score` writes it, instead of a policy.
+            The reference's log-probs are read from it, too, if it has them and `reference.file`
+            is not set.
+        show_progress: False to hide progress bars.
+
+    Returns:
+        The decision, with the kept rows of the dataset, best first, and its evidence.
 
     Raises:
-        ConfigError: If neither or both of interval and keep are given, or one does not fit.
+        ConfigError: If both or neither of interval and keep are given, or an argument is out of
+            range.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> kept = jobs.select(config, keep=0.5, out="kept.jsonl")  # doctest: +SKIP
+        >>> len(kept), kept.cut  # doctest: +SKIP
     """
     if (interval is None) == (keep is None):
-        raise ConfigError("give --interval, for a pool of the plan, or --keep, for a share")
+        raise ConfigError(
+            "select: give interval (--interval), for a pool of the plan, or keep (--keep), for a "
+            "share of all pairs"
+        )
     if policy is not None and policy_logps is not None:
-        raise ConfigError("give --policy or --policy-logps, not both")
+        raise ConfigError(
+            "select: give policy (--policy) or policy_logps (--policy-logps), not both"
+        )
     if keep is not None and not 0 < keep <= 1:
-        raise ConfigError(f"--keep must lie in (0, 1], got {keep}")
+        raise ConfigError(f"select: keep (--keep) must be in (0, 1], got {keep}")
     if out is not None:
-        out = _writable(out, ENDINGS)
+        out = _checked_output("select", out, ENDINGS)
+        if format not in FORMATS:
+            raise ConfigError(
+                f"select: format (--format) must be one of {', '.join(FORMATS)}, got {format!r}"
+            )
         if format == "llamafactory":
-            llamafactory_entries(out)  # better to know that its index is broken before scoring
+            llamafactory_entries(out)  # an unreadable index must fail before the scoring, not after
     run = Run.prepare(config, show_progress=show_progress)
     pool, progress, step = run.pairs, 0.0, 0
     if interval is not None:
-        pool = _pool(run, interval)
+        pool = _pool_of("select", run, interval)
         progress = run.timeline.plan.progress[interval]
         step = run.timeline.first_step[interval]
     if policy_logps is None:
@@ -183,6 +227,7 @@ def select(
         selection = run.selector(reference, keep=keep).select(model, pool, step, progress=progress)
     else:
         logps = read_reference(policy_logps, pool, chosen=CHOSEN, rejected=REJECTED)
+        # with the reference in the same table, no weights have to be loaded
         if config.reference.file is None and has_column(policy_logps, REFERENCE + CHOSEN):
             reference = read_reference(policy_logps, pool)
         else:
@@ -201,27 +246,28 @@ def _write_selection(run: Run, selection: Selection, out: Path, format: str, int
     records = read_records(
         str(data.path), split=data.split, subset=data.subset, revision=data.revision
     )
+    # records are looked up in the source, since the dataset keeps tokens, not records
     rows = run.dataset.take(order).column("source_row").to_numpy()
     write_pairs(out, records, rows, format=format, columns=data.columns)
     decisions(selection, run.dataset).write_parquet(decisions_path(out))
 
 
 def decisions_path(out: Path) -> Path:
-    """Where `select` writes its table of candidates, beside the dataset."""
+    """Return the path of the table of candidates that `select` writes beside its dataset."""
     return out.with_suffix(".selection.parquet")
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run came to.
+    """Result of `train`.
 
     Attributes:
-        folder: The run's folder.
-        history: Records of all steps and evaluations, and what they cost.
-        first: The first evaluation; the first step's metrics if nothing was held out.
-        last: The same of the last one.
-        best: The evaluation that the best weights won; None if nothing was held out.
-        cost: What was forecast and what was spent, phase by phase.
+        folder: The run folder.
+        history: Records of all steps and evaluations, and their costs.
+        first: Metrics of the first evaluation, or of the first step if nothing was held out.
+        last: Metrics of the last evaluation, or of the last step if nothing was held out.
+        best: Evaluation of the best weights; None if nothing was held out.
+        cost: Forecast and actual work of each phase, and the break-even keep ratio.
     """
 
     folder: RunFolder
@@ -241,20 +287,24 @@ def train(
 ) -> TrainingResult:
     """Train with selection. A killed run resumes with `resume` and ends with bit-identical weights.
 
-    On one device, or under torchrun on many, all of which call this (`training.strategy` says how
-    they hold the policy); end such a program with `leave()`. The run folder gets the configuration,
-    metrics, evaluations, the selection log, checkpoints, the best weights and the trained model.
+    Runs on one device, or under torchrun on several, where every process makes this call
+    (`training.strategy` shards or replicates the policy) and ends its program with `leave()`. The
+    run folder receives the configuration, metrics, evaluations, the selection log, checkpoints, the
+    best weights and the trained model.
 
     Args:
-        config: The run's description.
-        resume: Resume from the folder's newest checkpoint.
-        show_progress: False for no progress bars.
-        say: Receives what a person should know before the first step, in process 0.
+        config: The run's configuration.
+        resume: Resume from the newest checkpoint in the run folder; start a new run if it has none.
+        show_progress: False to hide progress bars.
+        say: Receives the plan and the starting point before the first step, on rank 0 only.
+
+    Returns:
+        The run folder, with the history, metrics and cost of the run.
 
     Raises:
-        FileExistsError: If the folder holds a run already and resume is False, or another process
-            trains there.
-        ConfigError: If the folder's run has other settings.
+        FileExistsError: If the folder already has a run and resume is False, or another process is
+            training there.
+        ConfigError: If the run in the folder has different settings.
 
     Example:
         >>> result = train(SageConfig.read("run.yaml"))  # doctest: +SKIP
@@ -262,29 +312,31 @@ def train(
     """
     join(device_named(config.model.device).type)
     processes = Processes.all()
-    first = processes.rank == 0  # the process that speaks and writes
+    first = processes.rank == 0  # the only rank that prints and writes
     run = Run.prepare(config, show_progress=show_progress if first else False)
-    training = run.training  # a function that cannot be imported is refused before measuring
+    training = run.training  # a loss that cannot be imported must fail before hours of measuring
     folder = RunFolder(config.run_folder)
     if first:
-        _keep_config(config, folder, resume)
+        _write_config(config, folder, resume)
     with folder.hold() if first else nullcontext():
         if first and say is not None:
             say(f"{run.dataset.waterfall()}\n{run.timeline.plan}")
-            say(f"{run.timeline.total_steps:,} steps, {_where_it_stands(folder)}")
-        processes.barrier()
+            say(f"{run.timeline.total_steps:,} steps, {_starting_point(folder)}")
+        processes.barrier()  # no rank starts before rank 0 has written the configuration
         return _train(run, training, folder, resume)
 
 
 def _train(run: Run, training: Training, folder: RunFolder, resume: bool) -> TrainingResult:
     config, processes = run.config, Processes.all()
+    # for dropout, and for weights that the checkpoint lacks and the model initialises
     torch.manual_seed(config.seed)
     model = run.load_policy()
     with Ledger() as spent:
         reference = run.open_reference(model)
     spent = side_by_side(processes.all_gather_object(spent))
-    if processes.rank == 0:
+    if processes.rank == 0:  # fit appends the costs of its own phases
         append_costs(folder.costs, spent)
+    # only after the reference was measured on the policy as it was loaded
     model = spread(model, config.training.strategy)
     loader = run.loader(model, reference, log=SelectionLog(folder.selection))
     history = fit(
@@ -301,7 +353,7 @@ def _train(run: Run, training: Training, folder: RunFolder, resume: bool) -> Tra
     _save(model, run.tokenizer, folder.model)
     best = None
     if history.evaluations:
-        best = load_best(model, folder.path)
+        best = load_best(model, folder.path)  # overwrites the last weights, which are saved by now
         _save(model, run.tokenizer, folder.best_model)
     records = history.evaluations or history.steps
     cost = compared(cost_of(run), history.costs)
@@ -309,103 +361,127 @@ def _train(run: Run, training: Training, folder: RunFolder, resume: bool) -> Tra
 
 
 def fill(config: SageConfig, *, show_progress: bool | None = None) -> dict[str, Any]:
-    """Measure the reference of a run beforehand, into the store. A killed one resumes.
+    """Measure the reference of a run into the store, before the run; resumes if it was killed.
 
     Args:
-        config: The run's description.
-        show_progress: False for no progress bars.
+        config: The run's configuration.
+        show_progress: False to hide progress bars.
 
     Returns:
-        `identity` and `folder` of the reference, `pairs` known, and `sequences_measured` now.
+        `identity` and `folder` of the reference in the store, `pairs` in it for this run, and
+        `sequences_measured` by this call.
 
     Raises:
         ConfigError: If the reference is a file.
+
+    Example:
+        >>> jobs.fill(SageConfig.read("run.yaml"))["sequences_measured"]  # doctest: +SKIP
     """
     if config.reference.file is not None:
-        raise ConfigError("reference.file is set: there is nothing to measure")
+        raise ConfigError(
+            "fill: reference.file is set, so there is nothing to measure; unset it to measure a "
+            "model"
+        )
     run = Run.prepare(config, show_progress=show_progress)
     store = run.store(run.load_reference())
-    measured = store.fill()
+    num_measured = store.fill()
     return {
         "identity": store.identity,
         "folder": str(store.folder),
         "pairs": len(store),
-        "sequences_measured": measured,
+        "sequences_measured": num_measured,
     }
 
 
 def flips(run: str | Path, other: str | Path) -> pl.DataFrame:
-    """Compare what two runs kept, interval by interval, see `flips_of_logs`.
+    """Compare which pairs two runs kept, interval by interval.
 
     Args:
-        run: The folder of a run.
-        other: The folder of another run of the same plan.
+        run: Folder of a run.
+        other: Folder of another run with the same plan.
+
+    Returns:
+        One row per interval that both runs have, see `flips_of_logs`.
 
     Raises:
-        FileNotFoundError: If one has no selection log.
+        FileNotFoundError: If a folder has no selection log.
+
+    Example:
+        >>> jobs.flips("runs/one", "runs/two")["flipped"].sum()  # doctest: +SKIP
     """
     logs = []
     for folder in map(RunFolder, (run, other)):
         if not folder.selection.is_dir():
-            raise FileNotFoundError(f"flips: there is no selection log in {folder.path}")
+            raise FileNotFoundError(
+                f"flips: there is no selection log in {folder.path}; give the folder of a run"
+            )
         logs.append(SelectionLog(folder.selection))
     return flips_of_logs(*logs)
 
 
-def _pool(run: Run, interval: int) -> PreferenceDataset:
+def _pool_of(job: str, run: Run, interval: int) -> PreferenceDataset:
     pools = run.timeline.plan.pools
     if not 0 <= interval < len(pools):
-        raise ConfigError(f"--interval {interval}: the plan has intervals 0 to {len(pools) - 1}")
+        raise ConfigError(
+            f"{job}: interval (--interval) {interval}: the plan has intervals 0 to {len(pools) - 1}"
+        )
     return run.dataset.take(pools[interval])
 
 
-def _writable(path: str | Path, endings: tuple[str, ...]) -> Path:
-    """A file's path, once it is known, before hours of scoring, that it can be written."""
+def _checked_output(job: str, path: str | Path, extensions: tuple[str, ...]) -> Path:
+    """Return the path of a file to write, after checking that it can be written.
+
+    The check comes before the scoring, which may take hours.
+    """
     out = Path(path)
-    if out.suffix not in endings:
-        raise ConfigError(f"--out {out}: known endings are {', '.join(endings)}")
+    if out.suffix not in extensions:
+        raise ConfigError(
+            f"{job}: out (--out) {out}: the file name must end in {', '.join(extensions)}"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise OSError(f"--out {out}: cannot be written: {error.strerror}") from None
+        raise OSError(f"{job}: out (--out) {out}: cannot be written: {error.strerror}") from None
     return out
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer where any other program can read both."""
-    save_pretrained(model, folder)
+    """Save model and tokenizer in a folder that other programs and users can read."""
+    save_pretrained(model, folder)  # collective: every rank has a shard
     if Processes.all().rank != 0:
         return
     tokenizer.save_pretrained(folder)
-    mask = os.umask(0)
+    mask = os.umask(0)  # the umask can only be read by setting it
     os.umask(mask)
-    for file in folder.iterdir():  # some are written readable by their owner alone
+    for file in folder.iterdir():  # some are created with permissions for the owner only
         file.chmod(0o666 & ~mask)
 
 
-def _where_it_stands(folder: RunFolder) -> str:
+def _starting_point(folder: RunFolder) -> str:
     for newest in folder.checkpoints()[:1]:
         return f"resuming from step {checkpoint_step(newest)}, in {folder.path}"
     return f"from the start, in {folder.path}"
 
 
-def _keep_config(config: SageConfig, folder: RunFolder, resume: bool) -> None:
-    """Write the configuration into the run folder, or compare it with the one that is there."""
+def _write_config(config: SageConfig, folder: RunFolder, resume: bool) -> None:
+    """Write the configuration into the run folder; if it has one, refuse a different one."""
     if folder.path.exists() and not folder.path.is_dir():
         raise ConfigError(f"folder: {folder.path} is a file; give the name of a folder")
     if folder.config.exists():
+        # as it was saved: environment variables of this process do not belong to that run
         earlier = SageConfig.read(folder.config, environment={})
         if not resume:
             raise FileExistsError(
-                f"train: {folder.path} holds a run already; pass --resume (resume=True) to resume "
+                f"train: {folder.path} already has a run; pass resume=True (--resume) to resume "
                 "it, or set another folder"
             )
         if differences := earlier.differences(config):
             raise ConfigError(
-                f"train --resume: {folder.path} was begun with other settings: "
-                f"{', '.join(differences)}; set them as they were, or another folder"
+                f"train: {folder.path} was started with different settings: "
+                f"{', '.join(differences)}; to resume it, set them as they were; otherwise set "
+                "another folder"
             )
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(config.to_yaml(), encoding="utf-8")

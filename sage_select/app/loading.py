@@ -1,4 +1,4 @@
-"""From names in a configuration to tokenizers, models, devices and functions."""
+"""Load the tokenizers, models, devices and functions that a configuration names."""
 
 import importlib
 from collections.abc import Callable
@@ -20,23 +20,27 @@ from sage_select.system.settings import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {None: "none"}
-"""What a configuration calls a dtype; None is no mixed precision."""
+"""Name of each dtype in a configuration; None means no mixed precision."""
 
 
 def load_tokenizer(model: ModelSection) -> Any:
-    """The tokenizer, with the configured chat template and end token."""
+    """Load the tokenizer and set the configured chat template and end token."""
     name = model.tokenizer or required(model.name, "model.name")
     setting = "model.name" if model.tokenizer is None else "model.tokenizer"
     revision = model.revision if model.tokenizer is None else None
     tokenizer = _from_pretrained(AutoTokenizer, name, setting, revision=revision)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what a folder without one gives
+    # from a folder without a tokenizer, transformers may return one with special tokens only
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FileNotFoundError(
-            f"{setting}: there is no tokenizer in {name!r}; model.tokenizer says where it is"
+            f"{setting}: there is no tokenizer in {name!r}; set model.tokenizer to where it is"
         )
     if model.eos_token is not None:
         token = tokenizer.convert_tokens_to_ids(model.eos_token)
         if token in (None, tokenizer.unk_token_id):
-            raise ConfigError(f"model.eos_token: {model.eos_token!r} is not a token of {name!r}")
+            raise ConfigError(
+                f"model.eos_token: {model.eos_token!r} is not a token of {name!r}; give a token of "
+                "its vocabulary"
+            )
         tokenizer.eos_token = model.eos_token
     if model.chat_template is not None:
         file = Path(model.chat_template)
@@ -47,21 +51,22 @@ def load_tokenizer(model: ModelSection) -> Any:
 
 
 def load_policy(model: ModelSection, checkpoint: str | None = None) -> Any:
-    """The policy on its device, or a checkpoint of it.
+    """Load the policy, or a checkpoint of it, onto its device.
 
     Args:
-        model: The configuration's section.
-        checkpoint: A folder or a hub name, in place of `model.name`.
+        model: The `model` section of the configuration.
+        checkpoint: Folder or hub name to load instead of `model.name`.
     """
     name, setting = checkpoint or required(model.name, "model.name"), "model.name"
+    # the revision belongs to model.name, not to a checkpoint
     revision = model.revision if checkpoint is None else None
     if checkpoint is not None:
-        setting = "--policy"
+        setting = "policy (--policy)"
     return _load_model(model, name, setting, revision).to(device_named(model.device))
 
 
 def load_reference(model: ModelSection, reference: ReferenceSection) -> Any:
-    """The reference on its device: its own model if it has one, otherwise the initial policy."""
+    """Load the reference onto its device: `reference.model`, by default the initial policy."""
     if reference.model is not None:
         loaded = _load_model(model, reference.model, "reference.model", reference.revision)
     else:
@@ -73,39 +78,39 @@ def load_reference(model: ModelSection, reference: ReferenceSection) -> Any:
 
 
 def policy_config(model: ModelSection) -> Any:
-    """The policy's transformers configuration, without weights."""
+    """Load the transformers configuration of the policy, without weights."""
     name = required(model.name, "model.name")
     return _from_pretrained(AutoConfig, name, "model.name", revision=model.revision)
 
 
 def reference_config(reference: ReferenceSection) -> Any:
-    """The same for a reference with a model of its own."""
+    """Load the transformers configuration of `reference.model`, without weights."""
     name = required(reference.model, "reference.model")
     return _from_pretrained(AutoConfig, name, "reference.model", revision=reference.revision)
 
 
 def device_named(name: str, setting: str = "model.device") -> torch.device:
-    """The device of this name; "auto" is cuda if there is one.
+    """Return the device of this name; "auto" is cuda if available, otherwise cpu.
 
     Raises:
-        ConfigError: If there is no such device.
+        ConfigError: If the device cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name)  # torch.device alone accepts devices that do not exist
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{setting}: {name!r} cannot be used here: {reason}; auto takes what there is"
+            f"{setting}: {name!r} cannot be used here: {reason}; auto uses what is available"
         ) from None
 
 
 def function_named(
     name: str, table: dict[str, Callable[..., Any]], setting: str
 ) -> Callable[..., Any]:
-    """A function of the library by its name, or one of the user's as `module:function`.
+    """Return a function of the library by name, or import a custom one, `module:function`.
 
     Raises:
         ConfigError: If it cannot be imported.
@@ -121,7 +126,7 @@ def function_named(
 
 
 def load_score(config: SageConfig) -> Score:
-    """The score, with the settings bound that it has parameters for."""
+    """Return the score, with beta, eps, length_norm and seed bound if it takes them."""
     settings = {
         "beta": config.beta,
         "eps": config.selection.eps,
@@ -134,18 +139,18 @@ def load_score(config: SageConfig) -> Score:
 
 
 def load_loss(config: SageConfig) -> Callable[..., Tensor]:
-    """The loss, which takes beta."""
+    """Return the loss, `(policy, reference, beta=...) -> [P]`."""
     return function_named(config.training.loss, LOSSES, "training.loss")
 
 
 def required(value: str | None, setting: str) -> str:
-    """A setting without a default.
+    """Return the value of a setting that has no default.
 
     Raises:
         ConfigError: If it is not set.
     """
     if value is None:
-        raise ConfigError(f"{setting} is not set, and there is no default for it")
+        raise ConfigError(f"{setting} is not set; it has no default, so give a value")
     return value
 
 
@@ -157,6 +162,7 @@ def _load_model(model: ModelSection, name: str, setting: str, revision: str | No
 
 
 def _from_pretrained(kind: Any, name: str, setting: str, **options: Any) -> Any:
+    # transformers would take a missing folder or a file for a hub name and report a failed download
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{setting}: there is no folder {name}")
     if Path(name).is_file():

@@ -1,4 +1,4 @@
-"""A run: from its description to its objects, each made once."""
+"""Run: the objects that a configuration describes, each created once."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,17 +43,17 @@ from sage_select.training.sharding import shard
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a configuration describes it, from its pairs down to its loader.
+    """Objects of a run, from its pairs to its loader, as the configuration describes them.
 
-    `Run.prepare` reads the pairs; everything else is made from them when it is first needed, once.
+    `Run.prepare` reads the pairs; everything else is created from them on first use, once.
 
     Attributes:
-        config: The description.
+        config: The configuration.
         dataset: All usable pairs.
-        pairs: Those to train on.
-        held_out: Those to evaluate on, or None.
-        tokenizer: The one that made the pairs' tokens; None if a trainer made them.
-        show_progress: False for no progress bars.
+        pairs: Pairs to train on.
+        held_out: Pairs to evaluate on, or None.
+        tokenizer: Tokenizer of the pairs; None if a trainer has tokenised them.
+        show_progress: False to hide progress bars.
 
     Example:
         >>> run = Run.prepare(SageConfig.read("run.yaml"))  # doctest: +SKIP
@@ -72,16 +72,16 @@ class Run:
     def prepare(
         cls, config: SageConfig, *, tokenizer: Any = None, show_progress: bool | None = None
     ) -> "Run":
-        """Read the pairs and split them: everything that needs a tokenizer but no model.
+        """Read and split the pairs, which needs the tokenizer but no model.
 
         Args:
-            config: The description.
-            tokenizer: The configured tokenizer, if it is loaded already.
-            show_progress: False for no progress bars.
+            config: The configuration.
+            tokenizer: The configured tokenizer, if already loaded.
+            show_progress: False to hide progress bars.
 
         Raises:
             ConfigError: If a setting is missing.
-            FileNotFoundError: If the data or the tokenizer are not there.
+            FileNotFoundError: If the data or the tokenizer cannot be found.
             ValueError: If no pair can be used.
         """
         tokenizer, data = tokenizer or load_tokenizer(config.model), config.data
@@ -99,30 +99,30 @@ class Run:
         )
         pairs, held_out = dataset.take(range(len(dataset))[: data.limit]), None
         if data.held_out:
-            rows, apart = pairs.split(data.held_out, seed=config.seed)
-            pairs, held_out = dataset.take(rows), dataset.take(apart)
+            training_rows, held_out_rows = pairs.split(data.held_out, seed=config.seed)
+            pairs, held_out = dataset.take(training_rows), dataset.take(held_out_rows)
         return cls(config, dataset, pairs, held_out, tokenizer, show_progress)
 
     @property
     def used(self) -> PreferenceDataset:
-        """The pairs to train on and those to evaluate on."""
+        """Pairs to train on, followed by pairs to evaluate on."""
         if self.held_out is None:
             return self.pairs
         return self.dataset.take(np.concatenate([self.pairs.index, self.held_out.index]))
 
     @cached_property
     def strata(self) -> Int64Array:
-        """int64 [P], the difficulty of each pair to train on; 0 is the easiest."""
-        count = len(self.config.selection.mix_start)
-        return _strata(self.config.strata, self.pairs, count, self.config.seed)
+        """Stratum of each pair to train on, int64 [P]; 0 is the easiest."""
+        num_strata = len(self.config.selection.mix_start)
+        return _strata(self.config.strata, self.pairs, num_strata, self.config.seed)
 
     @cached_property
     def timeline(self) -> Timeline:
-        """The plan on the dataset's rows, and every step.
+        """Pools of dataset rows, keep ratios and the step at which each interval starts.
 
         Raises:
             ConfigError: If a setting does not fit the data.
-            ValueError: If the data cannot be planned as asked.
+            ValueError: If the data do not allow the plan, for instance its mix.
         """
         selection, training = self.config.selection, self.config.training
         plan = plan_run(
@@ -139,12 +139,12 @@ class Run:
         ).on_rows(self.pairs.index)
         keep = Linear(selection.keep_start, selection.keep_end)
         timeline = Timeline(plan, keep, training.batch_size, selection.multiple)
-        _check_selects(timeline)
+        _check_kept_counts(timeline)
         return timeline
 
     @cached_property
     def reader(self) -> Reader:
-        """How policy and reference are read."""
+        """Reader shared by policy and reference, so that their log-probs are comparable."""
         scoring, training = self.config.scoring, self.config.training
         return Reader(
             layout=scoring.layout,
@@ -156,46 +156,54 @@ class Run:
 
     @cached_property
     def score(self) -> Score:
-        """What ranks pairs."""
+        """Score that ranks pairs, with its settings bound."""
         return load_score(self.config)
 
     @cached_property
     def training(self) -> Training:
-        """How to train."""
+        """Settings of updates, with the loss loaded."""
         section = self.config.training
         shared = {name: getattr(section, name) for name in UpdateSettings.model_fields}
         shared |= {"loss": load_loss(self.config), "beta": self.config.beta}
         return Training(**shared, reader=self.reader)
 
     def load_policy(self, checkpoint: str | None = None) -> Any:
-        """The policy on its device, or a checkpoint of it (a folder or a hub name)."""
+        """Load the policy, or a checkpoint of it (a folder or a hub name), onto its device."""
         return load_policy(self.config.model, checkpoint)
 
     def load_reference(self) -> Any:
-        """The reference model on its device."""
+        """Load the reference model onto its device."""
         return load_reference(self.config.model, self.config.reference)
 
     def open_reference(self, policy: nn.Module | None = None) -> Reference:
-        """The reference's log-probs, from a file or from the store; missing ones are measured now.
+        """Return the reference's log-probs, from a file or from the store.
+
+        Log-probs that the store lacks are measured now.
 
         Args:
-            policy: The policy as it is before training, if it is loaded already.
+            policy: The policy before training, if already loaded.
         """
         reference = self.config.reference
         if reference.file is not None:
             return read_reference(reference.file, self.used, key=reference.key)
-        elsewhere = reference.model is not None or reference.device is not None
-        store = self.store(self.load_reference() if elsewhere or policy is None else policy)
+        # otherwise the initial policy is the reference, and need not be loaded twice
+        separate = reference.model is not None or reference.device is not None
+        store = self.store(self.load_reference() if separate or policy is None else policy)
         store.fill()
         return store
 
     def store(self, reference: nn.Module) -> ReferenceStore:
-        """The store of the reference's log-probs of this run's pairs, filled or not."""
+        """Return the store of reference log-probs for this run's pairs, without filling it."""
         folder = self.config.reference.store
         return ReferenceStore(reference, self.used, folder=folder, reader=self.reader)
 
     def selector(self, reference: Reference, *, keep: float | None = None) -> Selector:
-        """The selector; with `keep`, one without a plan that keeps this share of any pool."""
+        """Return the selector of the plan, or with `keep` one that needs no plan.
+
+        Args:
+            reference: Log-probs of the reference.
+            keep: Share of any pool to keep, in (0, 1]; by default the schedule of the plan.
+        """
         selection = self.config.selection
         return Selector(
             self.score,
@@ -211,7 +219,13 @@ class Run:
     def loader(
         self, model: Any, reference: Reference, *, log: SelectionLog | None = None
     ) -> SelectiveLoader:
-        """The batches of the whole run, selected with this policy as it is by then."""
+        """Return the loader of the whole run; each interval is selected with the current policy.
+
+        Args:
+            model: The policy, which is trained between intervals.
+            reference: Log-probs of the reference.
+            log: Log to which selections are written.
+        """
         selector, seed = self.selector(reference), self.config.seed
         return SelectiveLoader(selector, self.timeline, self.pairs, model, seed=seed, log=log)
 
@@ -227,17 +241,20 @@ def build_loader(
     log: SelectionLog | None = None,
     show_progress: bool | None = None,
 ) -> SelectiveLoader:
-    """Selection as configured, for a trainer that has its own pairs, batch size and precision.
+    """Build the loader of a configuration for a trainer that sets pairs, batch size and precision.
 
     Args:
-        config: The description; of its training section only `epochs` is used.
-        pairs: The pairs to train on.
+        config: The configuration; of its `training` section only `epochs` is used.
+        pairs: Pairs to train on.
         model: The policy.
         reference: Log-probs of these pairs under the reference.
-        batch_size: Pairs per optimizer step over all processes.
-        mixed_precision: Autocast dtype of the trainer's updates.
-        log: Where decisions are written.
-        show_progress: False for no progress bar.
+        batch_size: Pairs per optimizer step, over all processes.
+        mixed_precision: Autocast dtype of the trainer's updates; None without autocast.
+        log: Log to which selections are written.
+        show_progress: False to hide progress bars.
+
+    Returns:
+        The loader, whose batches are rows of the dataset of `pairs`.
 
     Raises:
         ConfigError: If a setting does not fit the data.
@@ -245,18 +262,22 @@ def build_loader(
     update = {"batch_size": batch_size, "mixed_precision": DTYPE_NAMES[mixed_precision]}
     training = config.training.model_copy(update=update)
     config = config.model_copy(update={"training": training})
+    # the trainer has prepared the pairs, so nothing is read, split or held out here
     run = Run(config, pairs, pairs, show_progress=show_progress)
     return run.loader(model, reference, log=log)
 
 
 def spread(model: nn.Module, strategy: str) -> nn.Module:
-    """The policy as several processes hold it, by `training.strategy`; unchanged in one alone."""
+    """Shard or replicate the policy over processes, see `training.strategy`; no-op in one."""
     if Processes.all().size == 1:
         return model
     return shard(model) if strategy == "fsdp2" else DistributedDataParallel(model)
 
 
-def _strata(section: StrataSection, pairs: PreferenceDataset, count: int, seed: int) -> Int64Array:
+def _strata(
+    section: StrataSection, pairs: PreferenceDataset, num_strata: int, seed: int
+) -> Int64Array:
+    """Return the stratum of each pair, int64 [P]."""
     if section.by == "none":
         return np.zeros(len(pairs), dtype=np.int64)
     if section.by == "judge":
@@ -273,10 +294,11 @@ def _strata(section: StrataSection, pairs: PreferenceDataset, count: int, seed: 
                 "(strata.value); fix or drop these rows"
             ) from None
     strata = np.asarray(_column(pairs, section.stratum, "strata.stratum"))
-    for row in np.flatnonzero(~np.isin(strata, np.arange(count)))[:1]:
+    for row in np.flatnonzero(~np.isin(strata, np.arange(num_strata)))[:1]:
         raise ConfigError(
             f"strata.stratum: row {pairs.index[row]} is {strata[row]!r}, not a whole number from 0 "
-            f"to {count - 1}; selection.mix_start has {count} shares"
+            f"to {num_strata - 1}; selection.mix_start must have one share per stratum, and has "
+            f"{num_strata}"
         )
     return strata.astype(np.int64)
 
@@ -291,7 +313,8 @@ def _column(pairs: PreferenceDataset, name: str, setting: str) -> Any:
     return pairs.column(name)
 
 
-def _check_selects(timeline: Timeline) -> None:
+def _check_kept_counts(timeline: Timeline) -> None:
+    """Refuse a plan that keeps nothing of a pool; warn about one that keeps everything."""
     pools = timeline.plan.pools
     for k, (t, pool) in enumerate(zip(timeline.plan.progress, pools, strict=True)):
         planned = kept_count(timeline.keep(t), len(pool))
@@ -303,7 +326,6 @@ def _check_selects(timeline: Timeline) -> None:
     if timeline.total_kept == sum(map(len, pools)):
         warn(
             f"nothing is selected: the {len(pools)} pools are kept whole. With few pairs, lower "
-            "selection.refresh_steps, so that there are several pools; else lower "
-            "selection.keep_end",
+            "selection.refresh_steps to get more pools; otherwise lower selection.keep_end",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The sections of a configuration, setting by setting."""
+"""Sections of a configuration: every setting with its default and its meaning."""
 
 from typing import Annotated, Literal, Self
 
@@ -26,88 +26,87 @@ class ModelSection(Section):
     """The policy."""
 
     name: str | None = None
-    """A folder or a hub name."""
+    """Local folder or hub name."""
     revision: str | None = None
-    """Which revision of it on a hub."""
+    """Revision on the hub."""
     tokenizer: str | None = None
-    """A folder or a hub name; by default the model's own."""
+    """Local folder or hub name of the tokenizer; by default that of the model."""
     chat_template: str | None = None
-    """A file with a Jinja chat template, in place of the tokenizer's own."""
+    """File with a Jinja chat template that replaces the tokenizer's."""
     eos_token: str | None = None
-    """The token that ends a response, in place of the tokenizer's own."""
+    """Token that ends a response; by default the tokenizer's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto is the dtype they were saved in."""
+    """Dtype of the weights; auto keeps the one they were saved in."""
     device: Annotated[str, FREE] = "auto"
-    """Such as cuda, cuda:1 or cpu; auto is cuda where there is one."""
+    """Device, such as cuda, cuda:1 or cpu; auto is cuda if available, otherwise cpu."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Which implementation of attention; auto is the model's own choice."""
+    """Attention implementation; auto is the model's default."""
 
 
 class ReferenceSection(Section):
-    """The reference: a model whose log-probs are kept in the store, or a file of log-probs."""
+    """The reference model, whose log-probs are kept in the store, or a file of its log-probs."""
 
     model: str | None = None
-    """A folder or a hub name; by default the policy as it is before training."""
+    """Local folder or hub name; by default the policy before training."""
     revision: str | None = None
-    """Which revision of it on a hub."""
+    """Revision on the hub."""
     device: Annotated[str | None, FREE] = None
-    """Where it is measured; by default the policy's device."""
+    """Device on which it is measured; by default the policy's."""
     store: Annotated[str | None, FREE] = None
-    """The folder of the store; by default `reference` in the user's cache."""
+    """Folder of the store; by default `reference` in the user's cache."""
     file: str | None = None
-    """Log-probs computed elsewhere, instead of a model (Parquet, CSV or JSON Lines)."""
+    """Precomputed log-probs instead of a model (Parquet, CSV or JSON Lines)."""
     key: str = "pair_id"
-    """The column that names pairs in that file, and among the data's columns."""
+    """Column that identifies pairs, both in that file and in the data."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.file is not None and (self.model is not None or self.store is not None):
-            raise ValueError("a file replaces model and store; set one or the other")
+            raise ValueError("file replaces model and store; set file alone, or unset it")
         return self
 
 
 class DataSection(Section):
-    """The pairs."""
+    """The preference pairs."""
 
     path: str | None = None
-    """A file, a folder of files, or a hub name."""
+    """File, folder of files, or hub name."""
     split: str = "train"
-    """Which split of a hub's set."""
+    """Split of a hub dataset."""
     subset: str | None = None
-    """Which subset of a hub's set."""
+    """Subset of a hub dataset."""
     revision: str | None = None
-    """Which revision of a hub's set."""
+    """Revision of a hub dataset."""
     columns: dict[str, str] = Field(default={})
-    """Where fields have other names, ours to theirs,
-    as in `{prompt: question}`."""
+    """Names of fields in the data, by the names expected here, as in `{prompt: question}`."""
     max_length: Annotated[int, Field(ge=2)] = 32_768
-    """Tokens of prompt and response together; longer ones are cut at the end."""
+    """Maximum tokens of prompt and response together; longer sequences are cut at the end."""
     limit: Count | None = None
-    """Use the first so many usable pairs; by default all."""
+    """Number of pairs to use, the first usable ones; by default all."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the prompts kept apart for evaluation; 0 evaluates nothing."""
+    """Share of the prompts held out for evaluation; with 0 nothing is evaluated."""
     on_bad: OnBad = "set_aside"
-    """What to do with rows that cannot be used."""
+    """Unusable rows are set aside with a reason, or stop the run with an error."""
     num_workers: Annotated[int, Field(ge=0), FREE] = 0
-    """Processes that check and tokenise."""
+    """Worker processes that check and tokenise; 0 uses the main process."""
 
 
 class StrataSection(Section):
-    """The difficulty of pairs."""
+    """Difficulty strata of the pairs."""
 
     by: Literal["judge", "value", "stratum", "none"] = "judge"
-    """A judge's two labels (section 3.2); a number that is higher for easier pairs; a column that
-    holds the strata, 0 being the easiest; or no strata at all."""
+    """Source of the strata: two labels from a judge (section 3.2); a numeric value, higher for
+    easier pairs; a column of strata numbered from 0, the easiest; or none, for a single stratum."""
     clarity: str = "clarity"
-    """The column of the judge's high, medium or low."""
+    """Column with the judge's clarity: high, medium or low."""
     rejected_score: str = "rejected_score"
-    """The column of the judge's 1 to 5 for the rejected response."""
+    """Column with the judge's rating of the rejected response, 1 to 5."""
     value: str = "margin"
-    """The column of the number."""
+    """Column with the numeric value."""
     shares: tuple[Share, ...] = (0.65, 0.25, 0.10)
-    """Shares of the pairs at which the number is cut, the easiest stratum first."""
+    """Share of the pairs in each stratum made from the numeric value, the easiest first."""
     stratum: str = "stratum"
-    """The column that holds the strata."""
+    """Column with the number of the stratum."""
 
     @field_validator("shares")
     @classmethod
@@ -116,19 +115,18 @@ class StrataSection(Section):
 
 
 class SelectionSection(Section):
-    """Which pairs are kept: the score, the pools and the schedules."""
+    """Score, pools and schedules of the selection."""
 
     score: str = "sage"
-    """What ranks pairs, by its name;
-    one of your own as `module:function`."""
+    """Score that ranks pairs: a name, or `module:function` for a custom one."""
     eps: NotNegative = 1e-6
-    """Of Eq. 8."""
+    """Epsilon in Eq. 8."""
     length_norm: LengthNorm = "total"
-    """How Eq. 8 divides by the number of response tokens."""
+    """Normalisation by the number of response tokens in Eq. 8."""
     mix_start: tuple[Share, ...] = (0.90, 0.10, 0.00)
     """Shares of easy, medium and hard pairs in the first pool."""
     mix_end: tuple[Share, ...] = (0.40, 0.40, 0.20)
-    """The same in the last pool."""
+    """Shares of easy, medium and hard pairs in the last pool."""
     keep_start: Share = 1.0
     """Keep ratio of the first pool."""
     keep_end: Share = 0.4
@@ -136,15 +134,15 @@ class SelectionSection(Section):
     refresh_steps: Count = 25
     """Candidate batches per pool."""
     scope: Scope = "run"
-    """What a plan covers, the whole run, each epoch anew, or every pair once."""
+    """One plan for the whole run, a new plan for each epoch, or one that uses every pair once."""
     progress: ProgressRule = "inclusive"
-    """Progress of pool k of K, (k - 1) / (K - 1), or k / K as printed in the paper."""
+    """Progress of pool k of K: (k - 1) / (K - 1), or k / K as printed in the paper."""
     on_infeasible: OnInfeasible = "rebalance"
-    """What to do where the data cannot follow the mix."""
+    """If the data cannot follow the mix, come as close as possible or stop with an error."""
     multiple: Count = 1
     """Kept counts are rounded down to a multiple of this."""
     no_signal: NoSignal = "hash"
-    """What is kept where the rewards are all alike, any at random, or by the score all the same."""
+    """Selection if all rewards of a pool agree up to rounding: random, or still by the score."""
 
     @field_validator("score")
     @classmethod
@@ -167,32 +165,31 @@ class SelectionSection(Section):
 
 
 class ScoringSection(Section):
-    """How log-probs are measured, under the policy and the reference alike."""
+    """Measurement of log-probs, the same for policy and reference."""
 
     max_batch_tokens: Annotated[Count, FREE] = 16_384
-    """Tokens of one forward pass; what does not fit in memory is halved."""
+    """Tokens per forward pass; a batch that does not fit in memory is split in half."""
     impl: Annotated[Literal["auto", "chunked", "fused"], LATER] = "auto"
-    """What computes the head's log-probs: by blocks of the vocabulary in PyTorch,
-    or fused in Triton on a GPU; auto is chunked. Training follows."""
+    """Log-probs from the output head: in PyTorch by blocks of the vocabulary, or fused in Triton
+    on a GPU; auto is chunked. Also used in training."""
     layout: Annotated[Layout, FREE] = "auto"
-    """Sequences end to end without padding,
-    or padded to the longest; auto packs where that is exact. Training follows."""
+    """Sequences packed end to end without padding, or padded to the longest; auto packs if that is
+    exact. Also used in training."""
 
 
 class TrainingSection(UpdateSettings):
-    """How to train."""
+    """Training on the kept pairs."""
 
     loss: str = "nca"
-    """What pairs are trained on, by its name;
-    one of your own as `module:function`."""
+    """Loss to train on: a name, or `module:function` for a custom one."""
     epochs: Count = 3
-    """Traversals of the data."""
+    """Passes over the data."""
     batch_size: Count = 16
     """Pairs per optimizer step, over all processes."""
     mixed_precision: Literal["none", "bfloat16"] = "none"
-    """Autocast dtype of the body; the head, the loss and the sums stay in fp32 or wider."""
+    """Autocast dtype of the model's body; head, loss and sums stay in fp32 or wider."""
     strategy: Annotated[Literal["fsdp2", "ddp"], FREE] = "fsdp2"
-    """How several processes hold the policy: sharded over them, or replicated in each."""
+    """Distribution of the policy over processes: sharded (fsdp2) or replicated (ddp)."""
 
     @field_validator("loss")
     @classmethod
@@ -204,20 +201,21 @@ class TrainingSection(UpdateSettings):
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} is larger than batch_size "
-                f"{self.batch_size}; make it at most that"
+                f"{self.batch_size}; set it to {self.batch_size} or less"
             )
         return self
 
 
 def _checked_shares(shares: tuple[float, ...]) -> tuple[float, ...]:
     if abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"shares must sum to 1, these sum to {sum(shares):g}")
+        raise ValueError(f"shares must sum to 1, but these sum to {sum(shares):g}")
     return shares
 
 
-def _named_function(name: str, known: list[str]) -> str:
-    if name not in known and ":" not in name:
+def _named_function(name: str, names: list[str]) -> str:
+    # a custom function is imported later: reading a configuration must not run the user's code
+    if name not in names and ":" not in name:
         raise ValueError(
-            unknown_name(name, known, "function") + "; one of your own is 'module:function'"
+            unknown_name(name, names, "function") + "; write 'module:function' for a custom one"
         )
     return name

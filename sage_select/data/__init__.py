@@ -1,1 +1,1 @@
-"""From any file or table to tokenised pairs with stable ids, and out again."""
+"""Read files and tables into tokenised pairs with stable ids, and export selected pairs."""

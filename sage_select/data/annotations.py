@@ -1,4 +1,4 @@
-"""Annotations: columns of any values, stored under one type without losing any of them."""
+"""Annotations: input columns of any values, each stored as one type without losing a value."""
 
 import json
 from collections.abc import Iterable
@@ -8,53 +8,55 @@ import polars as pl
 
 from sage_select.data.records import TEXT_FIELDS, TOKEN_FIELDS
 
-INPUT = "input."  # what the names of annotation columns start with
-
-
-INPUT_AS_JSON = "json."  # the same of those whose values have no common type: they are JSON text
+# Prefixes of annotation columns in the tables: values of one type, and values without a common
+# type, which are stored as JSON text
+VALUE_PREFIX = "input."
+JSON_PREFIX = "json."
 
 
 def annotation_series(rows: list[dict[str, Any]]) -> list[pl.Series]:
-    ours = {*TEXT_FIELDS, *TOKEN_FIELDS}
-    names = dict.fromkeys(name for row in rows for name in row if name not in ours)
+    """Return one series per input field that does not become tokens."""
+    tokenised_fields = {*TEXT_FIELDS, *TOKEN_FIELDS}
+    names = dict.fromkeys(name for row in rows for name in row if name not in tokenised_fields)
     return [_series(str(name), [row.get(name) for row in rows]) for name in names]
 
 
 def _series(name: str, values: list[Any]) -> pl.Series:
-    kinds = {type(value) for value in values if value is not None}
-    mixed = kinds == {int, float} and all(map(_is_exact, values))
+    types = {type(value) for value in values if value is not None}
+    # polars refuses integers among floats in strict mode; as float64 these lose nothing
+    mixed = types == {int, float} and all(map(_is_exact, values))
     try:
         series = pl.Series(
-            f"{INPUT}{name}", values, dtype=pl.Float64 if mixed else None, strict=not mixed
+            f"{VALUE_PREFIX}{name}", values, dtype=pl.Float64 if mixed else None, strict=not mixed
         )
     except (TypeError, OverflowError, UnicodeError, pl.exceptions.PolarsError):
         return _json_series(name, values)
     if series.dtype in (pl.Object, pl.Int128):
         return _json_series(name, values)
-    # of lists and records the first few decide the type, and what does not fit it is lost
+    # polars infers a nested type from the first few values and drops what does not fit it
     if series.dtype.is_nested() and series.to_list() != values:
         return _json_series(name, values)
     return series
 
 
 def _is_exact(value: Any) -> bool:
-    """Whether a number is the same as a 64-bit float."""
+    """Return whether float64 represents a number exactly."""
     return not isinstance(value, int) or abs(value) <= 1 << 53
 
 
 def _json_series(name: str, values: list[Any]) -> pl.Series:
-    return pl.Series(f"{INPUT_AS_JSON}{name}", as_json(values), dtype=pl.String)
+    return pl.Series(f"{JSON_PREFIX}{name}", as_json(values), dtype=pl.String)
 
 
 def as_json(values: Iterable[Any]) -> list[str | None]:
-    """Values as JSON text, and None as None."""
+    """Return values as JSON text, with None kept as None."""
     return [None if value is None else json.dumps(value, default=str) for value in values]
 
 
 def concatenated(name: str, parts: list[pl.Series], are_json: list[bool]) -> pl.Series:
-    """Parts of a column; where they have no common type, their values as JSON text."""
-    kinds = {part.dtype for part in parts if part.dtype != pl.Null}
-    common = _common_type(kinds, parts) if not any(are_json) else None
+    """Return the parts of a column as one series, of JSON text if they have no common type."""
+    types = {part.dtype for part in parts if part.dtype != pl.Null}
+    common = _common_type(types, parts) if not any(are_json) else None
     if common is None:
         common = pl.String()
         parts = [
@@ -64,19 +66,20 @@ def concatenated(name: str, parts: list[pl.Series], are_json: list[bool]) -> pl.
     return pl.concat([part.cast(common) for part in parts]).rename(name)
 
 
-def _common_type(kinds: set[pl.DataType], parts: list[pl.Series]) -> pl.DataType | None:
-    """A type that all values have without losing anything, if there is one."""
-    if len(kinds) <= 1:
-        return next(iter(kinds), pl.Null())
-    if not all(kind.is_numeric() for kind in kinds):
+def _common_type(types: set[pl.DataType], parts: list[pl.Series]) -> pl.DataType | None:
+    """Return a type that holds all values exactly, or None if there is none."""
+    if len(types) <= 1:
+        return next(iter(types), pl.Null())
+    if not all(dtype.is_numeric() for dtype in types):
         return None
+    # the values decide, not their types: a small int64 fits float64, a large one does not
     extremes: list[Any] = [0]
     for part in parts:
         if part.dtype.is_integer() and part.null_count() < len(part):
             extremes += [part.min(), part.max()]
-    least, most = min(extremes), max(extremes)
-    if all(kind.is_integer() for kind in kinds):
-        if most < 1 << 63:
+    lowest, highest = min(extremes), max(extremes)
+    if all(dtype.is_integer() for dtype in types):
+        if highest < 1 << 63:
             return pl.Int64()
-        return pl.UInt64() if least >= 0 else None
-    return pl.Float64() if max(most, -least) <= 1 << 53 else None
+        return pl.UInt64() if lowest >= 0 else None
+    return pl.Float64() if max(highest, -lowest) <= 1 << 53 else None

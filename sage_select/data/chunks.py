@@ -1,4 +1,4 @@
-"""Chunks: some thousand records each, tokenised once and cached under a hash of their content."""
+"""Chunks of a few thousand records, tokenised once and cached under a hash of their content."""
 
 import hashlib
 import json
@@ -19,13 +19,12 @@ from sage_select.data.tokenizers import writes_the_date
 from sage_select.system.files import mark_as_used, partial_path, replace_durably
 from sage_select.system.progress_bars import progress_bar
 
-FORMAT = 2  # of the tables; a change of what they hold or mean needs a new number
+# Part of every cache name: increase it when the content or the meaning of the tables changes
+TABLE_VERSION = 3
 
-
+# A chunk ends at the first of these limits; bytes are those of the records as JSON
 CHUNK_ROWS = 4096
-
-
-CHUNK_BYTES = 1 << 25  # of records as JSON, whichever comes first
+CHUNK_BYTES = 1 << 25
 
 
 def tokenised(
@@ -39,36 +38,36 @@ def tokenised(
     total: int | None = None,
     show_progress: bool | None = None,
 ) -> Iterator[tuple[str, pa.Table]]:
-    """Chunks of records as tables of tokens, each with the name it has in the cache.
+    """Yield chunks of records as tables of tokens, each with its name in the cache.
 
     A table has one row per usable pair: `pair_id`, `prompt_id`, `row` (in the chunk), `truncated`,
-    `prompt`, `chosen`, `rejected` (lists of tokens), `between` (lists of them), `scores`, and the
-    annotations as `input.*` or `json.*`. Its metadata says how many records the chunk had, and
-    which were set aside for what reason.
+    `prompt`, `chosen`, `rejected` (lists of tokens), `between` (a list of such lists), `scores`,
+    and the annotations as `input.*` or `json.*`. Its metadata holds the number of records in the
+    chunk, and the rows that were set aside, with their reasons.
 
     Args:
         records: The records.
-        tokenizer: The model's own.
-        max_length: Tokens of prompt and response together.
+        tokenizer: The model's tokenizer.
+        max_length: Maximum number of tokens in prompt and response together.
         identity: Fingerprint of the tokenizer, part of a chunk's name.
         cache: Folder of the tables, which are then memory-mapped; None keeps them in memory.
-        num_workers: Processes that check and tokenise chunks; 0 does it here, where the
-            tokenizer's own threads are all that is parallel.
-        total: Number of records, where it is known.
-        show_progress: False for no bar.
+        num_workers: Processes that check and tokenise chunks; with 0 this process does it, and
+            only the tokenizer's threads run in parallel.
+        total: Number of records, if known.
+        show_progress: False to hide the progress bar.
     """
     if writes_the_date(tokenizer):
         warn(
             "PreferenceDataset: the tokenizer's chat template writes today's date into every "
-            "prompt (strftime_now), so tokens, log-probs and caches are others tomorrow; "
-            "set tokenizer.chat_template to one with a fixed date",
+            "prompt (strftime_now), so tokens, log-probs and caches change every day; "
+            "set tokenizer.chat_template to a template with a fixed date",
             stacklevel=2,
         )
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
     with progress_bar(total, "tokenising", "rows", show=show_progress) as bar:
         for name, size, table in _in_order(
-            _chunks(records, f"{FORMAT} {identity} {max_length}"),
+            _chunks(records, f"{TABLE_VERSION} {identity} {max_length}"),
             _ChunkMaker(tokenizer, max_length, cache),
             num_workers,
         ):
@@ -77,60 +76,62 @@ def tokenised(
 
 
 def read_table(path: Path) -> pa.Table:
-    """A table of tokens, memory-mapped: what is not looked at takes no memory."""
+    """Memory-map a table of tokens: only the pages that are read take memory."""
     mark_as_used(path)
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 
 
 def chunk_path(cache: Path, name: str) -> Path:
-    """Where a chunk's table stands in the cache."""
+    """Return the path of a chunk's table in the cache."""
     return cache / f"{name}.arrow"
 
 
 class _Chunk(NamedTuple):
-    name: str | None  # None where an annotation has no plain value, so that content has no name
+    name: str | None  # None if a value has no JSON form: the content cannot be hashed or cached
     rows: list[Any]
 
 
 def _chunks(records: Iterable[Any], settings: str) -> Iterator[_Chunk]:
-    """Records in chunks that are cut by their own content, hence the same on every reading."""
+    """Yield chunks of records, cut by their content alone and so equal on every read."""
     rows: list[Any] = []
-    size, name = 0, _Name(settings)
+    size, content_hash = 0, _ContentHash(settings)
     for record in records:
         rows.append(record)
-        size += name.add(record)
+        size += content_hash.add(record)
         if len(rows) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield _Chunk(name.finish(), rows)
-            rows, size, name = [], 0, _Name(settings)
+            yield _Chunk(content_hash.name(), rows)
+            rows, size, content_hash = [], 0, _ContentHash(settings)
     if rows:
-        yield _Chunk(name.finish(), rows)
+        yield _Chunk(content_hash.name(), rows)
 
 
-class _Name:
-    """The name of a chunk: a hash of its records and of all that makes tokens of them."""
+class _ContentHash:
+    """Hash of a chunk's records and of all settings that decide their tokens."""
 
     def __init__(self, settings: str) -> None:
         self._hash = hashlib.blake2b(settings.encode(), digest_size=16)
-        self._plain = True
+        self._hashable = True
 
     def add(self, record: Any) -> int:
-        """Take a record in, and return its size in bytes."""
+        """Add a record to the hash and return its size in bytes."""
         try:
-            text = json.dumps(record, default=_plain).encode()
+            text = json.dumps(record, default=_as_json_value).encode()
         except TypeError:
-            self._plain = False
-            return 1000
+            self._hashable = False
+            return 1000  # a guess: only the chunk's size depends on it
+        # the length separates records: differently divided texts must not have equal hashes
         self._hash.update(len(text).to_bytes(8, "little"))
         self._hash.update(text)
         return len(text)
 
-    def finish(self) -> str | None:
-        return self._hash.hexdigest() if self._plain else None
+    def name(self) -> str | None:
+        """Return the chunk's name, or None if a record could not be hashed."""
+        return self._hash.hexdigest() if self._hashable else None
 
 
-def _plain(value: Any) -> Any:
-    """Text for the values of tables that JSON does not know; a TypeError for all else."""
+def _as_json_value(value: Any) -> Any:
+    """Return a JSON form of table values that JSON lacks; raise TypeError for anything else."""
     if isinstance(value, date | datetime | time | timedelta | Decimal | bytes):
         return repr(value)
     if hasattr(value, "tolist"):
@@ -139,25 +140,25 @@ def _plain(value: Any) -> Any:
 
 
 class _ChunkMaker:
-    """Makes the table of a chunk; picklable, so that it can be done in another process."""
+    """Maker of chunk tables, picklable so that worker processes can use it."""
 
     def __init__(self, tokenizer: Any, max_length: int, cache: Path | None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.cache = cache
 
-    def known(self, chunk: _Chunk) -> pa.Table | None:
-        """The table, where it is in the cache."""
+    def cached(self, chunk: _Chunk) -> pa.Table | None:
+        """Return the table from the cache, or None if it is not there or not readable."""
         if self.cache is None or chunk.name is None:
             return None
         path = chunk_path(self.cache, chunk.name)
         try:
             return read_table(path) if path.exists() else None
         except (pa.ArrowException, OSError):
-            return None  # what a failing disk has spoiled is made again
+            return None  # a damaged file is made again
 
     def make(self, chunk: _Chunk) -> pa.Table:
-        """The table, made, and put into the cache where there is one."""
+        """Make the table, and write it to the cache if there is one."""
         table = make_table(chunk.rows, self.tokenizer, self.max_length)
         if self.cache is None or chunk.name is None:
             return table
@@ -172,7 +173,7 @@ class _ChunkMaker:
             replace_durably(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            warn(f"tokens stay in memory, since {path} cannot be written: {error}", stacklevel=2)
+            warn(f"tokens stay in memory, because {path} cannot be written: {error}", stacklevel=2)
             return table
         return read_table(path)
 
@@ -185,35 +186,40 @@ def _start_worker(maker: _ChunkMaker) -> None:
     _worker_maker = maker
 
 
-def _work(chunk: _Chunk) -> pa.Table | None:
+def _make_in_worker(chunk: _Chunk) -> pa.Table | None:
+    """Make a chunk's table; return it only if it is not in the cache."""
     assert _worker_maker is not None
     table = _worker_maker.make(chunk)
-    return table if _worker_maker.known(chunk) is None else None  # the parent maps the file itself
+    # the parent memory-maps the cached file: cheaper than sending the table between processes
+    return table if _worker_maker.cached(chunk) is None else None
 
 
 def _in_order(
     chunks: Iterator[_Chunk], maker: _ChunkMaker, num_workers: int
 ) -> Iterator[tuple[str, int, pa.Table]]:
-    def finished(chunk: _Chunk, future: "Future[pa.Table | None] | None") -> pa.Table:
-        for table in (future.result() if future is not None else None, maker.known(chunk)):
+    """Yield the name, size and table of each chunk, in the order of the input."""
+
+    def table_of(chunk: _Chunk, future: "Future[pa.Table | None] | None") -> pa.Table:
+        for table in (future.result() if future is not None else None, maker.cached(chunk)):
             if table is not None:
                 return table
         return maker.make(chunk)
 
     if num_workers == 0:
         for chunk in chunks:
-            yield chunk.name or "", len(chunk.rows), finished(chunk, None)
+            yield chunk.name or "", len(chunk.rows), table_of(chunk, None)
         return
     waiting: deque[tuple[_Chunk, Future[pa.Table | None] | None]] = deque()
-    # processes are spawned: a fork would copy locks that the threads of other libraries hold
+    # spawned, not forked: a fork would copy locks held by threads of other libraries
     with ProcessPoolExecutor(
         num_workers, get_context("spawn"), initializer=_start_worker, initargs=(maker,)
     ) as pool:
         for chunk in chunks:
-            known = maker.known(chunk) is not None
-            waiting.append((chunk, None if known else pool.submit(_work, chunk)))
+            is_cached = maker.cached(chunk) is not None
+            waiting.append((chunk, None if is_cached else pool.submit(_make_in_worker, chunk)))
+            # a bounded queue: keeps the workers busy without holding the whole source in memory
             if len(waiting) > 2 * num_workers:
                 chunk, future = waiting.popleft()
-                yield chunk.name or "", len(chunk.rows), finished(chunk, future)
+                yield chunk.name or "", len(chunk.rows), table_of(chunk, future)
         for chunk, future in waiting:
-            yield chunk.name or "", len(chunk.rows), finished(chunk, future)
+            yield chunk.name or "", len(chunk.rows), table_of(chunk, future)

@@ -1,4 +1,4 @@
-"""Preference pairs on disk and in memory: read, checked, tokenised once, known by content."""
+"""Preference pairs from files or memory: checked, tokenised once, identified by content."""
 
 from collections import Counter
 from collections.abc import Mapping, Sized
@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from sage_select.arrays import Float64Array, Int64Array, checked_rows
-from sage_select.data.chunks import CHUNK_ROWS, FORMAT, tokenised
+from sage_select.data.chunks import CHUNK_ROWS, TABLE_VERSION, tokenised
 from sage_select.data.pair_table import PairTable, TokenSequence, join_tables
 from sage_select.data.records import TOKEN_FIELDS
 from sage_select.data.sources import iterate_records, read_records, rename, source_files
@@ -27,15 +27,16 @@ OnBad = Literal["set_aside", "error"]
 
 @dataclass(frozen=True, eq=False)
 class PreferenceDataset:
-    """Usable preference pairs, tokenised, with their annotations; or some rows of such a set.
+    """Tokenised preference pairs with their annotations, or a view of some of their rows.
 
-    A pair's row number is its position among the usable pairs, and stays the same in every view
-    that `take` returns. Its `pair_id` is a hash of its text, the same in any file and any order.
+    A pair's row number is its position among the usable pairs; views made by `take` keep it.
+    Its `pair_id` is a hash of its text, so it does not depend on the file or the order of rows.
 
     Attributes:
-        index: int64 [P], the dataset rows in this view.
-        set_aside: Rows that cannot be used: `source_row` and `reason`.
-        max_length: Tokens of prompt and response together; longer ones were cut at the end.
+        index: int64 [P], row numbers of the pairs in this view.
+        set_aside: Rows that cannot be used, with columns `source_row` and `reason`.
+        max_length: Maximum number of tokens in prompt and response together; longer sequences were
+            cut at the end.
 
     Example:
         >>> from transformers import AutoTokenizer  # doctest: +SKIP
@@ -68,33 +69,36 @@ class PreferenceDataset:
     ) -> "PreferenceDataset":
         """Read a file of pairs, a folder of such files, or a dataset on a hub.
 
-        Files are JSON Lines (`.jsonl`, `.ndjson`), JSON, CSV or TSV, all of them also with `.gz`,
-        Parquet and Arrow. JSON Lines, Parquet and Arrow are read bit by bit; their tokens are kept
-        in the cache, memory-mapped, so that a set larger than memory can be used and is tokenised
-        once. A changed file, tokenizer, chat template or `max_length` is tokenised anew, and so
-        much of it only as has changed.
+        Files are JSON Lines (`.jsonl`, `.ndjson`), JSON, CSV or TSV, each also with `.gz`, Parquet
+        or Arrow. JSON Lines, Parquet and Arrow are streamed in chunks, never loaded whole. Tokens
+        are kept in the cache and memory-mapped, so a dataset larger than memory can be used and is
+        tokenised once. A changed tokenizer, chat template or `max_length` tokenises all of it
+        again, a changed file only the chunks that changed.
 
         Args:
             path: A file, a folder, a folder written by `datasets`, or a hub name "org/set".
-            tokenizer: The model's own tokenizer, with its chat template for conversational pairs.
-            max_length: Tokens of prompt and response together, at least 2.
-            on_bad: "set_aside" keeps unusable rows apart, with their reasons; "error" refuses them.
-            columns: Where fields have other names, `{ours: theirs}`: `{"prompt": "question"}`.
-            split: Which split of a hub's set.
-            subset: Which subset (configuration) of a hub's set.
-            revision: Which revision of a hub's set.
-            cache: Folder of the tokens; by default `tokens` in the user's cache.
+            tokenizer: The model's tokenizer, with its chat template for conversational pairs.
+            max_length: Maximum number of tokens in prompt and response together, at least 2.
+            on_bad: "set_aside" lists unusable rows in `set_aside`, with reasons; "error" raises.
+            columns: Fields that have other names in the file, as `{field: column}`:
+                `{"prompt": "question"}`.
+            split: Split of a hub dataset, or of one saved by `datasets`.
+            subset: Subset (configuration) of a hub dataset.
+            revision: Revision of a hub dataset.
+            cache: Folder of the tokens; by default `tokens` in the user's cache folder.
             num_workers: Processes that check and tokenise, for chat templates and tokenizers that
                 are slow in Python; a script that uses them needs `if __name__ == "__main__":`.
-            show_progress: False for no progress bar.
+            show_progress: False to hide the progress bar.
 
         Raises:
-            FileNotFoundError: If there is no such file, and no such set on a hub.
-            ValueError: If its kind is unknown, or no pair in it can be used.
+            FileNotFoundError: If there is neither such a file nor such a dataset on a hub.
+            ValueError: If the file format is unknown, no pair can be used, or, with
+                `on_bad="error"`, a row cannot be used.
         """
         _check_options(max_length, on_bad, num_workers)
         records = read_records(
             path,
+            # a prompt of digits stays text, also under another column name
             text=frozenset((columns or {}).values()),
             split=split,
             subset=subset,
@@ -103,7 +107,8 @@ class PreferenceDataset:
         identity = tokenizer_digest(tokenizer)
         folder = writable_folder(Path(cache) if cache is not None else tokens_folder())
         files = source_files(Path(path)) if Path(path).exists() else []
-        manifest = Manifest.of(folder, files, [FORMAT, identity, max_length, columns])
+        manifest = Manifest.of(folder, files, [TABLE_VERSION, identity, max_length, columns])
+        # unchanged files are not parsed again: their manifest names the chunks in the cache
         chunks = manifest.read() if manifest is not None else None
         if chunks is None:
             chunks = list(
@@ -119,7 +124,7 @@ class PreferenceDataset:
             )
             if manifest is not None:
                 manifest.write([name for name, _ in chunks])
-        return cls._of([table for _, table in chunks], max_length, on_bad, str(path))
+        return cls._from_tables([table for _, table in chunks], max_length, on_bad, str(path))
 
     @classmethod
     def from_records(
@@ -136,31 +141,31 @@ class PreferenceDataset:
     ) -> "PreferenceDataset":
         """Take pairs from a list of dicts, a polars, pandas or Arrow table, or `datasets.Dataset`.
 
-        Each record has `chosen` and `rejected`, and `prompt` or not: where it is missing, the
-        prompt is what both responses start with. All three are strings, or lists of messages
-        `{"role", "content"}`, to which the tokenizer's chat template is applied. The shapes of
-        sharegpt, Alpaca and UltraFeedback are known as well, and records with more than two
-        `responses` with `scores` or `ranks` (see the documentation of data formats). Other fields
+        Each record has `chosen`, `rejected` and optionally `prompt`: without it, the common start
+        of both responses is the prompt. All three are strings, or lists of messages
+        `{"role", "content"}`, to which the tokenizer's chat template is applied. The formats of
+        ShareGPT, Alpaca and UltraFeedback are accepted as well, and records with more than two
+        `responses` and their `scores` or `ranks` (see the page on data formats). Other fields
         become annotations.
 
-        Tokens: prompt and response are tokenised together and split where the prompt's own tokens
-        end. A plain response ends with the tokenizer's end token; a conversational one ends as its
-        template ends it. Sequences longer than `max_length` are cut at the end. Response tokens are
-        counted after that, and this one count serves log-probs and L (Eq. 8) alike.
+        Prompt and response are tokenised together and split where the prompt's tokens end. A plain
+        response ends with the tokenizer's end token, a conversational one as its template ends it.
+        Sequences longer than `max_length` are cut at the end. Response tokens are counted after
+        that; log-probs and L (Eq. 8) both use this count.
 
         Args:
             records: The pairs.
-            tokenizer: The model's own tokenizer.
-            max_length: Tokens of prompt and response together, at least 2.
-            on_bad: "set_aside" keeps unusable rows apart, with their reasons; "error" refuses them.
-            columns: Where fields have other names, `{ours: theirs}`.
+            tokenizer: The model's tokenizer.
+            max_length: Maximum number of tokens in prompt and response together, at least 2.
+            on_bad: "set_aside" lists unusable rows in `set_aside`, with reasons; "error" raises.
+            columns: Fields that have other names in the records, as `{field: column}`.
             cache: Folder of the tokens, memory-mapped; by default they stay in memory.
             num_workers: Processes that check and tokenise, see `read`.
-            show_progress: False for no progress bar.
+            show_progress: False to hide the progress bar.
 
         Raises:
-            TypeError: If the records are of no known kind.
-            ValueError: If no pair can be used, or, with `on_bad="error"`, if one cannot.
+            TypeError: If the records are not one of these types.
+            ValueError: If no pair can be used, or, with `on_bad="error"`, a row cannot be used.
         """
         _check_options(max_length, on_bad, num_workers)
         rows = iterate_records(records)
@@ -168,30 +173,37 @@ class PreferenceDataset:
             rows if columns is None else rename(rows, columns),
             tokenizer,
             max_length,
+            # the fingerprint serialises the whole vocabulary, and only cache names need it
             identity=tokenizer_digest(tokenizer) if cache is not None else "",
             cache=Path(cache) if cache is not None else None,
             num_workers=num_workers,
             total=len(records) if isinstance(records, Sized) else None,
             show_progress=show_progress,
         )
-        return cls._of([table for _, table in chunks], max_length, on_bad, "what was given")
+        return cls._from_tables([table for _, table in chunks], max_length, on_bad, "the records")
 
     @classmethod
     def from_tokens(
         cls, records: Any, *, max_length: int, on_bad: OnBad = "set_aside"
     ) -> "PreferenceDataset":
-        """Take pairs that a trainer has tokenised, so that what is scored is what it trains on.
+        """Take pairs that a trainer has tokenised, to score exactly the tokens it trains on.
 
         Args:
             records: As for `from_records`, with the fields `prompt_ids`, `chosen_ids` and
-                `rejected_ids`, lists of tokens. Other fields become annotations, `pair_id` among
-                them the stable id; without it that is a hash of the text, if it is still there, or
-                of the tokens.
-            max_length: Tokens of prompt and response together; longer ones are cut at the end.
-            on_bad: "set_aside" keeps unusable rows apart, with their reasons; "error" refuses them.
+                `rejected_ids`, lists of tokens. `pair_id`, if present, is the stable id; without it
+                the id is a hash of the text, if the records still have it, or of the tokens. Other
+                fields become annotations.
+            max_length: Maximum number of tokens in prompt and response together; longer sequences
+                are cut at the end.
+            on_bad: "set_aside" lists unusable rows in `set_aside`, with reasons; "error" raises.
 
         Returns:
-            The pairs; `column("source_row")` says which row of the records each one was.
+            The pairs; `column("source_row")` holds the row of the records that each came from.
+
+        Raises:
+            TypeError: If the records are not of a type that `from_records` takes.
+            ValueError: If a field is missing, no pair can be used, or, with `on_bad="error"`, a row
+                cannot be used.
 
         Example:
             >>> row = {"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1]}
@@ -208,11 +220,11 @@ class PreferenceDataset:
                     "they have " + ", ".join(chunk[0])
                 )
             tables.append(table_of_tokens(chunk, max_length))
-        return cls._of(tables, max_length, on_bad, "what was given")
+        return cls._from_tables(tables, max_length, on_bad, "the records")
 
     @classmethod
-    def _of(
-        cls, tables: list[pa.Table], max_length: int, on_bad: OnBad, place: str
+    def _from_tables(
+        cls, tables: list[pa.Table], max_length: int, on_bad: OnBad, source: str
     ) -> "PreferenceDataset":
         pairs, set_aside = join_tables(tables)
         total = len(pairs) + set_aside.height
@@ -220,21 +232,22 @@ class PreferenceDataset:
             number, reason = set_aside.row(0)
             raise ValueError(
                 f"PreferenceDataset: {set_aside.height} of {total} rows cannot be used, the first "
-                f"is row {number}: {reason}; mend them, or pass on_bad='set_aside'"
+                f"is row {number}: {reason}; fix them, or pass on_bad='set_aside'"
             )
         if total == 0:
-            raise ValueError(f"PreferenceDataset: there are no rows in {place}")
+            raise ValueError(f"PreferenceDataset: there are no rows in {source}")
         if len(pairs) == 0:
             fields = ", ".join(fields_of(tables[0])) or "none"
             reasons = dict(Counter(set_aside["reason"].to_list()).most_common())
-            cut = all("truncation" in reason for reason in reasons)
+            # rows that fail for their length alone are fixed by max_length, not by columns
+            all_truncated = all("truncation" in reason for reason in reasons)
             raise ValueError(
                 f"PreferenceDataset: none of the {total} rows can be used: {reasons}; "
                 + (
-                    f"raise max_length (data.max_length in a configuration), it is {max_length}"
-                    if cut
+                    f"raise max_length (data.max_length in a configuration), now {max_length}"
+                    if all_truncated
                     else f"the first has the fields {fields}; columns={{'prompt': ...}} "
-                    "(data.columns in a configuration) says where ours have other names"
+                    "(data.columns in a configuration) maps fields that have other names"
                 )
             )
         return cls(np.arange(len(pairs)), set_aside, max_length, pairs)
@@ -250,75 +263,98 @@ class PreferenceDataset:
 
     @property
     def annotations(self) -> pl.DataFrame:
-        """One row per pair of the whole set: `pair_id`, `prompt_id`, `source_row` (its row in what
-        was read), `truncated` (whether a response was cut) and every other column of the input."""
+        """One row per pair of the whole dataset, not only of this view: `pair_id`, `prompt_id`,
+        `source_row` (row in the source), `truncated` (if a response was cut) and every input column
+        that does not become tokens."""
         return self._pairs.annotations
 
     @property
     def columns(self) -> list[str]:
-        """The names of the annotations."""
+        """Names of the annotations."""
         return self._pairs.columns
 
     def column(self, name: str) -> pl.Series:
-        """[P], an annotation of each pair in this view."""
+        """Return an annotation of each pair in this view, [P].
+
+        Raises:
+            KeyError: If there is no such annotation.
+        """
         if name not in self.columns:
             raise KeyError(f"PreferenceDataset: no column {name!r}; there are {self.columns}")
         return self._pairs.column(name)[self.index]
 
     @property
     def ids(self) -> npt.NDArray[np.str_]:
-        """[P], the stable id of each pair in this view."""
+        """Stable id of each pair in this view, [P]."""
         return self.column("pair_id").to_numpy().astype(np.str_)
 
     @property
     def chosen_tokens(self) -> Int64Array:
-        """int64 [P], response tokens of the chosen side, after truncation, end token counted."""
+        """Number of chosen response tokens, after truncation and with the end token, int64 [P]."""
         return self._pairs.lengths("chosen")[self.index]
 
     @property
     def rejected_tokens(self) -> Int64Array:
-        """int64 [P], the same of the rejected side."""
+        """Number of rejected response tokens, counted like `chosen_tokens`, int64 [P]."""
         return self._pairs.lengths("rejected")[self.index]
 
     @property
     def num_tokens(self) -> Int64Array:
-        """int64 [P], tokens of both sequences of a pair: what a forward pass has to read."""
+        """Number of tokens in both sequences of a pair, prompts included, int64 [P]."""
         chosen, rejected = self.sequence_lengths.reshape(2, -1)
         return chosen + rejected
 
     @property
     def num_responses(self) -> Int64Array:
-        """int64 [P], responses of each row: 2, or more where the records ranked more."""
+        """Number of responses of each row, int64 [P]: 2, or more if the record ranks more."""
         return 2 + self._pairs.lengths("between")[self.index]
 
     @property
     def response_scores(self) -> Float64Array:
-        """float64 [P, K], the scores the records gave to K responses, the best first.
+        """Scores of the K responses in the records, best first, float64 [P, K].
 
         Raises:
-            ValueError: If rows have different numbers of responses, or none were scored.
+            ValueError: If rows have different numbers of responses, or a row has no scores.
         """
-        self._check_same_number("response_scores")
+        self._check_equal_num_responses("response_scores")
         scores = self._pairs.scores()[self.index]
         if scores.null_count():
             raise ValueError(
-                "PreferenceDataset.response_scores: the records rank their responses but have no "
+                "PreferenceDataset.response_scores: some records rank their responses but have no "
                 "scores; give each record a list `scores`, higher is better"
             )
         return np.array(scores.to_list(), dtype=np.float64).reshape(len(self), -1)
 
     def take(self, rows: npt.ArrayLike) -> "PreferenceDataset":
-        """A view of these dataset rows, in this order; row numbers keep their meaning."""
+        """Return a view of these rows, in this order; pairs keep their row numbers.
+
+        Args:
+            rows: [P] row numbers, as in `index`.
+
+        Raises:
+            TypeError: If the rows are not whole numbers.
+            ValueError: If the rows are not one-dimensional.
+            IndexError: If a row does not exist.
+        """
         index = checked_rows(rows, "PreferenceDataset.take")
         total = len(self._pairs)
+        # a negative row is refused: it would silently count from the end
         for row in index[(index < 0) | (index >= total)][:1]:
-            raise IndexError(f"PreferenceDataset.take: no row {row} among {total}")
+            raise IndexError(f"PreferenceDataset.take: no row {row} among {total} pairs")
         return replace(self, index=index)
 
     def split(self, fraction: float, *, seed: int = 0) -> tuple[Int64Array, Int64Array]:
-        """Rows to train on and rows to hold out, this fraction of the pairs, dealt by their ids.
+        """Split the rows of this view into rows to train on and rows to hold out.
 
-        Pairs with the same prompt stay on the same side, so that the held-out ones are unseen.
+        Pairs with the same prompt stay on the same side, so that held-out prompts are unseen. A
+        hash of prompt and seed decides the side, not the order of the rows.
+
+        Args:
+            fraction: Fraction of the prompts to hold out.
+            seed: Seed of the hash.
+
+        Returns:
+            Row numbers to train on and row numbers to hold out, both int64.
 
         Raises:
             ValueError: If the fraction is not between 0 and 1, or leaves a side without pairs.
@@ -331,20 +367,21 @@ class PreferenceDataset:
             self.column("prompt_id").to_numpy().astype(np.str_), return_inverse=True
         )
         count = max(1, round(fraction * len(prompts)))
+        # prompts are ordered by hash, not by position: the order of the rows changes nothing
         held_out = np.isin(prompt_of, hash_order(prompts, "split", seed)[:count])
         if held_out.all():
             raise ValueError(
-                f"PreferenceDataset.split: cannot hold out {count} of {len(prompts)} prompts and "
-                "keep some to train on; pass a smaller fraction"
+                f"PreferenceDataset.split: holding out {count} of {len(prompts)} prompts leaves "
+                "none to train on; pass a smaller fraction"
             )
         return self.index[~held_out], self.index[held_out]
 
     def sequences(self) -> list[TokenSequence]:
-        """The 2P sequences of this view: all chosen, then all rejected."""
+        """Return the 2P sequences of this view: all chosen, then all rejected."""
         return self.sequences_at(np.arange(2 * len(self)))
 
     def sequences_at(self, places: Int64Array) -> list[TokenSequence]:
-        """Some of the 2P sequences, by their places in `sequences()`."""
+        """Return the sequences at these positions of `sequences()`."""
         size = len(self)
         return [
             self._pairs.sequence("chosen" if place < size else "rejected", i)
@@ -353,30 +390,31 @@ class PreferenceDataset:
 
     @property
     def sequence_lengths(self) -> Int64Array:
-        """int64 [2P], tokens of each sequence, in the order of `sequences()`."""
+        """Number of tokens in each sequence, in the order of `sequences()`, int64 [2P]."""
         prompts = self._pairs.lengths("prompt")[self.index]
         return np.concatenate([prompts + self.chosen_tokens, prompts + self.rejected_tokens])
 
     def responses(self) -> list[TokenSequence]:
-        """The P x K sequences of rows with K responses, row by row, the best first.
+        """Return the P x K sequences of rows with K responses, row by row, best first.
 
         For K-response losses: `response_logps(model, rows.responses()).reshape(len(rows), -1)`.
 
         Raises:
             ValueError: If rows have different numbers of responses.
         """
-        self._check_same_number("responses")
+        self._check_equal_num_responses("responses")
         return [s for i in self.index.tolist() for s in self._pairs.responses(i)]
 
-    def _check_same_number(self, call: str) -> None:
+    def _check_equal_num_responses(self, call: str) -> None:
         if len(counts := np.unique(self.num_responses)) > 1:
             raise ValueError(
                 f"PreferenceDataset.{call}: rows have {counts.min()} to {counts.max()} responses; "
-                "take those of one number, dataset.take(dataset.index[dataset.num_responses == K])"
+                "take rows with the same number, "
+                "dataset.take(dataset.index[dataset.num_responses == K])"
             )
 
     def waterfall(self) -> str:
-        """Rows in, rows set aside by reason, rows out, as text."""
+        """Return a text table of rows read, rows set aside by reason, and pairs left."""
         reasons = Counter(self.set_aside["reason"].to_list())
         total = len(self._pairs)
         lines = [f"{total + self.set_aside.height:>9,} rows read"]

@@ -1,4 +1,4 @@
-"""Exports: kept pairs as files that trainers read as they are."""
+"""Export selected pairs to files that trainers can read directly."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -25,16 +25,16 @@ SHAREGPT_ROLES = {
 
 
 def as_trl(pair: Pair) -> dict[str, Any]:
-    """A record of TRL's: prompt, chosen and rejected, as text or as messages."""
+    """Return a TRL record: prompt, chosen and rejected, as text or as messages."""
     return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
 
 def as_llamafactory(pair: Pair) -> dict[str, Any]:
-    """A record of LLaMA-Factory's sharegpt format for preferences.
+    """Return a record in LLaMA-Factory's ShareGPT format for preferences.
 
     Raises:
-        ValueError: If a response is more than one message, or a message is no text: the format
-            cannot say it.
+        ValueError: If the format cannot hold the pair: a response has several messages, a message
+            has no text, or the prompt ends with an assistant message.
     """
     prompt, responses = pair.prompt, [pair.chosen, pair.rejected]
     if isinstance(prompt, str):
@@ -43,7 +43,7 @@ def as_llamafactory(pair: Pair) -> dict[str, Any]:
     if any(len(response) != 1 for response in responses):
         raise ValueError(
             "select: a response of several messages cannot be written for LLaMA-Factory, whose "
-            "format has one message for each; use --format trl or same"
+            "format has one message per response; use --format trl or same"
         )
     turns = [_turn(message) for message in prompt]
     if turns[-1]["from"] not in ("human", "observation"):
@@ -67,7 +67,7 @@ def _turn(message: Message) -> dict[str, str]:
     return {"from": SHAREGPT_ROLES[message["role"]], "value": message["content"]}
 
 
-_WRITERS: dict[str, Callable[[Pair], dict[str, Any]]] = {
+_CONVERTERS: dict[str, Callable[[Pair], dict[str, Any]]] = {
     "trl": as_trl,
     "llamafactory": as_llamafactory,
 }
@@ -81,18 +81,18 @@ def write_pairs(
     format: str = "same",
     columns: Mapping[str, str] | None = None,
 ) -> None:
-    """Write some records of a source, in a given order and format.
+    """Write selected records of a source in the given order and format.
 
     Args:
-        path: A `.jsonl`, `.json` or `.parquet` file. Beside one for LLaMA-Factory its entry is put
-            into `dataset_info.json`.
+        path: A `.jsonl`, `.json` or `.parquet` file. For LLaMA-Factory, an entry for it is added to
+            `dataset_info.json` in the same folder.
         records: All records of the source, as they were read.
-        source_rows: The rows wanted.
-        format: "same" writes the records as they are; or "trl", or "llamafactory".
-        columns: Where fields have other names, as for `PreferenceDataset.read`.
+        source_rows: Rows of the source to write, in the order to write them.
+        format: "same" writes the records unchanged; or "trl", or "llamafactory".
+        columns: Fields that have other names in the records, as for `PreferenceDataset.read`.
 
     Raises:
-        ValueError: If the ending is unknown, or a pair cannot be said in the format.
+        ValueError: If the file ending is unknown, or the format cannot hold a pair.
     """
     if path.suffix not in ENDINGS:
         raise ValueError(
@@ -101,20 +101,22 @@ def write_pairs(
     wanted = set(source_rows.tolist())
     if format != "same" and columns:
         records = rename(records, columns)
-    found = {row: record for row, record in enumerate(records) if row in wanted}
-    chosen = [found[row] for row in source_rows.tolist()]
+    # one pass over the source, so that only the selected records are held in memory
+    by_row = {row: record for row, record in enumerate(records) if row in wanted}
+    selected = [by_row[row] for row in source_rows.tolist()]
     if format != "same":
-        chosen = [_WRITERS[format](checked_pair(record)) for record in chosen]
+        selected = [_CONVERTERS[format](checked_pair(record)) for record in selected]
     path.parent.mkdir(parents=True, exist_ok=True)
+    # under a partial name first: a failed export leaves no half-written file
     partial = partial_path(path)
     try:
-        _write(partial, path.suffix, chosen)
+        _write(partial, path.suffix, selected)
     except (UnicodeEncodeError, TypeError, pl.exceptions.PolarsError) as error:
         partial.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"select: these records cannot be written as {path.suffix}: {reason}; .jsonl takes "
-            "records of any shape"
+            f"select: these records cannot be written as {path.suffix}: {reason}; write "
+            ".jsonl, which can hold any record"
         ) from error
     replace_durably(partial, path)
     if format == "llamafactory":
@@ -133,23 +135,23 @@ def _write(path: Path, ending: str, records: list[Any]) -> None:
 
 
 def llamafactory_entries(path: Path) -> dict[str, Any]:
-    """The datasets that LLaMA-Factory's index beside a file knows.
+    """Return the entries of `dataset_info.json`, LLaMA-Factory's index, beside a file.
 
     Raises:
-        ValueError: If the index is not what it should be.
+        ValueError: If the index is not JSON, or not a mapping.
     """
     index = path.with_name("dataset_info.json")
     try:
         entries = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     except ValueError as error:
-        raise ValueError(f"select: {index} is not JSON: {error}; mend or move it") from None
+        raise ValueError(f"select: {index} is not JSON: {error}; fix or move it") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"select: {index} is not a mapping of datasets; mend or move it")
+        raise ValueError(f"select: {index} is not a mapping of datasets; fix or move it")
     return entries
 
 
 def _describe_for_llamafactory(path: Path) -> None:
-    """A file's entry in LLaMA-Factory's index."""
+    """Add a file's entry to LLaMA-Factory's index."""
     index = path.with_name("dataset_info.json")
     entries = llamafactory_entries(path)
     entries[path.stem] = {

@@ -1,4 +1,4 @@
-"""All usable pairs of a dataset, in columns that may be memory-mapped."""
+"""The usable pairs of a dataset, stored in columns that can be memory-mapped."""
 
 from functools import cached_property
 from itertools import accumulate
@@ -9,12 +9,12 @@ import polars as pl
 import pyarrow as pa
 
 from sage_select.arrays import Int32Array, Int64Array
-from sage_select.data.annotations import INPUT, INPUT_AS_JSON, concatenated
-from sage_select.data.tokenising import OWN_COLUMNS, set_aside_rows
+from sage_select.data.annotations import JSON_PREFIX, VALUE_PREFIX, concatenated
+from sage_select.data.tokenising import PAIR_COLUMNS, set_aside_rows
 
 
 class TokenSequence(NamedTuple):
-    """One response in its context: prompt and response tokens, and where the response starts."""
+    """Prompt and response tokens, and the position at which the response starts."""
 
     tokens: Int32Array
     response_start: int
@@ -24,12 +24,12 @@ DUPLICATE = "duplicate pair"
 
 
 class PairTable:
-    """All usable pairs, in tables of some thousand rows that may be memory-mapped.
+    """Usable pairs, in tables of a few thousand rows that can be memory-mapped.
 
     Args:
         tables: Tables as `tokenised` makes them, none of them empty.
         kept: Rows of each table that are used.
-        first: The source row that each table begins with.
+        first: Source row at which each table begins.
     """
 
     def __init__(self, tables: list[pa.Table], kept: list[Int64Array], first: list[int]) -> None:
@@ -51,54 +51,61 @@ class PairTable:
 
     @cached_property
     def _stored_as(self) -> dict[str, str]:
-        """Names of annotations, and what they are called in the tables: an input's column never
-        hides one of ours."""
-        given = dict.fromkeys(
+        """Column name in the tables for each public name of an annotation.
+
+        An input column that has the name of a built-in column gets the prefix `input_`.
+        """
+        input_names = dict.fromkeys(
             name.partition(".")[2]
             for table in self._tables
             for name in table.column_names
-            if name.startswith((INPUT, INPUT_AS_JSON))
+            if name.startswith((VALUE_PREFIX, JSON_PREFIX))
         )
-        names = {name: name for name in OWN_COLUMNS}
-        for name in given:
-            public = f"input_{name}" if name in OWN_COLUMNS else name
-            while public in names or (public != name and public in given):
+        names = {name: name for name in PAIR_COLUMNS}
+        for name in input_names:
+            public = f"input_{name}" if name in PAIR_COLUMNS else name
+            # the input may itself have a column of that name: prefix until it is free
+            while public in names or (public != name and public in input_names):
                 public = f"input_{public}"
-            names[public] = f"{INPUT}{name}"
+            names[public] = f"{VALUE_PREFIX}{name}"
         return names
 
     @property
     def columns(self) -> list[str]:
+        """Names of the annotations."""
         return list(self._stored_as)
 
     @cached_property
     def annotations(self) -> pl.DataFrame:
+        """Annotations, one row per pair."""
         return pl.DataFrame([self.column(name) for name in self.columns])
 
     def column(self, name: str) -> pl.Series:
-        """[N], an annotation."""
+        """Return an annotation of each pair, [N]."""
         return self._read(self._stored_as[name]).rename(name)
 
     def scores(self) -> pl.Series:
-        """[N], the scores of each row's responses, the best first; null where it has none."""
+        """Return the scores of each row's responses, best first, [N]; null if it has none."""
         return self._read("scores")
 
     def _read(self, stored: str) -> pl.Series:
-        """A column of the tables, read when it is first asked for."""
+        """Return a column of the tables, joined on first use."""
         if stored not in self._columns:
-            as_text = stored.replace(INPUT, INPUT_AS_JSON, 1)
-            parts, texts = [], []
+            as_text = stored.replace(VALUE_PREFIX, JSON_PREFIX, 1)
+            parts, are_json = [], []
             for table, kept in zip(self._tables, self._kept, strict=True):
                 names = [name for name in (stored, as_text) if name in table.column_names]
+                # a chunk in which no record has the field gets nulls
                 values = pl.from_arrow(table[names[0]]) if names else [None] * table.num_rows
                 parts.append(pl.Series(stored, values)[kept])
-                texts.append(bool(names) and names[0] != stored)
-            self._columns[stored] = concatenated(stored, parts, texts)
+                are_json.append(bool(names) and names[0] != stored)
+            self._columns[stored] = concatenated(stored, parts, are_json)
         return self._columns[stored]
 
     def lengths(self, side: str) -> Int64Array:
-        """int64 [N], tokens of this side; of "between", responses."""
+        """Return the number of tokens on a side ("between": the number of responses), int64 [N]."""
         if side not in self._lengths:
+            # list lengths follow from the offsets; the tokens themselves are not read
             parts = [
                 np.diff(table[side].chunk(0).offsets.to_numpy())[kept]
                 for table, kept in zip(self._tables, self._kept, strict=True)
@@ -107,13 +114,13 @@ class PairTable:
         return self._lengths[side]
 
     def sequence(self, side: str, i: int) -> TokenSequence:
-        """Prompt and one response of pair i."""
+        """Return prompt and one response of pair i."""
         number, row = self._place(i)
         prompt = self._tokens(number, "prompt", row)
         return TokenSequence(np.concatenate([prompt, self._tokens(number, side, row)]), len(prompt))
 
     def responses(self, i: int) -> list[TokenSequence]:
-        """All responses of row i, the best first."""
+        """Return all responses of row i, best first."""
         number, row = self._place(i)
         prompt = self._tokens(number, "prompt", row)
         between = [
@@ -123,11 +130,12 @@ class PairTable:
         return [self.sequence("chosen", i), *between, self.sequence("rejected", i)]
 
     def _place(self, i: int) -> tuple[int, int]:
+        """Return the number of the table that holds pair i, and its row there."""
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
         return number, int(self._kept[number][i - self._starts[number]])
 
     def _tokens(self, number: int, side: str, row: int) -> Int32Array:
-        """A list of tokens, without copying it."""
+        """Return a list of tokens without copying it."""
         if (number, side) not in self._views:
             column = self._tables[number][side].chunk(0)
             self._views[number, side] = (column.values.to_numpy(), column.offsets.to_numpy())
@@ -136,7 +144,7 @@ class PairTable:
 
 
 def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame]:
-    """The pairs of all tables, each once, and the rows that are set aside."""
+    """Join tables to one, without duplicate pairs; also return the rows that are set aside."""
     aside: list[tuple[int, str]] = []
     used: list[pa.Table] = []
     first: list[int] = []
@@ -151,13 +159,13 @@ def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame]:
     kept = [np.arange(table.num_rows) for table in used]
     if used:
         ids = pl.concat([pl.Series("id", pl.from_arrow(table["pair_id"])) for table in used])
-        new = ids.is_first_distinct().to_numpy()
+        is_first = ids.is_first_distinct().to_numpy()
         starts = np.cumsum([0, *(table.num_rows for table in used)])
         for number, table in enumerate(used):
-            fresh = new[starts[number] : starts[number + 1]]
-            twice = table["row"].to_numpy()[~fresh]
-            aside += [(first[number] + row, DUPLICATE) for row in twice.tolist()]
-            kept[number] = np.flatnonzero(fresh)
+            is_kept = is_first[starts[number] : starts[number + 1]]
+            duplicates = table["row"].to_numpy()[~is_kept]
+            aside += [(first[number] + row, DUPLICATE) for row in duplicates.tolist()]
+            kept[number] = np.flatnonzero(is_kept)
     set_aside = pl.DataFrame(
         sorted(aside), schema={"source_row": pl.Int64, "reason": pl.String}, orient="row"
     )

@@ -1,4 +1,4 @@
-"""Sources: records one by one from files, hubs and tables, without holding them all in memory."""
+"""Stream records from files, hubs and tables, without holding all of them in memory."""
 
 import csv
 import gzip
@@ -15,10 +15,10 @@ import pyarrow.parquet
 
 from sage_select.data.records import FIELDS
 
-AT_ONCE = 1024  # rows brought from a table at once
+BATCH_ROWS = 1024  # rows converted from a table at a time
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-COMPRESSED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # these may end in .gz as well
+COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # these may also end in .gz
 
 
 def read_records(
@@ -29,18 +29,19 @@ def read_records(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Iterator[Any]:
-    """The records of a file, of a folder of files in the order of their names, or of a hub's set.
+    """Return the records of a file, of a folder's files in the order of names, or of a hub dataset.
 
     Args:
         name: A path, or a hub name such as "org/set".
-        text: Columns of a CSV that hold text whatever they look like, besides ours.
-        split: Which split of a hub's set, or of one that `datasets` has saved.
-        subset: Which subset (configuration) of a hub's set.
-        revision: Which revision of a hub's set.
+        text: Further columns of a CSV that are text, even if all their values look like numbers.
+        split: Split of a hub dataset, or of one saved by `datasets`.
+        subset: Subset (configuration) of a hub dataset.
+        revision: Revision of a hub dataset.
 
     Raises:
-        FileNotFoundError: If there is no such path, and the name cannot be a hub's.
-        ValueError: If the kind of a file is unknown, or what is in it is not of that kind.
+        FileNotFoundError: If there is no such path, and no such dataset on a hub.
+        ImportError: If the records need the datasets library, and it is not installed.
+        ValueError: If a file's ending is unknown, or its content does not have that format.
     """
     path = Path(name)
     if not path.exists():
@@ -57,17 +58,17 @@ def read_records(
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files that a path stands for; none where `datasets` has saved a set there.
+    """Return the data files of a path; none if it is a folder saved by `datasets`.
 
     Raises:
         ValueError: If a file's ending is unknown, or a folder has no file of a known ending.
     """
     if path.is_file():
-        _kind(path)
+        _ending(path)
         return [path]
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return []
-    files = sorted(file for file in path.iterdir() if file.is_file() and _known(file))
+    files = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
     if not files:
         raise ValueError(
             f"PreferenceDataset.read: no file in {path} has a known ending; known endings are "
@@ -77,17 +78,18 @@ def source_files(path: Path) -> list[Path]:
 
 
 def iterate_records(records: Any) -> Iterator[Any]:
-    """The records of a list, a polars, pandas or Arrow table, or a `datasets.Dataset`.
+    """Return the records of a list, a polars, pandas or Arrow table, or a `datasets.Dataset`.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If the records are none of these.
     """
     if isinstance(records, pl.DataFrame):
-        return (row for part in records.iter_slices(AT_ONCE) for row in part.to_dicts())
+        return (row for part in records.iter_slices(BATCH_ROWS) for row in part.to_dicts())
     if isinstance(records, pl.LazyFrame):
         return iterate_records(records.collect())
-    if hasattr(records, "features") and hasattr(records, "iter"):  # of `datasets`, not imported
-        return _columns_to_records(records.with_format(None).iter(batch_size=AT_ONCE))
+    # recognised by their attributes, so that neither library need be imported
+    if hasattr(records, "features") and hasattr(records, "iter"):  # of `datasets`
+        return _columns_to_records(records.with_format(None).iter(batch_size=BATCH_ROWS))
     if hasattr(records, "iloc"):  # of pandas
         return _from_pandas(records)
     if hasattr(records, "__arrow_c_stream__"):
@@ -102,70 +104,72 @@ def iterate_records(records: Any) -> Iterator[Any]:
 
 
 def rename(records: Iterable[Any], columns: Mapping[str, str]) -> Iterator[Any]:
-    """Records under our field names, `columns` being `{ours: theirs}`.
+    """Yield records with their fields renamed, `columns` being `{field: column}`.
 
     Raises:
-        ValueError: If the first record has not one of the fields.
+        ValueError: If `columns` maps an unknown field, or the first record lacks a column.
     """
     for name in columns.keys() - FIELDS:
         raise ValueError(
-            f"PreferenceDataset: columns maps {name!r}, which is not a field of ours; these are "
-            f"{', '.join(sorted(FIELDS))}"
+            f"PreferenceDataset: columns maps {name!r}, which is not a known field; known "
+            f"fields are {', '.join(sorted(FIELDS))}"
         )
-    ours = {theirs: name for name, theirs in columns.items()}
+    field_of = {column: name for name, column in columns.items()}
     for number, record in enumerate(records):
         if isinstance(record, dict):
-            if missing := [name for name in ours if number == 0 and name not in record]:
+            # only the first record must have all columns: later ones may leave some out
+            if missing := [name for name in field_of if number == 0 and name not in record]:
                 raise ValueError(
                     f"PreferenceDataset: columns names {missing[0]!r}, which is not a field of the "
                     f"first record; it has {', '.join(map(str, record))}"
                 )
             kept = {name: value for name, value in record.items() if name not in columns}
-            yield {ours.get(name, name): value for name, value in kept.items()} | {
-                name: record.get(theirs) for name, theirs in columns.items()
+            yield {field_of.get(name, name): value for name, value in kept.items()} | {
+                name: record.get(column) for name, column in columns.items()
             }
         else:
-            yield record
+            yield record  # not a record: set aside later, with its row number
 
 
 # Files
 
 
-def _kind(path: Path) -> str:
+def _ending(path: Path) -> str:
+    """Return the ending that names a file's format, without `.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
-    kind = suffixes[-1]
-    if kind == ".gz" and len(suffixes) > 1 and suffixes[-2] in COMPRESSED:
+    ending = suffixes[-1]
+    if ending == ".gz" and len(suffixes) > 1 and suffixes[-2] in COMPRESSIBLE:
         return suffixes[-2]
-    if kind not in SUFFIXES:
+    if ending not in SUFFIXES:
         raise ValueError(
             f"PreferenceDataset.read: cannot read {path.name}; known endings are "
-            f"{', '.join(SUFFIXES)}, the first five also with .gz; for others, pass a list of "
-            "dicts to from_records"
+            f"{', '.join(SUFFIXES)}, the first five also with .gz; for other formats, pass a "
+            "list of dicts to from_records"
         )
-    return kind
+    return ending
 
 
-def _known(path: Path) -> bool:
-    """Whether a file in a folder is data: not what describes data, nor our own decisions."""
+def _is_data(path: Path) -> bool:
+    """Return whether a file in a folder holds pairs, not metadata or a record of a selection."""
     if path.name == "dataset_info.json" or path.name.endswith(".selection.parquet"):
         return False
     try:
-        return bool(_kind(path))
+        return bool(_ending(path))
     except ValueError:
         return False
 
 
 def _file_records(path: Path, text: frozenset[str]) -> Iterator[Any]:
-    kind = _kind(path)
+    ending = _ending(path)
     try:
-        if kind in (".jsonl", ".ndjson"):
+        if ending in (".jsonl", ".ndjson"):
             yield from _json_lines(path)
-        elif kind == ".json":
+        elif ending == ".json":
             yield from _json(path)
-        elif kind in (".csv", ".tsv"):
-            yield from _csv(path, "\t" if kind == ".tsv" else ",", text | _CSV_TEXT)
+        elif ending in (".csv", ".tsv"):
+            yield from _csv(path, "\t" if ending == ".tsv" else ",", text | _CSV_TEXT)
         else:
-            for batch in _parquet(path) if kind == ".parquet" else _arrow(path):
+            for batch in _parquet(path) if ending == ".parquet" else _arrow(path):
                 yield from pl.DataFrame(batch).to_dicts()
     except (
         pa.ArrowException,
@@ -176,38 +180,39 @@ def _file_records(path: Path, text: frozenset[str]) -> Iterator[Any]:
         EOFError,
     ) as error:
         raise ValueError(
-            f"PreferenceDataset.read: {path} cannot be read as {kind[1:]}: {error}"
+            f"PreferenceDataset.read: {path} cannot be read as {ending[1:]}: {error}"
         ) from error
 
 
-def _text(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIO:
+    # utf-8-sig skips the byte order mark that some programs write
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    # line by line: one odd row must not decide the types of all others
-    with _text(path) as lines:
+    # parsed line by line: in a table, one odd row would decide the types of all others
+    with _open_text(path) as lines:
         for number, line in enumerate(lines):
             if line.strip():
                 yield _parsed(line, f"line {number + 1} of {path}")
 
 
 def _json(path: Path) -> Iterator[Any]:
-    with _text(path) as file:
+    with _open_text(path) as file:
         start = file.read(1)
         while start.isspace():
             start = file.read(1)
-    if start != "[":  # some call their JSON Lines .json
+    if start != "[":  # some datasets name JSON Lines files .json
         try:
             yield from _json_lines(path)
         except ValueError as error:
             raise ValueError(
-                f"{error}; a .json file is a list of records, or a record on each line"
+                f"{error}; a .json file must be a list of records, or have one record per line"
             ) from None
         return
-    with _text(path) as file:
+    with _open_text(path) as file:
         yield from _parsed(file.read(), str(path))
 
 
@@ -222,8 +227,8 @@ _CSV_TEXT = frozenset(["prompt", "chosen", "rejected", "instruction", "input"])
 
 
 def _csv(path: Path, separator: str, text: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Texts stay texts; a column whose every value is a number becomes one."""
-    with _text(path) as file:
+    """Yield the records of a CSV; outside text columns, a column of numbers becomes numeric."""
+    with _open_text(path) as file:
         header = next(csv.reader(file, delimiter=separator), [])
     try:
         table = pl.read_csv(
@@ -240,21 +245,21 @@ def _csv(path: Path, separator: str, text: frozenset[str]) -> Iterator[dict[str,
 
 def _parquet(path: Path) -> Iterator[Any]:
     with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-        yield from file.iter_batches(AT_ONCE)
+        yield from file.iter_batches(BATCH_ROWS)
 
 
 def _arrow(path: Path) -> Iterator[Any]:
     with pa.memory_map(str(path)) as file:
         magic = file.read(6)
         file.seek(0)
-        if magic == b"ARROW1":
+        if magic == b"ARROW1":  # the file format; anything else is read as a stream
             reader = pa.ipc.open_file(file)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             batches = iter(pa.ipc.open_stream(file))
         for batch in batches:
-            for start in range(0, batch.num_rows, AT_ONCE):
-                yield batch.slice(start, AT_ONCE)
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield batch.slice(start, BATCH_ROWS)
 
 
 # Tables and hubs
@@ -267,9 +272,9 @@ def _columns_to_records(batches: Iterable[dict[str, list[Any]]]) -> Iterator[dic
 
 
 def _from_pandas(table: Any) -> Iterator[Any]:
-    for start in range(0, len(table), AT_ONCE):
-        for record in table.iloc[start : start + AT_ONCE].to_dict("records"):
-            # pandas marks what is missing with a value that is not equal to itself
+    for start in range(0, len(table), BATCH_ROWS):
+        for record in table.iloc[start : start + BATCH_ROWS].to_dict("records"):
+            # pandas marks a missing value by one that is not equal to itself (NaN, NaT, NA)
             yield {
                 name: None if _is_missing(value) else _plain(value)
                 for name, value in record.items()
@@ -277,12 +282,12 @@ def _from_pandas(table: Any) -> Iterator[Any]:
 
 
 def _is_missing(value: Any) -> bool:
-    same = value == value
-    return same is False or type(same).__name__ == "NAType"
+    equals_itself = value == value
+    return equals_itself is False or type(equals_itself).__name__ == "NAType"
 
 
 def _plain(value: Any) -> Any:
-    """The same with lists for tuples and arrays, and Python's numbers for numpy's."""
+    """Return a value with tuples and arrays as lists, and numpy numbers as Python numbers."""
     if isinstance(value, dict):
         return {name: _plain(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
@@ -293,17 +298,20 @@ def _plain(value: Any) -> Any:
 
 
 def _could_be_on_a_hub(name: str) -> bool:
+    """Return whether a name has the form organisation/name and does not look like a file."""
     parts = name.split("/")
     looks_like_a_file = Path(name).suffix in (*SUFFIXES, ".gz") or name.startswith((".", "~"))
     return len(parts) == 2 and all(parts) and not looks_like_a_file
 
 
 def _datasets(purpose: str) -> Any:
+    """Import the datasets library; without it, the error names the purpose."""
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"PreferenceDataset.read: {purpose} needs the datasets library; pip install datasets"
+            f"PreferenceDataset.read: {purpose} needs the datasets library; run "
+            "pip install datasets"
         ) from error
     return datasets
 
@@ -312,7 +320,7 @@ def _from_hub(name: str, split: str, subset: str | None, revision: str | None) -
     datasets = _datasets(f"there is no file {name}, and reading it from a hub")
     try:
         loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:
+    except Exception as error:  # datasets raises errors of many types, also for no network
         raise FileNotFoundError(
             f"PreferenceDataset.read: there is no file {name}, and no dataset of that name could "
             f"be loaded from a hub: {error}"

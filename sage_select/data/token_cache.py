@@ -1,4 +1,4 @@
-"""The cache of tokens: manifests of files that were read before, and deleting what is old."""
+"""The token cache: its folder, manifests of files already read, and eviction."""
 
 import hashlib
 import json
@@ -18,38 +18,48 @@ from sage_select.system.identity import digest
 
 
 def tokens_folder() -> Path:
-    """Where tokens are kept unless a call says otherwise."""
+    """Return the default folder of the token cache."""
     return cache_folder() / "tokens"
 
 
 def evict_tokens(unused_for: float, folder: str | Path | None = None) -> tuple[int, int]:
-    """Delete tokens that were unused for so many seconds; files and bytes that went."""
-    place = Path(folder) if folder is not None else tokens_folder()
+    """Delete cached tokens that were not used for a time.
+
+    Args:
+        unused_for: Seconds since the last use.
+        folder: Folder of the cache; by default `tokens_folder()`.
+
+    Returns:
+        Number of files and of bytes that were deleted.
+    """
+    cache = Path(folder) if folder is not None else tokens_folder()
     count = freed = 0
-    for file in place.iterdir() if place.is_dir() else ():
+    for file in cache.iterdir() if cache.is_dir() else ():
         if not _TOKEN_FILE.fullmatch(file.name):
-            continue  # somebody else's
-        with suppress(FileNotFoundError):
-            known = file.stat()
-            if time.time() - known.st_mtime > unused_for:
+            continue  # not written by this library
+        with suppress(FileNotFoundError):  # another process may be evicting as well
+            status = file.stat()
+            if time.time() - status.st_mtime > unused_for:
                 file.unlink()
-                count, freed = count + 1, freed + known.st_size
+                count, freed = count + 1, freed + status.st_size
     return count, freed
 
 
+# Tables, manifests, and partial files of both that a killed process left
 _TOKEN_FILE = re.compile(r"\.?[0-9a-f]{32}\.(arrow|json)(\.[0-9a-f]+\.partial)?")
 
 
 class Manifest(NamedTuple):
-    """Which chunks a file was cut into, so that it need not be read again."""
+    """Names of the chunks of some source files, so that these need not be parsed again."""
 
     folder: Path
     path: Path
     files: Sequence[Path]
-    state: list[tuple[int, int]]  # of the files when they were hashed
+    state: list[tuple[int, int]]  # size and modification time of each file when it was hashed
 
     @classmethod
     def of(cls, folder: Path | None, files: Sequence[Path], settings: Any) -> "Manifest | None":
+        """Return the manifest of these files and settings, or None without a cache or files."""
         if folder is None or not files:
             return None
         content, state = hashlib.blake2b(digest_size=16), _state(files)
@@ -60,7 +70,7 @@ class Manifest(NamedTuple):
         return cls(folder, folder / f"{name}.json", files, state)
 
     def read(self) -> list[tuple[str, pa.Table]] | None:
-        """The chunks, where all of them are still in the cache."""
+        """Return the chunks if all of them are still in the cache, otherwise None."""
         try:
             names = json.loads(self.path.read_text())
             mark_as_used(self.path)
@@ -69,28 +79,29 @@ class Manifest(NamedTuple):
             return None
 
     def write(self, names: Iterable[str]) -> None:
-        """Remember the chunks, where every one has a name and no file has changed meanwhile."""
+        """Save the chunk names, if every chunk has one and no file has changed since hashing."""
         names = list(names)
         if not all(names) or _state(self.files) != self.state:
             return
-        with suppress(OSError):  # without it the file is read again next time, no more
+        with suppress(OSError):  # without a manifest the files are parsed again, nothing worse
             partial = partial_path(self.path)
             partial.write_text(json.dumps(names))
             replace_durably(partial, self.path)
 
 
 def _state(files: Sequence[Path]) -> list[tuple[int, int]]:
-    """What changes when a file is written."""
+    """Return the size and modification time of each file."""
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def writable_folder(folder: Path) -> Path | None:
+    """Make a folder and return it, or warn and return None if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         warn(
-            f"PreferenceDataset.read: tokens stay in memory, since {folder} cannot be made "
-            f"({error}); pass cache=..., or set SAGE_SELECT_CACHE to a folder that can be written",
+            f"PreferenceDataset.read: tokens stay in memory, because {folder} cannot be made "
+            f"({error}); pass cache=..., or set SAGE_SELECT_CACHE to a writable folder",
             stacklevel=3,
         )
         return None

@@ -1,4 +1,4 @@
-"""Tokenising: a chunk of records to a table of tokens and annotations."""
+"""Tokenise a chunk of records into a table of tokens and annotations."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,31 +19,28 @@ from sage_select.data.records import (
     shared_start,
 )
 
-ENCODE_BYTES = 1 << 22  # of text handed to the tokenizer in one call
+ENCODE_BATCH_CHARS = 1 << 22  # characters of text passed to the tokenizer in one call
 
-OWN_COLUMNS = ("pair_id", "prompt_id", "source_row", "truncated")
+PAIR_COLUMNS = ("pair_id", "prompt_id", "source_row", "truncated")
 
 
 def fields_of(table: pa.Table) -> list[str]:
-    """The fields of a chunk's first record."""
+    """Return the field names of a chunk's first record."""
     fields: list[str] = json.loads(table.schema.metadata[b"records"])["fields"]
     return fields
 
 
 def set_aside_rows(table: pa.Table) -> tuple[int, list[tuple[int, str]]]:
-    """How many records a chunk had, and which of them were set aside for what reason."""
-    known = json.loads(table.schema.metadata[b"records"])
-    return known["count"], [(row, reason) for row, reason in known["set_aside"]]
-
-
-# One chunk
+    """Return the number of records in a chunk, and its set-aside rows with their reasons."""
+    metadata = json.loads(table.schema.metadata[b"records"])
+    return metadata["count"], [(row, reason) for row, reason in metadata["set_aside"]]
 
 
 _LIST = pa.list_(pa.int32())
 
 
 def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
-    """Check, render and tokenise records: a table as `tokenised` describes it."""
+    """Check, render and tokenise records into a table as described in `tokenised`."""
     reasons: dict[int, str] = {}
     pairs: dict[int, Pair] = {}
     for number, row in enumerate(rows):
@@ -57,9 +54,9 @@ def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
 
 
 def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
-    """The same of records that a trainer has tokenised, with `TOKEN_FIELDS`.
+    """Make the same table from records that a trainer has tokenised into `TOKEN_FIELDS`.
 
-    A pair's id is its field `pair_id`, or the hash of its text where that is still there, or else
+    A pair's id is its field `pair_id`, or a hash of its text if the record still has it, or a hash
     of its tokens.
     """
     reasons: dict[int, str] = {}
@@ -67,15 +64,15 @@ def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
     names: dict[int, tuple[str, str]] = {}
     for number, row in enumerate(rows):
         prompt, chosen, rejected = (list(row[name]) for name in TOKEN_FIELDS)
-        full = [prompt + chosen, prompt + rejected]
+        sequences = [prompt + chosen, prompt + rejected]
         try:
-            tokens[number] = _cut(len(prompt), *full, max_length=max_length)
+            tokens[number] = _cut(len(prompt), *sequences, max_length=max_length)
         except BadRecord as bad:
             reasons[number] = str(bad)
             continue
         try:
             pair = checked_pair({name: row[name] for name in row if name not in TOKEN_FIELDS})
-        except BadRecord:
+        except BadRecord:  # the text is gone or incomplete: tokens identify the pair
             pair = Pair(prompt, chosen, rejected)
         names[number] = (str(row.get("pair_id") or pair_id(pair)), content_id(pair.prompt))
     return _table(rows, tokens, names, dict.fromkeys(tokens), reasons)
@@ -102,33 +99,34 @@ def _table(
     for series in annotation_series([rows[number] for number in tokens]):
         columns[series.name] = series.to_arrow(compat_level=pl.CompatLevel.oldest())
     first = next((row for row in rows if isinstance(row, dict)), {})
-    known = {
+    metadata = {
         "count": len(rows),
         "set_aside": sorted(reasons.items()),
         "fields": [str(name) for name in first],
     }
-    return pa.table(columns).replace_schema_metadata({b"records": json.dumps(known).encode()})
+    return pa.table(columns).replace_schema_metadata({b"records": json.dumps(metadata).encode()})
 
 
 class _Tokens(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]
-    truncated: bool  # whether a response was cut
+    truncated: bool  # True if a response was cut
 
 
 def _tokenise(
     pairs: dict[int, Pair], tokenizer: Any, max_length: int, reasons: dict[int, str]
 ) -> dict[int, _Tokens]:
-    """Tokens of each usable pair; the others' reasons are added."""
+    """Return the tokens of each usable pair, and add the reasons of the others to `reasons`."""
     tokens: dict[int, _Tokens] = {}
     for conversational in (False, True):
-        kind = {n: p for n, p in pairs.items() if isinstance(p.prompt, list) is conversational}
-        if not kind:
+        group = {n: p for n, p in pairs.items() if isinstance(p.prompt, list) is conversational}
+        if not group:
             continue
+        # a chat template writes special tokens and the end of a response itself
         end = None if conversational else _end_token(tokenizer)
         render = _rendered_conversation if conversational else _rendered_text
         texts: dict[int, list[str]] = {}
-        for n, pair in kind.items():
+        for n, pair in group.items():
             try:
                 texts[n] = render(pair, tokenizer)
             except BadRecord as bad:
@@ -148,19 +146,19 @@ def _end_token(tokenizer: Any) -> int:
         raise ValueError(
             "PreferenceDataset: the tokenizer has no end token, so the model would not learn "
             "where a response ends; set tokenizer.eos_token (model.eos_token in a configuration) "
-            "to the one it was trained with"
+            "to the end token that the model was trained with"
         )
     return int(tokenizer.eos_token_id)
 
 
 def _rendered_text(pair: Pair, tokenizer: Any) -> list[str]:
-    """The prompt's text, and prompt and response's text for each response."""
-    del tokenizer  # plain text is tokenised as it is
+    """Return the text of the prompt, then of the prompt with each response."""
+    del tokenizer  # plain text needs no rendering; both renderers have the same signature
     return [pair.prompt, *(pair.prompt + response for response in pair.responses)]
 
 
 def _rendered_conversation(pair: Pair, tokenizer: Any) -> list[str]:
-    """The same of a conversation, by the tokenizer's chat template."""
+    """Return these texts for a conversation, rendered by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
             "PreferenceDataset: the pairs are conversations, but the tokenizer has no chat "
@@ -183,16 +181,19 @@ def _rendered_conversation(pair: Pair, tokenizer: Any) -> list[str]:
             ),
         ]
         for text in texts:
-            text.encode()
+            text.encode()  # a lone surrogate raises here, not in the tokenizer
         return texts
     except (TemplateError, KeyError, TypeError, ValueError) as error:
-        raise BadRecord("the chat template refuses the messages") from error
+        raise BadRecord("the chat template cannot render the messages") from error
 
 
 def _encoded(
     texts: dict[int, list[str]], tokenizer: Any, *, add_special_tokens: bool
 ) -> Iterator[tuple[int, list[list[int]] | None]]:
-    """Tokens of each row's texts, some megabytes of text at a time; None where it cannot be."""
+    """Yield the tokens of each row's texts, or None if the tokenizer cannot encode them.
+
+    Texts are encoded a few megabytes at a time: fast tokenizers run a batch in parallel.
+    """
     options = {
         "add_special_tokens": add_special_tokens,
         "return_attention_mask": False,
@@ -203,7 +204,7 @@ def _encoded(
     for position, (n, row) in enumerate(texts.items()):
         batch.append(n)
         size += sum(map(len, row))
-        if size >= ENCODE_BYTES or position == len(texts) - 1:
+        if size >= ENCODE_BATCH_CHARS or position == len(texts) - 1:
             yield from _encoded_batch({m: texts[m] for m in batch}, tokenizer, options)
             batch, size = [], 0
 
@@ -212,37 +213,37 @@ def _encoded_batch(
     texts: dict[int, list[str]], tokenizer: Any, options: dict[str, bool]
 ) -> Iterator[tuple[int, list[list[int]] | None]]:
     try:
-        found = tokenizer([text for row in texts.values() for text in row], **options)["input_ids"]
-    except Exception:  # a tokenizer's own, of no particular kind: one row must not stop the others
+        ids = tokenizer([text for row in texts.values() for text in row], **options)["input_ids"]
+    except Exception:  # tokenizers raise errors of any type; one bad row must not stop the others
         if len(texts) == 1:
             yield from ((n, None) for n in texts)
         else:
             for n, row in texts.items():
                 yield from _encoded_batch({n: row}, tokenizer, options)
         return
-    encoded = iter(found)
+    encoded = iter(ids)
     for n, row in texts.items():
         yield n, [next(encoded) for _ in row]
 
 
 def _split_and_cut(
-    prompt: list[int], *full: list[int], end: int | None, max_length: int
+    prompt: list[int], *sequences: list[int], end: int | None, max_length: int
 ) -> _Tokens:
-    """Split full sequences where the prompt's own tokens end, add the end token, cut to length."""
-    # a tokenizer may merge the prompt's last letters into the response's first token: what all
-    # share is the context, the rest is the response
-    start = shared_start(prompt, *full)
+    """Split sequences where the prompt's tokens end, add the end token, cut to length."""
+    # a tokenizer may merge the prompt's last letters into the response's first token: the tokens
+    # that all sequences share are the context, the rest is the response
+    start = shared_start(prompt, *sequences)
     if start == 0:
         raise BadRecord("the prompt is empty, so the first response token has no context")
-    ended = [row if end is None or row[-1] == end else [*row, end] for row in full]
+    ended = [row if end is None or row[-1] == end else [*row, end] for row in sequences]
     return _cut(start, *ended, max_length=max_length)
 
 
-def _cut(start: int, *full: list[int], max_length: int) -> _Tokens:
-    """Prompt and responses of full sequences, the responses cut to length."""
-    responses = [row[start:max_length] for row in full]
+def _cut(start: int, *sequences: list[int], max_length: int) -> _Tokens:
+    """Split sequences into prompt and responses, and cut these to length."""
+    responses = [row[start:max_length] for row in sequences]
     if not all(responses):
-        raise BadRecord("nothing is left of a response after truncation")
+        raise BadRecord("a response has no tokens left after truncation")
     if responses[0] == responses[-1]:
         raise BadRecord("the responses are identical after truncation")
-    return _Tokens(full[0][:start], responses, max(map(len, full)) > max_length)
+    return _Tokens(sequences[0][:start], responses, max(map(len, sequences)) > max_length)

@@ -1,1 +1,1 @@
-"""What a live model says of some sequences: read once, checked, shared between processes."""
+"""Log-probs of sequences under a live model: batching, packing, trials, several processes."""

@@ -1,4 +1,4 @@
-"""Packed attention: causal attention within each sequence of a packed row, for transformers."""
+"""Packed attention for transformers: causal, within each sequence of a packed row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,50 +14,53 @@ from torch.nn.functional import scaled_dot_product_attention
 from sage_select.models.batches import Packing
 from sage_select.models.known import known, own_attention
 
-NAME = "sage_select_packed"
-"""Of the attention, among those that transformers knows."""
-CHANGE_THE_RESULT = ("s_aux", "position_bias", "indices", "block_indices")
-"""Arguments of an attention that ours does not know: sinks, biases, a choice of keys."""
+ATTENTION_NAME = "sage_select_packed"
+"""Name under which packed attention is registered with transformers."""
+UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "indices", "block_indices")
+"""Arguments that change the result of attention and are refused: sinks, biases, selected keys."""
 
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Around forward and backward of packed batches: inside, the model's attention takes them.
+    """Switch a model to packed attention for forward and backward passes of packed batches.
 
-    The forward passes of this library turn it on by themselves. It is the backward pass that needs
-    it, where activation checkpointing computes layers again. Another thread that wants the model
-    meanwhile waits.
+    Forward passes of this library switch it on by themselves. A backward pass needs it if
+    activation checkpointing recomputes layers. Other threads that use the model wait meanwhile.
     """
     with attention_for(model, packed=True):
         yield
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether `packed_attention` is on."""
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+    """Return whether `packed_attention` is on."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == ATTENTION_NAME
 
 
 @contextmanager
 def attention_for(model: nn.Module, *, packed: bool) -> Iterator[None]:
-    """The attention that packed batches need, or the model's own; nested in whatever way."""
+    """Switch a model to packed attention, or back to its own; calls may be nested."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(ATTENTION_NAME, attend)
     record = known(model)
+    # held until the switch is undone: configurations belong to the model, not to a thread
     with record.lock:
-        found = (getattr(module, "config", None) for module in model.modules())
-        configs: dict[int, Any] = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
+        # layers share configurations, and nested models have several: switch each of them once
+        candidates = (getattr(module, "config", None) for module in model.modules())
+        configs: dict[int, Any] = {
+            id(c): c for c in candidates if hasattr(c, "_attn_implementation")
+        }
         before = [(config, config._attn_implementation) for config in configs.values()]
         try:
             for config, name in before:
-                if name != NAME:
+                if name != ATTENTION_NAME:
                     record.own_attention[id(config)] = name
-                config._attn_implementation = NAME if packed else own_attention(config)
+                config._attn_implementation = ATTENTION_NAME if packed else own_attention(config)
             yield
         finally:
             for config, name in before:
                 config._attn_implementation = name
-                if name != NAME:
+                if name != ATTENTION_NAME:
                     record.own_attention.pop(id(config), None)
 
 
@@ -75,48 +78,53 @@ def attend(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row, as transformers calls it.
+    """Compute causal attention within each sequence of a packed row; called by transformers.
 
     Args:
-        module: The layer's attention.
+        module: The attention module of a layer.
         query: [1, heads, T, head size].
         key: [1, key heads, T, head size].
         value: [1, key heads, T, value size].
-        attention_mask: Not looked at: `packing` says all.
-        packing: Where sequences stand.
-        scaling: Of the products; by default the root of the head size.
-        dropout: Share of the weights to drop.
+        attention_mask: Ignored: `packing` has the positions of the sequences.
+        packing: Positions of the sequences in the row.
+        scaling: Factor of query-key products; by default 1 / sqrt(head size).
+        dropout: Share of the attention weights to drop.
         softcap: Products become softcap * tanh(products / softcap), as in Gemma 2.
-        sliding_window: How many tokens each one sees, itself counted; None: all before it.
-        others: What would change the result, such as sinks, is refused.
+        sliding_window: Number of tokens each token sees, including itself; None for all.
+        others: Ignored, except for arguments that would change the result.
 
     Returns:
-        [1, T, heads, value size], and no weights.
+        [1, T, heads, value size], and None in place of the attention weights.
+
+    Raises:
+        NotImplementedError: If the layer does not pass on `packing`, or passes an argument that is
+            not supported, such as attention sinks.
     """
-    unknown = [name for name in CHANGE_THE_RESULT if others.get(name) is not None]
+    unsupported = [name for name in UNSUPPORTED_ARGUMENTS if others.get(name) is not None]
     if packing is None:
+        raise NotImplementedError("packed attention: the model's layers do not pass on `packing`")
+    if unsupported:
         raise NotImplementedError(
-            "packed attention: its layers do not hand on where sequences stand"
+            f"packed attention does not support the argument {', '.join(unsupported)}"
         )
-    if unknown:
-        raise NotImplementedError(f"packed attention: it was called with {', '.join(unknown)}")
     if packing.gather is not None:
         query, key, value = (x.index_select(2, packing.gather) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _varlen_fits(query, value) and softcap is None and not dropout:
-        whole = _varlen(query, key, value, packing.bounds, scale, sliding_window)
+        output = _varlen(query, key, value, packing.bounds, scale, sliding_window)
     else:
         sizes = [end - start for start, end in pairwise(packing.bounds)]
         parts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
         width = sliding_window or packing.bounds[-1]
-        whole = torch.cat(
-            [_one(packing, q, k, v, scale, width, softcap, dropout) for q, k, v in parts], dim=2
+        output = torch.cat(
+            [_attend_one(packing, q, k, v, scale, width, softcap, dropout) for q, k, v in parts],
+            dim=2,
         )
-    whole = whole.transpose(1, 2)
-    return whole if packing.scatter is None else whole.index_select(1, packing.scatter), None
+    output = output.transpose(1, 2)
+    return output if packing.scatter is None else output.index_select(1, packing.scatter), None
 
 
-def _one(
+def _attend_one(
     packing: Packing,
     query: Tensor,
     key: Tensor,
@@ -128,6 +136,7 @@ def _one(
 ) -> Tensor:
     """Attention within one sequence, [1, heads, L, value size]."""
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    # without a mask tensor, PyTorch can choose its fastest kernel
     if softcap is None and length <= width:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scale, is_causal=True, enable_gqa=groups > 1
@@ -138,13 +147,14 @@ def _one(
         return scaled_dot_product_attention(
             query, key, value, attn_mask=sees, dropout_p=dropout, scale=scale
         )
+    # scaled_dot_product_attention has no softcap, which applies before the mask
     products = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
     weights = products.masked_fill(~sees, -torch.inf).softmax(dim=-1, dtype=torch.float32)
     return torch.dropout(weights.to(query.dtype), dropout, train=True) @ value
 
 
 def _varlen_fits(query: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's attention over sequences of various lengths can be had: on CUDA alone."""
+    """Return whether PyTorch's variable-length attention applies: only in 16 bits on CUDA."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -155,6 +165,7 @@ def _varlen_fits(query: Tensor, value: Tensor) -> bool:
 
 @cache
 def _varlen_options() -> frozenset[str]:
+    """Options that this PyTorch's `varlen_attn` has, which differ by version; none without it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -170,13 +181,13 @@ def _varlen(
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """All sequences in one call, [1, heads, A, head size]."""
+    """Attention within all sequences in one call, [1, heads, A, head size]."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {
         "enable_gqa": groups > 1,
-        "num_splits": 1,  # the same bits whatever stands beside a sequence
+        "num_splits": 1,  # bits that do not depend on the other sequences of the batch
     }
     if "enable_gqa" not in _varlen_options():
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -185,7 +196,7 @@ def _varlen(
     longest = max(end - start for start, end in pairwise(bounds))
     options = {name: option for name, option in options.items() if name in _varlen_options()}
     options["scale"] = scale
-    # a width counts the token itself, and the kernel's window does not
+    # sliding_window counts the token itself, the kernel's window only the tokens to its left
     options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    whole: Any = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
-    return cast(Tensor, whole.transpose(0, 1)[None])
+    output: Any = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
+    return cast(Tensor, output.transpose(0, 1)[None])

@@ -1,11 +1,11 @@
 """Batches for one forward pass: padded, or packed into one row without padding.
 
 A packed row holds sequences end to end; a prompt that several of them share is stored once:
-p c r | p c r | ... Token-wise layers process each token once. Attention sees each sequence whole
-and alone: `attention.py` gathers its tokens, prompt first; its causal mask ends with it.
+p c r | p c r | ... Token-wise layers process each token once. Attention treats each sequence by
+itself: `attention.py` gathers its tokens, prompt first, and masks causally within them.
 
-    row           p p p c c r r r            what embedding, projections and MLP compute
-    gathered      p p p c c p p p r r r      what attention sees, with bounds 0, 5, 11
+    row           p p p c c r r r            input of embedding, projections and MLP
+    gathered      p p p c c p p p r r r      input of attention, with bounds 0, 5, 11
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ from sage_select.data.pair_table import TokenSequence
 class Batch(NamedTuple):
     """S sequences for one forward pass, and their n response tokens.
 
-    The last token of a sequence predicts nothing, and is not in it.
+    The last token of a sequence predicts nothing and is left out of the inputs.
     """
 
-    inputs: dict[str, Any]  # of the model's forward; input_ids are int64 [rows, tokens]
-    predicts: Tensor  # int64 [n], places among rows x tokens: the next token is scored
-    targets: Tensor  # int64 [n], these tokens, sequence by sequence
-    cu_seqlens: Tensor  # int64 [S + 1]
+    inputs: dict[str, Any]  # arguments of the model's forward; input_ids are int64 [rows, tokens]
+    predicts: Tensor  # int64 [n], flat positions in rows x tokens whose next token is scored
+    targets: Tensor  # int64 [n], the tokens to score, sequence by sequence
+    cu_seqlens: Tensor  # int64 [S + 1], cumulative counts of targets
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; the bounds stay where they are."""
+        """Return the batch on a device; `cu_seqlens` is not moved."""
         inputs = {
             name: value.to(device) if hasattr(value, "to") else value
             for name, value in self.inputs.items()
@@ -40,12 +40,12 @@ class Batch(NamedTuple):
 
 
 def lay_out(sequences: Sequence[TokenSequence], *, packed: bool) -> Batch:
-    """A batch of these sequences, packed or padded."""
+    """Return a batch of these sequences, packed or padded."""
     return pack(sequences) if packed else pad(sequences)
 
 
 def pad(sequences: Sequence[TokenSequence]) -> Batch:
-    """One row for each sequence, filled up on the right."""
+    """Return a batch with one row per sequence, padded on the right."""
     lengths = [len(s.tokens) - 1 for s in sequences]
     input_ids = np.zeros((len(sequences), max(lengths)), np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -66,12 +66,12 @@ def pad(sequences: Sequence[TokenSequence]) -> Batch:
 
 
 def pack(sequences: Sequence[TokenSequence]) -> Batch:
-    """One row for all sequences, without padding; prompts that are the same stand in it once."""
-    groups: dict[bytes, list[int]] = {}
+    """Return a batch with all sequences in one row, unpadded, and each distinct prompt once."""
+    groups: dict[bytes, list[int]] = {}  # sequences by prompt
     for i, s in enumerate(sequences):
         groups.setdefault(s.tokens[: s.response_start].tobytes(), []).append(i)
     row, positions, used = [], [], 0
-    wholes = [np.empty(0, np.int64)] * len(sequences)  # where in the row a sequence's tokens stand
+    row_positions = [np.empty(0, np.int64)] * len(sequences)  # of each sequence's tokens
     for group in groups.values():
         start = sequences[group[0]].response_start
         row.append(sequences[group[0]].tokens[:start])
@@ -80,24 +80,27 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
         for i in group:
             response = sequences[i].tokens[start:-1]
             row.append(response)
+            # position ids continue from the prompt, which may be far away in the row
             positions.append(start + np.arange(len(response)))
-            wholes[i] = np.concatenate([prompt, used + np.arange(len(response))])
+            row_positions[i] = np.concatenate([prompt, used + np.arange(len(response))])
             used += len(response)
-    predicts = [whole[s.response_start - 1 :] for whole, s in zip(wholes, sequences, strict=True)]
-    in_row = [wholes[i] for group in groups.values() for i in group]
+    predicts = [at[s.response_start - 1 :] for at, s in zip(row_positions, sequences, strict=True)]
+    # gathered in the order of the row, so that nothing is gathered if no prompt is shared
+    in_row_order = [row_positions[i] for group in groups.values() for i in group]
     inputs = {
         "input_ids": torch.from_numpy(np.concatenate(row).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        # transformers hands a mask of four dimensions to the attention as it is; ours does not
-        # look at it, and any other that is called by mistake gives NaN, not the wrong number
+        # transformers passes a four-dimensional mask to the attention unchanged. Packed attention
+        # ignores it; any other attention, called by mistake, gives NaN instead of a wrong number
         "attention_mask": torch.full((1, 1, 1, 1), torch.nan),
         "use_cache": False,
-        "packing": Packing.of(in_row, used),
+        "packing": Packing.of(in_row_order, used),
     }
     return Batch(inputs, torch.from_numpy(np.concatenate(predicts)), *_targets(sequences))
 
 
 def _targets(sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+    """Response tokens of all sequences, and their cumulative counts."""
     responses = [s.tokens[s.response_start :] for s in sequences]
     bounds = np.cumsum([0, *map(len, responses)])
     return torch.from_numpy(np.concatenate(responses).astype(np.int64)), torch.from_numpy(bounds)
@@ -105,39 +108,40 @@ def _targets(sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Packing:
-    """How attention finds whole sequences in a packed row of T tokens.
+    """Positions by which attention gathers whole sequences from a packed row of T tokens.
 
     Attributes:
-        bounds: Where each sequence starts among the A gathered tokens, and A at the end.
-        gather: int64 [A], places in the row; None where nothing is shared, and A = T.
-        scatter: int64 [T], a place among the gathered for each token of the row.
+        bounds: Start of each sequence among the A gathered tokens, and A at the end.
+        gather: int64 [A], positions in the row; None if no prompt is shared, so that A = T.
+        scatter: int64 [T], for each token of the row a position among the gathered tokens.
     """
 
     bounds: tuple[int, ...]
     gather: Tensor | None
     scatter: Tensor | None
-    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # the same in every layer
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # shared by all layers
 
     @classmethod
     def of(cls, wholes: Sequence[np.ndarray], used: int) -> "Packing":
-        """From the places in a row of `used` tokens at which each sequence's tokens stand."""
+        """Return the packing of a row of `used` tokens from each sequence's positions in it."""
         bounds = tuple(np.cumsum([0, *map(len, wholes)]).tolist())
         if bounds[-1] == used:
             return cls(bounds, None, None)
         gather = np.concatenate(wholes)
+        # a shared prompt is gathered several times: any copy of its output will do, here the last
         scatter = np.empty(used, np.int64)
         scatter[gather] = np.arange(len(gather))
         return cls(bounds, torch.from_numpy(gather), torch.from_numpy(scatter))
 
     def to(self, device: torch.device) -> "Packing":
-        """The same with its indices on a device."""
+        """Return the packing with its indices on a device."""
         if self.gather is None or self.scatter is None:
             return self
         return Packing(self.bounds, self.gather.to(device), self.scatter.to(device))
 
     def window(self, length: int, width: int, device: torch.device) -> Tensor:
-        """bool [length, length]: each token sees the `width` up to itself."""
+        """Mask, bool [length, length]: each token sees the last `width` tokens up to itself."""
         if (length, width) not in self._masks:
-            sees = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-            self._masks[length, width] = sees.triu(1 - width)
+            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            self._masks[length, width] = causal.triu(1 - width)
         return self._masks[length, width]

@@ -1,4 +1,4 @@
-"""FLOPs of a model: what a pass over some sequences needs, and what a batch took."""
+"""FLOPs of a model: those that a pass over sequences needs, and those that a batch executes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,14 @@ from sage_select.system.ledger import Work
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a model's FLOPs.
+    """Sizes that determine a model's FLOPs.
 
     Attributes:
         body: Weights that multiply each token, without embeddings and head; of a mixture of
-            experts, those of the experts that a token is sent to.
+            experts, those of the experts that a token is routed to.
         head: Weights of the output head.
-        attention: Layers x heads x head size; 0 where the model does not say.
-        trained: Share of the weights that have a gradient: few with low-rank adapters.
+        attention: Layers x heads x head size; 0 if the model's configuration does not say.
+        trained: Share of the weights that have a gradient: small with low-rank adapters.
     """
 
     body: int
@@ -31,60 +31,64 @@ class Shape:
 
     @property
     def passes(self) -> float:
-        """Forward and backward, in forward passes: a product forward is one for the gradient of
-        its input and, where the weight is trained, one for that of the weight."""
+        """Cost of a forward and backward pass, in forward passes.
+
+        Each product has one more for the gradient of its input and, if its weight is trained, one
+        for the gradient of the weight.
+        """
         return 2 + self.trained
 
     def forward(self, tokens: float, scored: float, squares: float) -> float:
         """FLOPs of a forward pass.
 
         Args:
-            tokens: That go through the body.
-            scored: At which the head is computed.
-            squares: Of L tokens each, the sum of L (L + 1) / 2: pairs of tokens that causal
-                attention looks at. Sliding windows are not taken off.
+            tokens: Tokens that go through the body.
+            scored: Tokens at which the head is computed.
+            squares: Sum of L (L + 1) / 2 over sequences of L tokens: the pairs of tokens that
+                causal attention compares. Sliding windows are not deducted.
         """
         return 2 * self.body * tokens + 2 * self.head * scored + 4 * self.attention * squares
 
     def needed(self, starts: Int64Array, lengths: Int64Array, first: BoolArray) -> Work:
-        """What a forward pass over sequences needs, whatever the batches.
+        """Work that a forward pass over sequences needs, however they are batched.
 
         Args:
-            starts: [S], tokens of their prompts.
-            lengths: [S], tokens.
-            first: [S], False where the prompt is that of another sequence before.
+            starts: [S], tokens of each prompt.
+            lengths: [S], tokens of each sequence.
+            first: [S], False if a sequence before it has the same prompt.
         """
-        read = lengths - 1  # a sequence's last token predicts nothing
-        again = np.where(first, 0, starts)
-        tokens = int((read - again).sum())
-        squares = float((_squares(read) - _squares(again)).sum())
+        inputs = lengths - 1  # a sequence's last token predicts nothing
+        shared = np.where(first, 0, starts)  # counted with the first sequence of the prompt
+        tokens = int((inputs - shared).sum())
+        squares = float((_squares(inputs) - _squares(shared)).sum())
         return Work(
             needed=self.forward(tokens, int((lengths - starts).sum()), squares), tokens=tokens
         )
 
     def executed(self, tokens: int, scored: int, lengths: Int64Array) -> Work:
-        """What a batch took: tokens that went through the model, in sequences of these lengths."""
+        """Work of a batch with this many tokens in the model, in sequences of these lengths."""
         squares = float(_squares(lengths).sum())
         return Work(executed=self.forward(tokens, scored, squares), executed_tokens=tokens)
 
 
 def _squares(lengths: Int64Array) -> Int64Array:
-    """Pairs of tokens that causal attention looks at."""
+    """Pairs of tokens that causal attention compares."""
     squares: Int64Array = lengths * (lengths + 1) // 2
     return squares
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The shape of a live model, or of one on the meta device."""
+    """Return the shape of a live model, or of one on the meta device."""
     config = text_config(model)
     output = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
-    looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    apart = {id(p) for m in (*looked_up, output) if m is not None for p in m.parameters()}
+    # embeddings are looked up, not multiplied, and the head is counted separately
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    excluded = {id(p) for m in (*embeddings, output) if m is not None for p in m.parameters()}
     routed = _share_of_experts(config)
     multiplied = {
         name: (parameter, routed if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and id(parameter) not in apart
+        if parameter.dim() > 1 and id(parameter) not in excluded
     }
     body = sum(share * _weights(parameter) for parameter, share in multiplied.values())
     weight = getattr(output, "weight", None)
@@ -95,12 +99,12 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def _weights(parameter: torch.Tensor) -> int:
-    """Weights of a parameter; of four bits, two stand in a byte."""
+    """Number of weights in a parameter; 4-bit weights are stored two to a byte."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def _share_of_experts(config: Any) -> float:
-    """The share of its experts that a token goes through; 1 without experts."""
+    """Share of the experts that a token is routed to; 1 without experts."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if count := getattr(config, name, None):
             used: int = getattr(config, "num_experts_per_tok", None) or count
@@ -109,6 +113,7 @@ def _share_of_experts(config: Any) -> float:
 
 
 def _attention(config: Any) -> int:
+    """Layers x heads x head size, or 0 if the configuration lacks one of them."""
     layers = getattr(config, "num_hidden_layers", None)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)

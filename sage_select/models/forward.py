@@ -1,4 +1,4 @@
-"""One forward pass over a batch of sequences, to the log-probs of their responses."""
+"""Log-probs of the responses in a batch, from one forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +19,19 @@ from sage_select.system.ledger import Work, book, recording
 
 
 def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto") -> Tensor:
-    """Summed log-prob of each sequence's response, float64 [S], in the mode the model is in.
+    """Summed log-prob of each sequence's response, float64 [S], in the model's current mode.
 
-    The head is reached from inside the model's own forward, where its weight is whole even when
-    it is sharded. There it sees the positions that predict response tokens, and no others.
+    A hook replaces the head inside the model's own forward, where its weight is whole even if it
+    is sharded. It computes log-probs only at positions that predict response tokens.
 
     Args:
-        through: The model, or a wrapper of it that exchanges gradients.
+        through: The model, or a wrapper of it that synchronises gradients.
         batch: The sequences.
-        impl: How the head's log-probs are computed.
+        impl: Implementation of the head's log-probs.
 
     Raises:
-        TypeError: If the model does not call its head once, with a state for each token.
+        TypeError: If the model does not call its head exactly once, with a hidden state for each
+            token.
     """
     model = unwrapped(through)
     head = head_of(model)
@@ -44,7 +45,7 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
             raise TypeError(
                 f"measure: the output head of {type(model).__name__} was given states of shape "
                 f"{list(hidden.shape[:2])} for tokens of shape {list(shape)}; prompt tuning and "
-                "others that put tokens of their own into a sequence cannot be measured"
+                "other methods that insert virtual tokens cannot be measured"
             )
         result.append(
             sequence_logps(
@@ -57,9 +58,9 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
                 impl=impl,
             )
         )
-        return (hidden[:, :0],)  # the model goes on with logits of no positions
+        return (hidden[:, :0],)  # no positions are left, so the model computes no logits
 
-    with known(model).lock:
+    with known(model).lock:  # a pass in another thread must not run into this batch's hook
         hook = head.module.register_forward_pre_hook(score_instead)
         try:
             output = call(through, on_device)
@@ -73,22 +74,23 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
     if recording():
         book(_executed(model, batch))
     if torch.is_grad_enabled() and is_sharded(model):
-        # gradients must come in by the model's output, where FSDP2 waits to gather weights again
+        # FSDP2 gathers weights for the backward pass when gradients reach the model's output, so
+        # the result must depend on it
         return result[0] + 0 * logits_of(output).sum()
     return result[0]
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns."""
+    """Return the logits from a model's output."""
     logits: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     return logits
 
 
 def call(through: nn.Module, batch: Batch) -> Any:
-    """The model's own output for a batch on its device.
+    """Run the model on a batch that is on its device, and return the model's own output.
 
-    A module that is not of transformers gets token ids alone: padding on the right cannot reach the
-    tokens before it.
+    A module that is not from transformers gets only token ids: in a causal model, padding on the
+    right cannot affect the tokens before it.
     """
     model = unwrapped(through)
     if not of_transformers(model):
@@ -98,17 +100,17 @@ def call(through: nn.Module, batch: Batch) -> Any:
 
 
 def recomputes(model: nn.Module) -> bool:
-    """Whether layers are computed again in the backward pass (activation checkpointing)."""
+    """Return whether the backward pass recomputes layers (activation checkpointing)."""
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
+    """Device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def precision_of(model: nn.Module) -> torch.dtype:
-    """The dtype in which its body computes just now."""
+    """Dtype in which the model's body currently computes, autocast included."""
     device = device_of(model).type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -116,7 +118,7 @@ def precision_of(model: nn.Module) -> torch.dtype:
 
 
 def known_shape(model: nn.Module) -> Shape:
-    """The model's shape, counted once."""
+    """Shape of the model, counted once per model."""
     record = known(model)
     if record.shape is None:
         record.shape = shape_of(model)
@@ -124,6 +126,7 @@ def known_shape(model: nn.Module) -> Shape:
 
 
 def _executed(model: nn.Module, batch: Batch) -> Work:
+    """Work of a batch, including its backward pass if gradients are enabled."""
     rows, length = batch.inputs["input_ids"].shape
     packing: Packing | None = batch.inputs.get("packing")
     lengths = np.full(rows, length) if packing is None else np.diff(packing.bounds)
@@ -131,13 +134,14 @@ def _executed(model: nn.Module, batch: Batch) -> Work:
     work = shape.executed(rows * length, scored, lengths)
     if not torch.is_grad_enabled():
         return work
-    head_again = Work(executed=2.0 * shape.head * scored)  # backward computes its logits again
-    return work * (shape.passes + recomputes(model)) + head_again
+    head_recomputed = Work(executed=2.0 * shape.head * scored)  # logits are not kept for backward
+    return work * (shape.passes + recomputes(model)) + head_recomputed
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; modes and generators as before afterwards."""
+    """Switch to eval mode without gradients; restore modes and random generators afterwards."""
+    # module by module: a host may train some of them and keep others in eval mode
     training = [module for module in model.modules() if module.training]
     device = device_of(model)
     try:
@@ -151,6 +155,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision on the model's device; none where the dtype is None."""
+    """Run in mixed precision on the model's device; None switches off autocast, outer ones too."""
     with torch.autocast(device_of(model).type, dtype=dtype, enabled=dtype is not None):
         yield

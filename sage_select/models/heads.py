@@ -1,4 +1,4 @@
-"""The output head of a causal language model, and what becomes of its logits."""
+"""The output head of a causal language model, with the scale and softcap of its logits."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Head(NamedTuple):
-    """The output head, and what the model does to its logits."""
+    """The output head, and the scale and softcap that the model applies to its logits."""
 
     module: nn.Module
     softcap: float | None
@@ -14,7 +14,7 @@ class Head(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """[V, H], looked up when it is used: a sharded weight is whole only inside the forward."""
+        """Weight [V, H], read on use: a sharded weight is whole only inside the forward pass."""
         layer: Any = getattr(self.module, "base_layer", self.module)
         weight: Tensor = layer.weight
         for adapter in _unmerged(self.module):
@@ -23,35 +23,35 @@ class Head(NamedTuple):
 
     @property
     def bias(self) -> Tensor | None:
-        """[V], or none."""
+        """Bias [V], or None."""
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
 
 def of_transformers(model: nn.Module) -> bool:
-    """Whether it is a model of transformers, or wraps one as PEFT does."""
+    """Return whether the model is from transformers, or wraps one that is, as PEFT does."""
     return hasattr(getattr(model, "config", None), "_attn_implementation")
 
 
 def text_config(model: nn.Module) -> Any:
-    """The settings of a model's language part; None for a module without any."""
+    """Configuration of a model's language part; None for a module without one."""
     settings: Any = getattr(model, "config", None)
     return settings.get_text_config() if of_transformers(model) else settings
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a Hugging Face model, or of any module that calls its `lm_head`.
+    """Return the head of a Hugging Face model, or of any module that calls its `lm_head`.
 
     Raises:
-        TypeError: If there is none, or its weight cannot be multiplied with.
+        TypeError: If there is none, or its weight is not a plain floating-point matrix.
     """
     find = getattr(model, "get_output_embeddings", None)
     module = find() if find is not None else getattr(model, "lm_head", None)
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"measure: {type(model).__name__} has no output head; pass a Hugging Face causal "
-            "language model, a module whose forward calls its `lm_head`, or your own measure to "
-            "the Selector"
+            "language model or a module whose forward calls its `lm_head`, or write your own "
+            "measure for the Selector"
         )
     config = text_config(model)
     head = Head(
@@ -64,9 +64,10 @@ def head_of(model: nn.Module) -> Head:
     if not (isinstance(weight := getattr(layer, "weight", None), Tensor) and weight.dim() == 2):
         raise TypeError(
             f"measure: the output head of {type(model).__name__}, {type(layer).__name__}, has no "
-            "weight [V, H]"
+            "weight of shape [V, H]"
         )
-    foreign = type(weight).__module__.split(".")[0] != "torch"  # a tensor class of a quantiser
+    # tensor classes of quantisers may claim a floating-point dtype
+    foreign = type(weight).__module__.split(".")[0] != "torch"
     if foreign or not weight.is_floating_point():
         raise TypeError(
             f"measure: the weight of the output head is a {type(weight).__name__} of "
@@ -77,7 +78,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 def _unmerged(module: nn.Module) -> list[str]:
-    """Names of the low-rank adapters that add to this layer's weight."""
+    """Names of the active low-rank adapters to add to this layer's weight."""
     layer: Any = module
     if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
         return []
@@ -85,12 +86,13 @@ def _unmerged(module: nn.Module) -> list[str]:
     for name in active:
         if layer.use_dora.get(name) or getattr(layer, "lora_variant", {}).get(name) is not None:
             raise TypeError(
-                f"measure: adapter {name!r} changes the output head in another way than by a "
-                "low-rank sum (DoRA and kin); leave lm_head out of its target_modules"
+                f"measure: adapter {name!r} does more to the output head than add a low-rank "
+                "product (such as DoRA); leave lm_head out of its target_modules"
             )
         if layer.training and getattr(dict(layer.lora_dropout.items()).get(name), "p", 0):
             raise TypeError(
-                f"measure: adapter {name!r} drops inputs of the output head at random, which its "
-                "weight cannot say; set lora_dropout=0, or leave lm_head out of its target_modules"
+                f"measure: adapter {name!r} applies dropout to inputs of the output head, which a "
+                "weight cannot express; set lora_dropout=0, or leave lm_head out of its "
+                "target_modules"
             )
     return active

@@ -1,4 +1,4 @@
-"""What has been found out about a live model, kept for as long as the model lives."""
+"""Results of checks on a live model, cached for as long as the model exists."""
 
 from dataclasses import dataclass, field
 from threading import RLock
@@ -10,22 +10,22 @@ from torch import nn
 from sage_select.models.flops import Shape
 
 Path = tuple[object, ...]
-"""Device, dtypes and attention: what decides how a forward pass is computed."""
+"""Device, dtypes and attention, which determine how a forward pass is computed."""
 
 
 @dataclass
 class Known:
-    """Everything the library remembers about one model.
+    """Cached facts about one model.
 
     Attributes:
-        lock: Held by whoever changes the model for a while; reentrant.
-        own_attention: For each configuration, by its `id`, the attention it had before it was
-            switched to packed attention.
-        shape: What decides its FLOPs, once it was counted.
+        lock: Held while the model is changed temporarily; reentrant.
+        own_attention: For each configuration, by its `id`, the attention it had before the switch
+            to packed attention.
+        shape: Sizes that determine its FLOPs, once they are counted.
         checked_heads: Paths on which the output head was compared with the model's own logits.
         packing: For each path, the longest sequence with which packing was tried, and the reason
             not to pack, or "".
-        warned: Warnings that were given.
+        warned: Warnings already issued.
     """
 
     lock: Any = field(default_factory=RLock)
@@ -36,20 +36,20 @@ class Known:
     warned: set[tuple[object, ...]] = field(default_factory=set)
 
 
-_models: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_records: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 def known(model: nn.Module) -> Known:
-    """The record of this model, new if nothing is known of it yet."""
-    return _models.setdefault(model, Known())
+    """Return the record of this model, which is empty at first."""
+    return _records.setdefault(model, Known())
 
 
 def own_attention(config: Any) -> str | None:
-    """Name of the attention that a configuration chose itself, also while it is packed.
+    """Return the attention that a configuration itself names, even while packed attention is on.
 
     A model and its wrappers share configurations, so every record is searched.
     """
-    for record in list(_models.values()):
+    for record in list(_records.values()):  # a copy, since another thread may add a record
         if (name := record.own_attention.get(id(config))) is not None:
             return name
     return getattr(config, "_attn_implementation", None)

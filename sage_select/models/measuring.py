@@ -1,4 +1,4 @@
-"""One forward-only pass over many sequences: checks before it, batches that fit, and its rates."""
+"""Forward-only passes over many sequences: checks, batches that fit in memory, progress."""
 
 import hashlib
 import time
@@ -32,45 +32,48 @@ def forward_batches(
     may_shrink: bool,
     desc: str,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Run batches one after the other, in smaller parts where one does not fit in memory.
+    """Run batches in order, splitting those that do not fit in memory.
 
     Args:
-        model: The model, ready for a pass without gradients.
+        model: The model, in eval mode and without gradients.
         distinct: The sequences.
-        batches: Places in `distinct`, batch by batch.
-        new: bool [D], False where a sequence need not be measured.
-        packed: Whether batches are packed, or else padded.
-        impl: How the head's log-probs are computed.
-        max_tokens: The budget by which parts are composed, halved when a part does not fit.
-        may_shrink: False if other processes wait for this very forward call.
-        desc: What the pass is for, for heartbeats.
+        batches: Indices into `distinct`, batch by batch.
+        new: bool [D], False for sequences that need not be measured.
+        packed: True for packed batches, False for padded ones.
+        impl: Implementation of the head's log-probs.
+        max_tokens: Token budget for splitting, halved whenever a part does not fit.
+        may_shrink: False if other processes take part in the same forward pass.
+        desc: Name of the pass, for heartbeats.
 
     Yields:
-        Places, and the summed log-probs of their responses, float64 on the CPU.
+        Indices, and the summed log-probs of their responses, float64 on the CPU.
 
     Raises:
-        MemoryError: If one sequence does not fit, or a part does not and it may not shrink.
+        MemoryError: If a single sequence does not fit, or a part does not and `may_shrink` is
+            False.
     """
     for i, batch in enumerate(batches, 1):
         first, last = distinct.rows(batch)
         beat(f"{desc}, batch {i} of {len(batches)}, pairs in rows {first} to {last}")
         waiting: list[Sequence[int]] = [batch]
         while waiting:
-            # known sequences are left out after the parts are composed, as for whole batches
+            # known sequences are skipped only after splitting, so that a resumed pass computes
+            # the same parts
             part, *rest = distinct.batches(max_tokens, packed=packed, among=waiting.pop(0))
             waiting = [*rest, *waiting]
             places = [place for place in part if new[place]]
             if not places:
                 continue
-            logps = _if_it_fits(model, lay_out(distinct.sequences(places), packed=packed), impl)
+            logps = _logps_if_fit(model, lay_out(distinct.sequences(places), packed=packed), impl)
             if logps is not None:
                 yield places, logps
                 continue
             max_tokens = _smaller(distinct, part, packed)
             if not may_shrink:
                 raise MemoryError(
-                    "measure: processes that share a model's weights cannot make a batch "
-                    f"smaller one by one; begin with max_batch_tokens={max_tokens}"
+                    "measure: a batch does not fit in memory, and processes that share a model's "
+                    "weights cannot split it independently; start with "
+                    f"max_batch_tokens={max_tokens}"
                 )
             waiting = [part, *waiting]
 
@@ -78,64 +81,65 @@ def forward_batches(
 def check_same_pass(
     processes: Processes, distinct: DistinctSequences, new: BoolArray, max_batch_tokens: int
 ) -> None:
-    """All processes must be about to measure the same.
+    """Refuse a pass for which processes have different sequences, budgets or stores.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they differ in any rank.
     """
-    said = hashlib.blake2b(str(max_batch_tokens).encode(), digest_size=7)
-    said.update(distinct.keys.tobytes())
-    said.update(new.tobytes())
-    facts = [len(distinct.pairs), len(distinct), int.from_bytes(said.digest())]
-    every = processes.all_gather(facts)
-    for rank, facts in enumerate(every):
-        if facts != every[0]:
+    fingerprint = hashlib.blake2b(str(max_batch_tokens).encode(), digest_size=7)  # fits in int64
+    fingerprint.update(distinct.keys.tobytes())
+    fingerprint.update(new.tobytes())
+    facts = [len(distinct.pairs), len(distinct), int.from_bytes(fingerprint.digest())]
+    by_rank = processes.all_gather(facts)
+    for rank, facts in enumerate(by_rank):
+        if facts != by_rank[0]:
             raise ValueError(
                 f"measure: process {rank} came with {facts[0]} pairs of {facts[1]} responses, "
-                f"process 0 with {every[0][0]} of {every[0][1]}, or with others; processes that "
-                "measure together need the same pool, budget and reference store. To measure in "
-                "one process alone, pass processes=Processes()"
+                f"process 0 with {by_rank[0][0]} of {by_rank[0][1]}, or their contents differ; "
+                "processes that measure together need the same pool, budget and reference store. "
+                "To measure in this process only, pass processes=Processes()"
             )
 
 
 def _smaller(distinct: DistinctSequences, places: list[int], packed: bool) -> int:
-    """About half of the tokens that did not fit: a power of two, the same wherever it is learnt.
+    """Return about half of the tokens that did not fit, with a warning.
 
     Raises:
-        MemoryError: If it is one sequence, which cannot be made smaller.
+        MemoryError: If it is a single sequence, which cannot be split.
     """
     longest = int(distinct.lengths[places].max())
     if len(places) == 1:
         raise MemoryError(
-            f"measure: a sequence of {longest:,} tokens does not fit in memory, though alone; "
+            f"measure: a sequence of {longest:,} tokens does not fit in memory, even alone; "
             "read the pairs with a smaller max_length, or measure on a larger device"
         )
     used = distinct.tokens(places, packed=packed)
+    # a power of two, so that processes and runs settle on equal budgets
     half = 1 << (used - 1).bit_length() - 1
     warn(
         f"measure: {len(places)} sequences of up to {longest:,} tokens do not fit in memory; "
-        f"going on with batches of {half:,} tokens. Pass max_batch_tokens={half} to begin with "
-        "that",
+        f"continuing with batches of {half:,} tokens. Pass max_batch_tokens={half} to start with "
+        "that size",
         stacklevel=4,
     )
     return half
 
 
-def _if_it_fits(model: nn.Module, batch: Batch, impl: Implementation) -> Tensor | None:
-    """A batch's log-probs on the CPU, or None where the device's memory does not suffice."""
+def _logps_if_fit(model: nn.Module, batch: Batch, impl: Implementation) -> Tensor | None:
+    """Return a batch's log-probs on the CPU, or None if the device runs out of memory."""
     try:
         return forward_logps(model, batch, impl).cpu()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # outside the handler, which would keep alive what the call had allocated
+    # outside the handler, where the exception would keep the failed call's tensors alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
 
 
 class Rates:
-    """A progress bar over tokens, of which there are as many in a second at the end as before."""
+    """A progress bar in tokens, whose rate stays steady while sequences get shorter."""
 
     def __init__(
         self,
@@ -158,7 +162,7 @@ class Rates:
         self.bar.close()
 
     def update(self, places: list[int]) -> None:
-        """These were measured."""
+        """Advance the bar by the sequences with these indices."""
         self.bar.update(int(self.lengths[places].sum()))
         seconds = time.perf_counter() - self.start
         pairs = self.pairs_per_token * self.bar.n
@@ -166,7 +170,7 @@ class Rates:
 
 
 def check_tokens_fit(model: nn.Module, distinct: DistinctSequences) -> None:
-    """Refuse tokens that the model cannot embed; warn of positions it was not made for."""
+    """Refuse tokens outside the model's vocabulary; warn of sequences beyond its positions."""
     head = head_of(model)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     vocabulary = len(head.weight if embedding is None else embedding.weight)

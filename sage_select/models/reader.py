@@ -1,4 +1,4 @@
-"""The reader: how a run reads its models, forward only and in updates alike."""
+"""The reader: one set of options by which a run reads its models, in scoring and in updates."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,23 +32,23 @@ from sage_select.system.processes import Processes
 
 @dataclass(frozen=True)
 class Reader:
-    """How a model is read: one value that selector, reference and updates of a run share.
+    """Options for reading a model, shared by selector, reference and updates of a run.
 
-    Two sets of log-probs can be compared only if they were read alike, that is, by equal readers:
-    what differs between two readers would look like a change in the policy. So make one and pass it
-    on: `Selector(..., measure=reader)`, `ReferenceStore(..., reader=reader)`,
+    Log-probs are comparable only if they come from equal readers: a difference between two readers
+    would look like a change in the policy. So make one reader and pass it everywhere:
+    `Selector(..., measure=reader)`, `ReferenceStore(..., reader=reader)`,
     `Training(reader=reader)`.
 
     Args:
-        layout: "packed" lays the sequences of a batch end to end, with attention to each one
-            alone; "padded" pads them to the longest; "auto" packs if a trial shows that the model
-            then gives the same log-probs, and otherwise pads, with a warning.
-        impl: How the head's log-probs are computed, see `token_logps`.
+        layout: "packed" lays the sequences of a batch end to end, with attention within each;
+            "padded" pads them to the longest; "auto" packs if a trial shows that the model then
+            gives the same log-probs, and otherwise pads, with a warning.
+        impl: Implementation of the head's log-probs, see `token_logps`.
         mixed_precision: Autocast dtype of the model's body, such as torch.bfloat16; the head and
             the sums stay in fp32 or wider. None computes in the model's own dtype.
         max_batch_tokens: Tokens per forward-only pass; a longer sequence runs alone. If a batch
             does not fit in memory, the budget is halved, with a warning, and no pair is lost.
-        show_progress: False for no progress bar; readers that differ only in this are equal.
+        show_progress: False for no progress bar; ignored when readers are compared.
 
     Example:
         >>> Reader(mixed_precision=torch.bfloat16) == Reader()
@@ -57,7 +57,7 @@ class Reader:
         True
 
     Raises:
-        ValueError: If a setting has no such value.
+        ValueError: If an option has an invalid value.
     """
 
     layout: Layout = "auto"
@@ -80,19 +80,22 @@ class Reader:
             )
         if not isinstance(self.max_batch_tokens, int) or self.max_batch_tokens < 1:
             raise ValueError(
-                "Reader: max_batch_tokens must be a whole number of at least 1, got "
+                "Reader: max_batch_tokens must be an integer of at least 1, got "
                 f"{self.max_batch_tokens!r}"
             )
 
     def __call__(
         self, model: nn.Module, pool: PreferenceDataset, *, processes: Processes | None = None
     ) -> PairLogps:
-        """Summed log-probs of every response of a pool: one forward-only pass, see `measure`.
+        """Summed log-probs of every response of a pool, from one forward-only pass.
 
         Args:
-            model: As for `measure`.
+            model: As in `measure`.
             pool: The pairs, `dataset` or `dataset.take(rows)`.
-            processes: Those that share the work, see `measure`.
+            processes: The processes that share the work, see `measure`.
+
+        Returns:
+            As in `measure`.
         """
         processes = Processes.all() if processes is None else processes
         distinct = distinct_sequences(pool)
@@ -103,7 +106,7 @@ class Reader:
 
         with monitored(processes):
             self.measure_sequences(model, distinct, keep, processes=processes)
-            # one process has each log-prob and all others have zero, so the sum changes no bit
+            # each log-prob is zero on all ranks but one, so the sum changes no bit
             logps = processes.all_reduce(logps.to(processes.device)).cpu()
         return as_pair_logps(pool, logps[distinct.of_pairs])
 
@@ -113,68 +116,70 @@ class Reader:
         distinct: DistinctSequences,
         on_batch: Callable[[list[int], Tensor], None],
         *,
-        known: Collection[int] = (),
+        skip: Collection[int] = (),
         processes: Processes | None = None,
         desc: str = "scoring",
     ) -> None:
-        """Measure sequences and hand over their log-probs batch by batch.
+        """Measure sequences, passing log-probs to a callback batch by batch.
 
-        Batches are composed of all sequences first, and known ones are left out afterwards, so
-        that a pass that is interrupted and resumed computes the same bits as one that is not.
+        Batches are composed from all sequences before any is skipped, so that a pass that is
+        interrupted and resumed computes the same bits as one that is not.
 
         Args:
-            model: As for `measure`.
+            model: As in `measure`.
             distinct: The sequences.
-            on_batch: Called with places in `distinct` and their log-probs, float64 on the CPU.
-            known: Places that need not be measured.
-            processes: Those that share the batches; each hands over what it measured itself.
-            desc: What the progress bar says.
+            on_batch: Called with indices into `distinct` and their log-probs, float64 on the CPU.
+            skip: Indices of sequences that need not be measured.
+            processes: The processes that share the batches; each calls `on_batch` only for those
+                that it measured itself.
+            desc: Label of the progress bar.
         """
         processes = Processes.all() if processes is None else processes
         model = checked(model)
         new = np.ones(len(distinct), dtype=bool)
-        new[list(known)] = False
+        new[list(skip)] = False
         check_same_pass(processes, distinct, new, self.max_batch_tokens)
         check_tokens_fit(model, distinct)
         if not new.any():
             return
-        together = is_sharded(model) and processes.size > 1
+        # forward passes of a sharded model are collectives: every rank must make as many
+        in_lockstep = is_sharded(model) and processes.size > 1
         with resharded(model), eval_mode(model), autocast(model, self.mixed_precision):
             check_head(model, distinct.sequences([len(distinct) - 1])[0], self.impl)
-            first = distinct.sequences([0])
-            packed = packs_exactly(model, first, self.layout, self.impl, self.max_batch_tokens)
-            # composed before they are dealt, so that any number of processes has the same batches
+            longest = distinct.sequences([0])
+            packed = packs_exactly(model, longest, self.layout, self.impl, self.max_batch_tokens)
+            # composed before they are dealt, so that batches do not depend on the world size
             composed = distinct.batches(self.max_batch_tokens, packed=packed)
             batches = [batch for batch in composed if new[batch].any()]
-            own = batches[processes.rank :: processes.size]
+            own_batches = batches[processes.rank :: processes.size]
             if recording():
-                # sorted, sequences of one prompt follow each other
-                mine = np.sort([place for batch in own for place in batch if new[place]])
-                book(known_shape(model).needed(*distinct.needed(mine.astype(np.int64))))
-            total = int(sum(distinct.lengths[b][new[b]].sum() for b in own))
+                # sorted, so that sequences of one prompt are adjacent and the prompt counts once
+                places = np.sort([place for batch in own_batches for place in batch if new[place]])
+                book(known_shape(model).needed(*distinct.needed(places.astype(np.int64))))
+            total = int(sum(distinct.lengths[b][new[b]].sum() for b in own_batches))
             show = self.show_progress if processes.rank == 0 else False
             with Rates(distinct, total, desc, show, processes.size) as rates:
-                for places, logps in forward_batches(
+                for measured, logps in forward_batches(
                     model,
                     distinct,
-                    own,
+                    own_batches,
                     new,
                     packed=packed,
                     impl=self.impl,
                     max_tokens=self.max_batch_tokens,
-                    may_shrink=not together,
+                    may_shrink=not in_lockstep,
                     desc=desc,
                 ):
-                    on_batch(places, logps)
-                    rates.update(places)
-            if together and len(own) < len(batches[:: processes.size]):
-                # every rank must make as many forward calls, or the others wait for its weights
+                    on_batch(measured, logps)
+                    rates.update(measured)
+            if in_lockstep and len(own_batches) < len(batches[:: processes.size]):
+                # this rank has one batch fewer: repeat the last one, so that no other rank waits
                 sequences = distinct.sequences([place for place in batches[-1] if new[place]])
                 forward_logps(model, lay_out(sequences, packed=packed), self.impl)
-        beat(f"{desc}, done with {len(own)} batches")
+        beat(f"{desc}, done with {len(own_batches)} batches")
 
     def pair_logps(self, model: nn.Module, pairs: PreferenceDataset) -> PairLogps:
-        """Differentiable log-probs of a few pairs in one batch: what an update needs.
+        """Differentiable log-probs of a few pairs in one batch, for an update.
 
         Args:
             model: A Hugging Face causal language model, in the mode it should run in.
@@ -193,8 +198,8 @@ class Reader:
         """Summed log-prob of each sequence's response, float64 [S], in one batch; differentiable.
 
         Args:
-            model: As for `pair_logps`.
-            sequences: Such as `pairs.responses()`.
+            model: As in `pair_logps`.
+            sequences: The sequences, such as `pairs.responses()`.
         """
         if not sequences:
             return torch.zeros(0, dtype=torch.float64)
@@ -206,8 +211,8 @@ class Reader:
                 if self.layout == "packed":
                     raise ValueError(
                         "pair_logps: the model recomputes its activations in the backward pass, "
-                        "where a packed batch needs its attention again; put forward and backward "
-                        "inside `with updating(model, pairs):`"
+                        "where a packed batch needs packed attention again; put forward and "
+                        "backward inside `with reader.updating(model, pairs):`"
                     )
                 packed = False
             if recording():
@@ -216,12 +221,12 @@ class Reader:
 
     @contextmanager
     def updating(self, model: nn.Module, pairs: PreferenceDataset) -> Iterator[None]:
-        """Wrap forward and backward of one batch: inside, `pair_logps` packs where that is exact.
+        """Wrap forward and backward of one batch: inside, `pair_logps` packs if that is exact.
 
-        Outside, `pair_logps` packs too, except for models with activation checkpointing.
+        Outside, it packs as well, except for models with activation checkpointing.
 
         Args:
-            model: As for `pair_logps`.
+            model: As in `pair_logps`.
             pairs: The batch.
         """
         model = unwrapped(model)
@@ -231,11 +236,11 @@ class Reader:
             yield
 
     def check(self, model: nn.Module, pairs: PreferenceDataset) -> None:
-        """Find out before training whether and how batches of these pairs can be made.
+        """Check before training that the model can be read, and whether its batches can be packed.
 
         Args:
-            model: As for `pair_logps`.
-            pairs: All that will be trained on; the longest sequence is tried.
+            model: As in `pair_logps`.
+            pairs: All pairs that will be trained on; the longest sequence is tried.
 
         Raises:
             ValueError: If the model cannot be read, or cannot be packed and layout is "packed".
@@ -248,8 +253,8 @@ class Reader:
             packs_exactly(model, longest, self.layout, self.impl)
 
     def _precision(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The precision of updates; without one of its own, a host's autocast stays as it is."""
-        if self.mixed_precision is None:
+        """Autocast for updates; with mixed_precision=None, a host's autocast stays in effect."""
+        if self.mixed_precision is None:  # `autocast(model, None)` would switch the host's off
             return nullcontext()
         return autocast(model, self.mixed_precision)
 
@@ -265,14 +270,14 @@ def measure(
     processes: Processes | None = None,
     show_progress: bool | None = None,
 ) -> PairLogps:
-    """Summed log-probs of every response of a pool under a model: one forward-only pass.
+    """Summed log-probs of every response of a pool under a model, from one forward-only pass.
 
     The model runs in eval mode, without gradients or cache; its modes, its gradients and the state
-    of the random generators are left as they were. Distinct responses, not pairs, are batched to a
-    token budget, the longest first, so that running out of memory happens at once. Responses to one
-    prompt share a batch, and the prompt is computed once.
+    of the random generators are left unchanged. Distinct responses, not pairs, are batched to a
+    token budget, the longest first, so that a lack of memory shows at once. Responses to one prompt
+    share a batch, and the prompt is computed once.
 
-    To use other options than the defaults more than once, make a `Reader` and call that.
+    To use other options than the defaults repeatedly, make a `Reader` and call it.
 
     Args:
         model: A Hugging Face causal language model; or any module that maps token ids to logits
@@ -282,8 +287,8 @@ def measure(
         layout: As in `Reader`.
         impl: As in `Reader`.
         mixed_precision: As in `Reader`.
-        processes: Those that share the work; all of them must call with the same pool. By default
-            every process that torch.distributed knows of. `Processes()` is this one alone.
+        processes: The processes that share the work; all of them must call with the same pool. By
+            default all processes of torch.distributed; `Processes()` is this one alone.
         show_progress: As in `Reader`.
 
     Returns:
@@ -291,10 +296,10 @@ def measure(
         for any number of processes.
 
     Raises:
-        TypeError: If the model has no output head to reach.
+        TypeError: If the model has no output head, or it cannot be used.
         ValueError: If a token is outside the model's vocabulary, the model changes its logits in a
-            way this library does not know, cannot be packed and layout is "packed", or a log-prob
-            is not finite.
+            way that is not supported, cannot be packed and layout is "packed", or a log-prob is
+            not finite.
         MemoryError: If a single sequence does not fit in memory.
     """
     reader = Reader(layout, impl, mixed_precision, max_batch_tokens, show_progress)
@@ -304,17 +309,21 @@ def measure(
 def pair_logps(
     model: nn.Module, pairs: PreferenceDataset, reader: Reader | None = None
 ) -> PairLogps:
-    """Differentiable log-probs of a few pairs in one batch: `Reader.pair_logps`.
+    """Differentiable log-probs of a few pairs in one batch, as by `Reader.pair_logps`.
 
     Args:
         model: A Hugging Face causal language model, in the mode it should run in.
         pairs: The pairs, `dataset.take(rows)`.
-        reader: How to read the model; by default `Reader()`.
+        reader: Options for reading the model; by default `Reader()`.
+
+    Returns:
+        Log-probs on the model's device; gradients flow to its parameters.
     """
     return (reader or Reader()).pair_logps(model, pairs)
 
 
 def _book_needed(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
+    """Book the FLOPs that these sequences need, including the backward pass if there is one."""
     prompts = [s.tokens[: s.response_start].tobytes() for s in sequences]
     starts = np.array([s.response_start for s in sequences])
     lengths = np.array([len(s.tokens) for s in sequences])

@@ -1,4 +1,4 @@
-"""The distinct sequences of some pairs, and how they are batched, whatever the order of rows."""
+"""Distinct sequences of pairs, and batches of them that do not depend on the order of rows."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,23 @@ from sage_select.data.dataset import PreferenceDataset
 from sage_select.data.pair_table import TokenSequence
 from sage_select.pairs import PairLogps
 
-HASHED_AT_ONCE = 4096  # sequences whose tokens are in memory while keys are made
+HASHED_AT_ONCE = 4096  # sequences whose tokens are in memory at a time while keys are computed
 
 Keys = npt.NDArray[np.bytes_]
-"""16 bytes per sequence. Fixed-size byte strings are compared whole: numpy ignores zeros at an end,
-but two strings of one size that differ in nothing else are equal."""
+"""16 bytes per sequence. numpy ignores trailing zeros of byte strings, which is harmless among
+strings of one size."""
 
 
 class SequenceKeys(NamedTuple):
-    """What tells the 2P sequences of some pairs apart, all chosen and then all rejected."""
+    """Hashes that identify the 2P sequences of P pairs, all chosen and then all rejected."""
 
-    sequences: Keys  # [2P], of the tokens and of where the response starts
-    prompts: Keys  # [2P], of the tokens before that
-    starts: Int64Array  # [2P], where the response starts
+    sequences: Keys  # [2P], of the tokens and the start of the response
+    prompts: Keys  # [2P], of the tokens before the response
+    starts: Int64Array  # [2P], start of the response
     largest_token: int
 
     def at(self, rows: Int64Array) -> "SequenceKeys":
-        """Those of some of the pairs, by their places."""
+        """Return the keys of some pairs, by their positions."""
         places = np.concatenate([rows, rows + len(self.starts) // 2])
         return SequenceKeys(
             self.sequences[places], self.prompts[places], self.starts[places], self.largest_token
@@ -40,20 +40,20 @@ class SequenceKeys(NamedTuple):
 
 @dataclass(frozen=True)
 class DistinctSequences:
-    """D different sequences among the 2P of some pairs, those of one prompt together.
+    """The D distinct sequences among the 2P of P pairs; those with the same prompt are adjacent.
 
-    Pairs of one prompt often share a response. Ordered by length and content, what is batched with
-    what does not depend on the order of the rows. Tokens are looked up when they are needed: a set
-    larger than memory can be measured.
+    Pairs of one prompt often share a response. Sequences are ordered by length and content, so that
+    batches do not depend on the order of the rows. Tokens are looked up on use: a dataset larger
+    than memory can be measured.
 
     Attributes:
         pairs: The pairs.
-        keys: [D], a hash of each sequence's tokens and of where the response starts.
-        prompts: int64 [D], a number for each prompt.
+        keys: [D], hash of each sequence's tokens and the start of its response.
+        prompts: int64 [D], number of the sequence's prompt.
         starts: int64 [D], tokens of the prompt.
-        lengths: int64 [D], tokens; those of one prompt descend.
-        largest_token: Of all of them.
-        of_pairs: int64 [2P], for all chosen and then all rejected, which sequence it is.
+        lengths: int64 [D], tokens of the sequence; descending within a prompt.
+        largest_token: Largest token id in any of them.
+        of_pairs: int64 [2P], index of each pair's sequence, all chosen and then all rejected.
     """
 
     pairs: PreferenceDataset
@@ -63,48 +63,48 @@ class DistinctSequences:
     lengths: Int64Array
     largest_token: int
     of_pairs: Int64Array
-    _first: Int64Array  # [D], a place among the 2P where it stands
+    _first: Int64Array  # [D], first occurrence among the 2P
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def sequences(self, places: Sequence[int]) -> list[TokenSequence]:
-        """The sequences at these places."""
+        """Return the sequences with these indices."""
         return self.pairs.sequences_at(self._first[list(places)])
 
     def rows(self, places: Sequence[int]) -> tuple[int, int]:
-        """The first and the last dataset row, of those in which these sequences stand first."""
+        """First and last dataset row among the first occurrences of these sequences."""
         rows = self.pairs.index[self._first[list(places)] % len(self.pairs)]
         return int(rows.min()), int(rows.max())
 
     def tokens(self, places: Sequence[int], *, packed: bool) -> int:
-        """Tokens of a batch of these places: padding counts, and a shared prompt once."""
+        """Tokens of a batch of these sequences: padding counts, and a shared prompt once."""
         lengths = self.lengths[list(places)]
         if not packed:
             return int(lengths.max()) * len(lengths)
         return int(lengths.sum() - self.starts[places][~self.first_of_prompt(places)].sum())
 
     def first_of_prompt(self, places: Sequence[int] | Int64Array) -> BoolArray:
-        """bool, False where the place before has the same prompt."""
+        """Mask, False for a sequence whose predecessor in `places` has the same prompt."""
         prompts = self.prompts[list(places)]
         return np.concatenate([[True], prompts[1:] != prompts[:-1]])[: len(prompts)]
 
     def needed(self, places: Int64Array) -> tuple[Int64Array, Int64Array, BoolArray]:
-        """What `Shape.needed` takes: of these places, starts, lengths and which come first."""
+        """Arguments of `Shape.needed` for these sequences: starts, lengths, first of a prompt."""
         return self.starts[places], self.lengths[places], self.first_of_prompt(places)
 
     def batches(
         self, max_tokens: int, *, packed: bool, among: Sequence[int] | None = None
     ) -> Iterator[list[int]]:
-        """Places in batches of at most so many tokens; a longer sequence stands alone.
+        """Yield indices in batches of at most `max_tokens`; a longer sequence gets its own batch.
 
         Args:
             max_tokens: Tokens that go through the model: padding counts, and a shared prompt once.
-            packed: Whether batches are packed, or else padded to their longest.
-            among: The places to batch, all by default.
+            packed: True for packed batches, False for batches padded to their longest sequence.
+            among: The indices to batch, by default all.
         """
         order = np.arange(len(self)) if among is None else np.sort(np.asarray(among, np.int64))
-        if not packed:
+        if not packed:  # padding is least if batches hold sequences of similar lengths
             order = order[np.argsort(-self.lengths[order], kind="stable")]
         prompts, starts, lengths = (
             x[order].tolist() for x in (self.prompts, self.starts, self.lengths)
@@ -127,12 +127,13 @@ class DistinctSequences:
 
 
 def sequence_keys(pairs: PreferenceDataset) -> SequenceKeys:
-    """Hashes of all chosen sequences and then of all rejected ones."""
+    """Hash all chosen sequences and then all rejected ones."""
     hashes, prompts, starts, largest = [], [], [], 0
     for start in range(0, 2 * len(pairs), HASHED_AT_ONCE):
         places = np.arange(start, min(start + HASHED_AT_ONCE, 2 * len(pairs)))
         for tokens, begin in pairs.sequences_at(places):
             largest = max(largest, int(tokens.max()))
+            # the same tokens with a longer prompt are a different response
             salt = begin.to_bytes(16, "little")
             key = hashlib.blake2b(tokens[:begin].tobytes(), digest_size=16, salt=salt)
             prompts.append(key.digest())
@@ -150,11 +151,11 @@ def sequence_keys(pairs: PreferenceDataset) -> SequenceKeys:
 def distinct_sequences(
     pairs: PreferenceDataset, keys: SequenceKeys | None = None
 ) -> DistinctSequences:
-    """Each sequence of these pairs once, the prompt of the longest first.
+    """Return each distinct sequence of these pairs once, starting with the longest.
 
     Args:
         pairs: The pairs.
-        keys: Their keys, where they are at hand.
+        keys: Their keys, if they are already computed.
     """
     sequences, prompts, starts, largest = sequence_keys(pairs) if keys is None else keys
     distinct, first, of_pairs = np.unique(sequences, return_index=True, return_inverse=True)
@@ -162,6 +163,7 @@ def distinct_sequences(
     _, prompt = np.unique(prompts[first], return_inverse=True)
     longest = np.zeros(len(first), dtype=np.int64)
     np.maximum.at(longest, prompt, lengths)
+    # prompts by their longest sequence, sequences of a prompt by length and then by hash
     order = np.lexsort((distinct, -lengths, prompt, -longest[prompt]))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
@@ -178,14 +180,14 @@ def distinct_sequences(
 
 
 def as_pair_logps(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
-    """Log-probs of pairs, from those of their sequences: all chosen, then all rejected.
+    """Log-probs of pairs, from the log-probs of their sequences.
 
     Args:
         pairs: P pairs.
-        logps: [2P], in nats.
+        logps: [2P], in nats, all chosen and then all rejected.
 
     Raises:
-        ValueError: If one is not finite.
+        ValueError: If a log-prob is not finite.
     """
     chosen, rejected = logps[: len(pairs)], logps[len(pairs) :]
     bad = ~(chosen.isfinite() & rejected.isfinite())

@@ -1,4 +1,4 @@
-"""Scoring elsewhere: the prompt log-probs of an inference server, to `PairLogps`."""
+"""Scoring on an inference server: its prompt log-probs, as `PairLogps`."""
 
 import asyncio
 import logging
@@ -31,25 +31,25 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
-TO_CONNECT = 10.0  # seconds: a server that is there says so soon
-FIRST_PAUSE = 0.5  # seconds before the first retry; each further one waits twice as long
-PASSES = {408, 425, 429, 500, 502, 503, 504}  # statuses that another attempt may not meet
-STANDS_FOR_ZERO = -9999.0  # what vLLM writes for a log-prob of minus infinity, which JSON lacks
-ABOVE_ZERO = 1e-2  # nats above zero that a log-prob may be by rounding
-BEGINS = "url must be where the API begins, such as http://host:8000/v1"
-ASKED = {
+CONNECT_TIMEOUT = 10.0  # seconds: a server that is up accepts a connection soon
+FIRST_PAUSE = 0.5  # seconds before the first retry; doubled for each further one
+RETRYABLE = {408, 425, 429, 500, 502, 503, 504}  # statuses that are usually temporary
+VLLM_MINUS_INFINITY = -9999.0  # in place of a log-prob of minus infinity, which JSON lacks
+MAX_LOGP = 1e-2  # nats; rounding can put a log-prob slightly above zero
+URL_HINT = "url must be the root of the API, such as http://host:8000/v1"
+REQUEST_OPTIONS = {
     "max_tokens": 1,  # SGLang refuses 0
     "temperature": 1.0,
     "echo": True,
-    "logprobs": 1,  # SGLang takes 0 for none
-    "prompt_logprobs": 0,  # vLLM: of the prompt's own tokens, no others
+    "logprobs": 1,  # SGLang returns no log-probs for 0
+    "prompt_logprobs": 0,  # vLLM: of the prompt's tokens, without alternatives
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
 }
 
 
 class Agreement(NamedTuple):
-    """How far a server's log-probs were from the local model's, in nats per response token."""
+    """Difference between a server's log-probs and the local model's, in nats per response token."""
 
     mean: float
     largest: float
@@ -58,33 +58,33 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class ServerMeasure:
-    """Asks an OpenAI-compatible server, such as vLLM or SGLang, for log-probs: a `measure`.
+    """A `measure` that requests log-probs from an OpenAI-compatible server, as vLLM or SGLang.
 
     `Selector(..., measure=ServerMeasure(url, name))` scores pools on the server's devices. The
-    server must hold the policy as it is by then: either `sync` sends it the weights, or the caller
-    does so before each pass. What is sent are token ids, each distinct response once. A few of them
-    are measured with the local model as well, and refused where the two do not agree.
+    server must have the current policy: either `sync` sends it the weights, or the caller does so
+    before each pass. Requests contain token ids, each distinct response once. A few responses are
+    measured with the local model as well, and the pass is refused if the two disagree.
 
-    Measure policy and reference on one path, both here or both with `measure`: what two paths
-    differ by passes for a change of the policy. For the same reason a trainer, whose policy runs
-    locally, needs a reference that was measured locally.
+    Measure policy and reference on one path, both here or both with `measure`: rounding that
+    differs between paths would look like a change in the policy. For the same reason a trainer,
+    whose policy runs locally, needs a reference that was measured locally.
 
     Args:
-        url: Where the server's API begins, such as "http://host:8000/v1".
-        name: The model's name there, as `GET /models` lists it.
+        url: Root of the server's API, such as "http://host:8000/v1".
+        name: Name of the model on the server, as `GET /models` lists it.
         sync: Called with the model once before each pass, to push its weights to the server.
-        check_responses: How many responses are measured with the local model as well, from the
-            longest to the shortest; 0 for none, so that no local model is needed.
-        tolerance: Nats per token that these may differ by, on average.
-        concurrency: Requests under way at once.
-        timeout: Seconds to wait for an answer, or at a server's request before another attempt.
-        retries: Further attempts where a server is busy, failing or out of reach.
+        check_responses: Number of responses that are measured with the local model as well, from
+            the longest to the shortest; if 0, no local model is needed.
+        tolerance: Nats per token by which the two may differ, on average.
+        concurrency: Maximum number of requests in flight.
+        timeout: Seconds to wait for an answer, and the longest pause before a retry.
+        retries: Further attempts if a server is busy, failing or unreachable.
         api_key: Sent as a bearer token.
-        reader: How the local model is read in the check, as in training.
+        reader: Options for reading the local model in the check, the same as in training.
         show_progress: False for no progress bar.
 
     Attributes:
-        checks: The `Agreement` of every pass so far, the latest last.
+        checks: The `Agreement` of each pass so far, the latest last.
 
     Example:
         >>> ServerMeasure("http://localhost:8000/v1", "policy", concurrency=64).checks
@@ -108,7 +108,7 @@ class ServerMeasure:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(
                 f"ServerMeasure: url must start with http:// or https://, got {self.url!r}; "
-                "vLLM's is http://host:8000/v1 unless it was told otherwise"
+                "vLLM's default is http://host:8000/v1"
             )
         for name, least in (("check_responses", 0), ("retries", 0), ("concurrency", 1)):
             if getattr(self, name) < least:
@@ -123,82 +123,84 @@ class ServerMeasure:
 
     @property
     def mixed_precision(self) -> torch.dtype | None:
-        """The autocast dtype of the local model: the server is held to the same precision."""
+        """Autocast dtype of the local model, with which the server's log-probs must agree."""
         return self.reader.mixed_precision
 
     def __call__(self, model: nn.Module | None, pool: PreferenceDataset) -> PairLogps:
         """Log-probs of the pool's pairs under the served model, in the pool's order.
 
         Args:
-            model: The policy, for `sync` and the check; None where there is neither.
+            model: The policy, for `sync` and the check; None if neither is used.
             pool: The pairs, `dataset` or `dataset.take(rows)`.
 
         Raises:
             ValueError: If the server does not serve the model, refuses a request, answers with
                 anything but the log-probs of the tokens it was sent, or disagrees with `model`.
-            ConnectionError: If it is out of reach, busy or failing, and remains so.
+            ConnectionError: If it stays unreachable, busy or failing.
         """
         if model is None and self.check_responses:
             raise ValueError(
-                "ServerMeasure: there is no model to hold the server's answers against; pass it, "
-                "or check_responses=0"
+                "ServerMeasure: model is None, but check_responses="
+                f"{self.check_responses} compares the server's log-probs with a local model's; "
+                "pass the model, or check_responses=0"
             )
         if self.sync is not None:
             self.sync(model)
         distinct = distinct_sequences(pool)
         logps = torch.zeros(len(distinct), dtype=torch.float64)
         longest_first = np.argsort(-distinct.lengths, kind="stable")
-        checked = np.linspace(0, len(distinct) - 1, min(self.check_responses, len(distinct)))
-        first = longest_first[checked.astype(int)].tolist()
-        rest = longest_first[~np.isin(longest_first, first)].tolist()
+        spaced = np.linspace(0, len(distinct) - 1, min(self.check_responses, len(distinct)))
+        checked = longest_first[spaced.astype(int)].tolist()
+        rest = longest_first[~np.isin(longest_first, checked)].tolist()
         with progress_bar(
-            len(distinct), "scoring elsewhere", "responses", show=self.show_progress
+            len(distinct), "scoring on a server", "responses", show=self.show_progress
         ) as bar:
 
-            def keep(place: int, found: float) -> None:
-                logps[place] = found
+            def keep(place: int, logp: float) -> None:
+                logps[place] = logp
                 bar.update()
 
-            async def begin(client: httpx.AsyncClient) -> None:
+            async def request_checked(client: httpx.AsyncClient) -> None:
                 await self._check_served(client, distinct)
-                await self._score(client, distinct, first, keep)
+                await self._score(client, distinct, checked, keep)
 
+            # the check comes first: a server with stale weights is refused before a long pass
             if len(distinct):
-                self._in_a_loop(begin)
-            if first and model is not None:
-                self._check(model, distinct, first, logps)
+                self._run_in_loop(request_checked)
+            if checked and model is not None:
+                self._check(model, distinct, checked, logps)
             if rest:
-                self._in_a_loop(lambda client: self._score(client, distinct, rest, keep))
+                self._run_in_loop(lambda client: self._score(client, distinct, rest, keep))
         return as_pair_logps(pool, logps[distinct.of_pairs])
 
     def _check(
         self, model: nn.Module, distinct: DistinctSequences, places: list[int], logps: Tensor
     ) -> None:
-        """Hold some of the server's log-probs against the local model's."""
+        """Compare some of the server's log-probs with the local model's; refuse a mismatch."""
         local = logps.clone()
 
-        def keep(some: list[int], found: Tensor) -> None:
-            local[some] = found
+        def keep(measured: list[int], local_logps: Tensor) -> None:
+            local[measured] = local_logps
 
-        others = set(range(len(distinct))) - set(places)
-        quiet = replace(self.reader, show_progress=False)
-        quiet.measure_sequences(model, distinct, keep, known=others)
+        unchecked = set(range(len(distinct))) - set(places)
+        reader = replace(self.reader, show_progress=False)
+        reader.measure_sequences(model, distinct, keep, skip=unchecked)
         lengths = [len(s.tokens) - s.response_start for s in distinct.sequences(places)]
-        differ = (logps - local)[places].abs() / torch.tensor(lengths)
-        found = Agreement(float(differ.mean()), float(differ.max()), len(places))
-        self.checks.append(found)
-        logger.info("ServerMeasure: %s", found)
-        if not found.mean <= self.tolerance:
+        differences = (logps - local)[places].abs() / torch.tensor(lengths)
+        agreement = Agreement(float(differences.mean()), float(differences.max()), len(places))
+        self.checks.append(agreement)
+        logger.info("ServerMeasure: %s", agreement)
+        if not agreement.mean <= self.tolerance:  # NaN is refused, too
             raise ValueError(
                 f"ServerMeasure: the log-probs of {self.name} at {self.url} differ from the local "
-                f"model's by {found.mean:.3g} nats per token (mean of {found.responses} responses, "
-                f"the largest {found.largest:.3g}; tolerance {self.tolerance:g}). The server has "
-                "other weights (sync= pushes the policy's before each pass), another model, or "
-                "another precision; for the last, raise tolerance"
+                f"model's by {agreement.mean:.3g} nats per token (mean of {agreement.responses} "
+                f"responses, largest {agreement.largest:.3g}; tolerance {self.tolerance:g}). The "
+                "server has different weights (sync= pushes the policy's before each pass), a "
+                "different model, or a different precision; for the last, raise tolerance"
             )
 
-    def _in_a_loop(self, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
-        """Run work in a thread with a loop of its own: that of a notebook is running already."""
+    def _run_in_loop(self, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+        """Run work in a thread with a new event loop, since a notebook's is already running."""
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
 
         async def main() -> None:
@@ -208,7 +210,7 @@ class ServerMeasure:
             async with httpx.AsyncClient(
                 base_url=self.url,
                 headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else None,
-                timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, TO_CONNECT)),
+                timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT)),
                 limits=httpx.Limits(max_connections=self.concurrency),
             ) as client:
                 await work(client)
@@ -218,31 +220,34 @@ class ServerMeasure:
             try:
                 done.result()
             except BaseException:
-                if not done.done():  # Ctrl-C, which only this thread has seen
+                if not done.done():  # Ctrl-C reaches the main thread only: cancel the other's work
                     loop, task = started.result()
                     loop.call_soon_threadsafe(task.cancel)
                 raise
 
     async def _check_served(self, client: httpx.AsyncClient, distinct: DistinctSequences) -> None:
-        """Refuse a server that does not have the model, or has no room for the longest response."""
+        """Refuse a server without the model, or with too short a context for a response."""
         try:
             listed = await self._request(client, "GET", "models")
             try:
                 cards = {card["id"]: card for card in listed["data"]}
             except (KeyError, TypeError):
-                raise ValueError(f"GET {self.url}/models has no list: {_head(listed)}") from None
+                raise ValueError(
+                    f"GET {self.url}/models returned no list of models: {_excerpt(listed)}"
+                ) from None
             if self.name not in cards:
                 raise ValueError(
-                    f"{self.url} does not serve {self.name!r}; it has {', '.join(cards) or 'none'}"
+                    f"{self.url} does not serve {self.name!r}; it serves "
+                    f"{', '.join(cards) or 'no model'}"
                 )
-            room = cards[self.name].get("max_model_len")
+            context = cards[self.name].get("max_model_len")
             longest = int(distinct.lengths[place := int(distinct.lengths.argmax())])
-            if isinstance(room, int) and longest + ASKED["max_tokens"] > room:
+            if isinstance(context, int) and longest + REQUEST_OPTIONS["max_tokens"] > context:
                 raise ValueError(
-                    f"{_whose(distinct, place)} has {longest} tokens, and the server has room for "
-                    f"{room - 1} and the one it must generate; read the pairs with max_length="
-                    f"{room - 1}, or serve with a longer context (vLLM: --max-model-len, SGLang: "
-                    "--context-length)"
+                    f"{_pair_of(distinct, place)} has {longest} tokens, but the server's context "
+                    f"has room for {context - 1} and the one it must generate; read the pairs with "
+                    f"max_length={context - 1}, or serve with a longer context (vLLM: "
+                    "--max-model-len, SGLang: --context-length)"
                 )
         except (ValueError, ConnectionError) as error:
             raise type(error)(f"ServerMeasure: {error}") from None
@@ -254,17 +259,17 @@ class ServerMeasure:
         places: Sequence[int],
         keep: Callable[[int, float], None],
     ) -> None:
-        """Ask for some responses, so many at once, in whatever order they come."""
-        waiting = iter(places)
+        """Request log-probs of responses, `concurrency` at once; they may arrive in any order."""
+        queue = iter(places)
 
         async def work() -> None:
-            for place in waiting:
+            for place in queue:
                 keep(place, await self._logp(client, distinct, place))
 
         workers = [asyncio.create_task(work()) for _ in range(min(self.concurrency, len(places)))]
         try:
             await asyncio.gather(*workers)
-        finally:
+        finally:  # after an error or Ctrl-C, so that no request is left running
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
@@ -272,107 +277,108 @@ class ServerMeasure:
     async def _logp(
         self, client: httpx.AsyncClient, distinct: DistinctSequences, place: int
     ) -> float:
+        """Request the log-prob of one response."""
         sequence = distinct.sequences([place])[0]
-        body = {"model": self.name, "prompt": sequence.tokens.tolist(), **ASKED}
+        body = {"model": self.name, "prompt": sequence.tokens.tolist(), **REQUEST_OPTIONS}
         try:
             return response_logp(await self._request(client, "POST", "completions", body), sequence)
         except (ValueError, ConnectionError) as error:
-            raise type(error)(f"ServerMeasure: {_whose(distinct, place)}: {error}") from None
+            raise type(error)(f"ServerMeasure: {_pair_of(distinct, place)}: {error}") from None
 
     async def _request(
         self, client: httpx.AsyncClient, method: str, path: str, body: Any = None
     ) -> Any:
-        """What a server answers, tried again while it is busy, failing or out of reach."""
-        what = f"{method} {self.url}/{path}"
+        """Return a server's answer, with retries while it is busy, failing or unreachable."""
+        request = f"{method} {self.url}/{path}"
         for attempt in range(self.retries + 1):
             pause = FIRST_PAUSE * 2**attempt
             try:
                 answer = await client.request(method, path, json=body)
             except httpx.TransportError as error:
-                trouble = f"{what}: {type(error).__name__} {error}".rstrip()
+                problem = f"{request}: {type(error).__name__} {error}".rstrip()
             else:
                 if answer.is_success:
-                    return _json(answer, what)
-                trouble = f"{what}: HTTP {answer.status_code}: {_message(answer)}"
-                if answer.status_code not in PASSES:
-                    raise ValueError(f"{trouble}; {BEGINS}" if path == "models" else trouble)
-                if (asked := _retry_after(answer)) > self.timeout:
+                    return _json(answer, request)
+                problem = f"{request}: HTTP {answer.status_code}: {_message(answer)}"
+                if answer.status_code not in RETRYABLE:
+                    raise ValueError(f"{problem}; {URL_HINT}" if path == "models" else problem)
+                if (requested_pause := _retry_after(answer)) > self.timeout:
                     raise ConnectionError(
-                        f"{trouble} (asks to wait for {asked:.0f} seconds, longer than timeout="
-                        f"{self.timeout:g})"
+                        f"{problem} (asks to wait for {requested_pause:.0f} seconds, longer than "
+                        f"timeout={self.timeout:g})"
                     )
-                pause = max(pause, asked)
+                pause = max(pause, requested_pause)
             if attempt < self.retries:
                 await asyncio.sleep(min(pause, self.timeout))
         raise ConnectionError(
-            f"{trouble} (attempt {self.retries + 1} of {self.retries + 1}); where the server is "
+            f"{problem} (attempt {self.retries + 1} of {self.retries + 1}); if the server is "
             "only slow, pass a longer timeout, a lower concurrency or more retries"
         )
 
 
 def response_logp(answer: Any, sequence: TokenSequence) -> float:
-    """The summed log-prob of a response, in nats, from a server's answer to its tokens.
+    """Return the summed log-prob of a response, in nats, from a server's answer to its tokens.
 
-    Two shapes are known: vLLM's `prompt_logprobs`, and `logprobs` with the prompt echoed, in which
-    the token generated after it does not count.
+    Two formats are supported: vLLM's `prompt_logprobs`, and `logprobs` with the prompt echoed, in
+    which the token generated after it does not count.
 
     Args:
-        answer: What `POST /completions` returned.
+        answer: The JSON that `POST /completions` returned.
         sequence: The tokens that were sent.
 
     Raises:
-        ValueError: If these are not the log-probs of these tokens, or one of them is none.
+        ValueError: If the answer is not about these tokens, or a log-prob is missing or not finite.
 
     Example:
         >>> sequence = TokenSequence(np.array([5, 6, 7], np.int32), response_start=1)
-        >>> found = {"tokens": [" a", " b", " c", " d"], "token_logprobs": [None, -1.0, -2.0, -9.0]}
-        >>> response_logp({"choices": [{"logprobs": found}]}, sequence)
+        >>> logps = {"tokens": [" a", " b", " c", " d"], "token_logprobs": [None, -1.0, -2.0, -9.0]}
+        >>> response_logp({"choices": [{"logprobs": logps}]}, sequence)
         -3.0
     """
     tokens, start = sequence.tokens.tolist(), sequence.response_start
     ids: Sequence[int]
     try:
         choice = answer["choices"][0]
-        read = (answer.get("usage") or {}).get("prompt_tokens") or len(tokens)
+        read_tokens = (answer.get("usage") or {}).get("prompt_tokens") or len(tokens)
         if (entries := choice.get("prompt_logprobs")) is not None:
             count = len(entries)
-            ids, logps = zip(*map(_own, entries, tokens), strict=True)
+            ids, logps = zip(*map(_prompt_token, entries, tokens), strict=True)
         else:
             logps, names = choice["logprobs"]["token_logprobs"], choice["logprobs"]["tokens"]
-            count = len(logps) - (len(logps) == len(tokens) + ASKED["max_tokens"])
+            count = len(logps) - (len(logps) == len(tokens) + REQUEST_OPTIONS["max_tokens"])
             ids = _ids(names) or tokens
         ids = choice.get("prompt_token_ids") or ids
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise ValueError(
-            "its answer has no prompt log-probs, neither as prompt_logprobs nor as logprobs of an "
-            f"echoed prompt: {_head(answer)}"
+            "the answer has no prompt log-probs, neither as prompt_logprobs nor as logprobs of an "
+            f"echoed prompt: {_excerpt(answer)}"
         ) from None
-    for found in (read, count):
-        if found != len(tokens):
+    for answered in (read_tokens, count):
+        if answered != len(tokens):
             raise ValueError(
-                f"its answer is about {found} tokens, but {len(tokens)} were sent; the server cuts "
-                "or extends prompts"
+                f"the answer is for {answered} tokens, but {len(tokens)} were sent; the server "
+                "shortens or extends prompts"
             )
-    for position, (found, sent) in enumerate(zip(ids, tokens, strict=False)):
-        if found != sent:
+    for position, (answered, sent) in enumerate(zip(ids, tokens, strict=False)):
+        if answered != sent:
             raise ValueError(
-                f"its answer is about token {found} at position {position}, where {sent} was sent; "
-                "the server does not take token ids as they are"
+                f"the answer has token {answered} at position {position}, but {sent} was sent; "
+                "the server changes token ids"
             )
     response = logps[start : len(tokens)]
     for position, logp in enumerate(response, start):
-        if not isinstance(logp, int | float) or not STANDS_FOR_ZERO < logp <= ABOVE_ZERO:
+        if not isinstance(logp, int | float) or not VLLM_MINUS_INFINITY < logp <= MAX_LOGP:
             raise ValueError(
-                f"its answer has {logp} for the token at position {position}, which is no finite "
-                "log-prob; the served model overflows, or the server returns something else "
+                f"the answer has {logp} for the token at position {position}, which is not a "
+                "finite log-prob; the served model overflows, or the server returns other numbers "
                 "(vLLM: --logprobs-mode raw_logprobs)"
             )
-    return math.fsum(response)
+    return math.fsum(response)  # exactly rounded
 
 
-def _own(entry: dict[str, Any] | None, token: int) -> tuple[int, Any]:
-    """The id and log-prob of a prompt's own token in vLLM's `{id: {"logprob": ...}}`."""
-    if entry is None:  # the first token follows nothing
+def _prompt_token(entry: dict[str, Any] | None, token: int) -> tuple[int, Any]:
+    """Return id and log-prob of a prompt token from vLLM's `{id: {"logprob": ...}}`."""
+    if entry is None:  # nothing precedes the first token
         return token, None
     if str(token) in entry:
         return token, entry[str(token)]["logprob"]
@@ -380,45 +386,49 @@ def _own(entry: dict[str, Any] | None, token: int) -> tuple[int, Any]:
 
 
 def _ids(names: list[str]) -> list[int] | None:
-    """The ids that vLLM writes in place of text, `token_id:17`; None where it is text."""
+    """Return the ids that vLLM writes in place of text, `token_id:17`, or None if it is text."""
     prefix = "token_id:"
     if not all(name.startswith(prefix) for name in names):
         return None
     return [int(name.removeprefix(prefix)) for name in names]
 
 
-def _whose(distinct: DistinctSequences, place: int) -> str:
-    """The first pair that has this sequence, in words."""
+def _pair_of(distinct: DistinctSequences, place: int) -> str:
+    """Describe the first pair that has this sequence, for messages."""
     pairs = distinct.pairs
     side, i = divmod(int(np.flatnonzero(distinct.of_pairs == place)[0]), len(pairs))
     return f"pair {pairs.ids[i]} (row {pairs.index[i]}, {('chosen', 'rejected')[side]})"
 
 
-def _json(answer: httpx.Response, what: str) -> Any:
+def _json(answer: httpx.Response, request: str) -> Any:
+    """Parse an answer, or refuse it with a hint that the URL may be wrong."""
     try:
         return answer.json()
     except ValueError:
-        raise ValueError(f"{what} returned no JSON but {_head(answer.text)!r}; {BEGINS}") from None
+        raise ValueError(
+            f"{request} returned no JSON but {_excerpt(answer.text)!r}; {URL_HINT}"
+        ) from None
 
 
 def _message(answer: httpx.Response) -> str:
-    """What a server says of an error: in vLLM's words, in SGLang's, or as it stands."""
+    """Return a server's error message, from vLLM's format, SGLang's, or any text."""
     with suppress(AttributeError, KeyError, TypeError, ValueError):
-        said = answer.json()
-        return str((said.get("error") or said)["message"])
-    return _head(answer.text) or answer.reason_phrase
+        body = answer.json()
+        return str((body.get("error") or body)["message"])
+    return _excerpt(answer.text) or answer.reason_phrase
 
 
 def _retry_after(answer: httpx.Response) -> float:
-    """Seconds that a server asks to wait for; 0 where it does not say."""
-    said = answer.headers.get("retry-after", "")
+    """Seconds that a server asks to wait; 0 if it does not say."""
+    header = answer.headers.get("retry-after", "")
     with suppress(ValueError):
-        return float(said)
-    with suppress(ValueError, TypeError):
-        return (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
+        return float(header)
+    with suppress(ValueError, TypeError):  # it may be a date
+        return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
     return 0.0
 
 
-def _head(said: Any) -> str:
-    text = " ".join(str(said).split())
+def _excerpt(content: Any) -> str:
+    """First 200 characters of some content, on one line."""
+    text = " ".join(str(content).split())
     return text if len(text) <= 200 else text[:200] + "..."

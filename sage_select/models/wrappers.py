@@ -1,4 +1,4 @@
-"""What a model may be wrapped in: compiled, replicated, sharded."""
+"""Wrappers of a model: compiled, replicated, sharded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,26 +10,28 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-FOREIGN = ("DataParallel", "DeepSpeedEngine")  # wrappers whose forward is not one pass of the model
+# by name, so that DeepSpeed need not be installed; their forward is not one pass of the model
+UNSUPPORTED_WRAPPERS = ("DataParallel", "DeepSpeedEngine")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(model)`, whose code does not see hooks."""
+    """Return the module inside `torch.compile(model)`, or the model itself."""
     return cast(nn.Module, getattr(model, "_orig_mod", model))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(model)` and DistributedDataParallel.
+    """Return the module inside `torch.compile(model)` and DistributedDataParallel.
 
-    Compiled code does not see hooks. Gradients of a replica are exchanged by its wrapper alone, so
-    forward passes with gradients go through what `uncompiled` gives.
+    Compiled code ignores hooks that are registered later. Only a replica's wrapper synchronises its
+    gradients, so forward passes with gradients go through `uncompiled(model)`.
 
     Raises:
-        TypeError: If it is in a wrapper whose forward is not the model's own.
+        TypeError: If the model is in a wrapper whose forward is not the model's own.
     """
     inner: Any = uncompiled(model)
     while True:
-        if isinstance(inner, FullyShardedDataParallel) or type(inner).__name__ in FOREIGN:
+        unsupported = type(inner).__name__ in UNSUPPORTED_WRAPPERS
+        if isinstance(inner, FullyShardedDataParallel) or unsupported:
             raise TypeError(
                 f"measure: {type(inner).__name__} is not supported; shard with "
                 "torch.distributed.fsdp.fully_shard (FSDP2), or replicate with "
@@ -43,10 +45,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def checked(model: nn.Module) -> nn.Module:
-    """What `unwrapped` gives, once all its weights are known to be where the library looks.
+    """Return the unwrapped model, after checking that this library supports its sharding.
 
     Raises:
-        TypeError: If they are sharded in another way than by FSDP2.
+        TypeError: If the model is in an unsupported wrapper, or sharded other than by FSDP2.
     """
     model = unwrapped(model)
     _check_weights(model)
@@ -54,34 +56,34 @@ def checked(model: nn.Module) -> nn.Module:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether processes keep this model the same in all of them: a replica's wrapper, or shards."""
+    """Return whether processes keep this model in sync, by replication (DDP) or sharding."""
     return is_sharded(model) or isinstance(uncompiled(model), DistributedDataParallel)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every process must take part in each forward pass."""
+    """Return whether every process must take part in each forward pass."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's weights where it computes: shards may be cast when gathered."""
-    cast = None
+    """Dtype of the model's weights in computations: FSDP2 may cast shards when it gathers them."""
+    gathered_dtype = None
     if isinstance(model, FSDPModule):
-        cast = model._get_fsdp_state()._mp_policy.param_dtype
-    return cast or next(model.parameters()).dtype
+        gathered_dtype = model._get_fsdp_state()._mp_policy.param_dtype
+    return gathered_dtype or next(model.parameters()).dtype
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that may be spread over processes."""
+    """Return the full tensor, gathered if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Wrap forward and backward of a pass: replicas synchronise gradients now, or add them up.
+    """Wrap forward and backward of a pass: replicas synchronise gradients now, or accumulate them.
 
-    As `DistributedDataParallel.no_sync`. Sharded models reduce gradients in every pass, since no
-    process has room for whole ones.
+    Disabled, it is `DistributedDataParallel.no_sync`. Sharded models reduce gradients in every
+    pass, since no process has memory for whole ones.
     """
     replica = uncompiled(model)
     if isinstance(replica, DistributedDataParallel) and not enabled:
@@ -93,9 +95,10 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def resharded(model: nn.Module) -> Iterator[None]:
-    """Weights that were gathered inside are let go afterwards.
+    """Free weights that were gathered inside.
 
-    The root of an FSDP2 model keeps its own, and would go on with them after the optimizer's step.
+    The root of an FSDP2 model otherwise keeps its gathered weights, and would still use them after
+    the optimizer's step.
     """
     try:
         yield
@@ -106,9 +109,9 @@ def resharded(model: nn.Module) -> Iterator[None]:
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuse what is sharded in another way than by FSDP2."""
+    """Refuse weights that are sharded other than by FSDP2."""
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
+        if hasattr(parameter, "ds_id"):  # set by DeepSpeed's ZeRO stage 3
             raise TypeError(
                 "measure: DeepSpeed's ZeRO stage 3 is not supported, since weights are gathered "
                 "module by module; use FSDP2"
@@ -124,7 +127,7 @@ def _check_weights(model: nn.Module) -> None:
         replicas = all(placement.is_replicate() for placement in parameter.placements[:-1])
         if parameter.device_mesh.ndim > 2 or not replicas:
             raise TypeError(
-                f"measure: {name} is spread as {parameter.placements} over a mesh of "
+                f"measure: {name} has the placements {parameter.placements} on a mesh of "
                 f"{parameter.device_mesh.ndim} dimensions; FSDP2 with or without replicas is "
                 "supported, tensor parallelism is not"
             )

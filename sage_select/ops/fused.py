@@ -1,4 +1,4 @@
-"""The Triton kernels as `Logits`: logits that never leave the chip."""
+"""`Logits` computed by the Triton kernels; logits never leave the chip."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,20 +23,20 @@ from sage_select.ops.tilings import Tiling, tiling_of
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4
+except ImportError:  # Triton before 3.4 has no descriptors, so kernels use pointers
     TensorDescriptor = None
 
-# as it was when the kernels were made, whatever the environment says by now
+# Triton decides when it decorates the kernels; TRITON_INTERPRET may have changed since then
 INTERPRETED = not isinstance(sum_exp_kernel, triton.JITFunction)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SLOPES = 1 << 27  # alive at a time in backward
-TARGETS = 64  # rows whose targets' logits are made at once
-PRODUCT = (1024, 4096)  # rows and columns of a library's product: 16 MB of fp32, in the L2 cache
+MAX_SLOPES = 1 << 27  # entries of a block of slopes in the backward pass
+TARGET_ROWS = 64  # rows per program of target_logits_kernel
+PRODUCT_SHAPE = (1024, 4096)  # logits per matrix-library product: 16 MB of fp32, in the L2 cache
 
 
 @dataclass(frozen=True)
 class FusedLogits(Logits):
-    """Tiles of logits, each made and folded by one program."""
+    """Logits computed in tiles; the program that computes a tile also sums its exponentials."""
 
     tiling: Tiling
 
@@ -49,23 +49,24 @@ class FusedLogits(Logits):
         softcap: float | None,
         temperature: float,
     ) -> Self:
-        """Refuses what the kernels cannot do; nothing else is run instead.
+        """Prepare a head for the kernels, or refuse it; there is no fallback to another path.
 
         Raises:
-            ValueError: If the tensors are on a CPU, and there is no interpreter.
-            TypeError: If hidden and weight are not both in fp32, fp16 or bf16.
+            ValueError: If the tensors are on a CPU and Triton's interpreter is off.
+            TypeError: If hidden and weight are not both in fp32, both in fp16 or both in bf16.
         """
         if not hidden_NH.is_cuda and not INTERPRETED:
             raise ValueError(
-                f'token_logps: impl="fused" runs on a GPU, and these tensors are on '
+                f'token_logps: impl="fused" runs on a GPU, but these tensors are on '
                 f'{hidden_NH.device}; use impl="chunked", or set TRITON_INTERPRET=1 before the '
-                "first call to try the kernels in Triton's interpreter"
+                "first call to run the kernels in Triton's interpreter"
             )
         if hidden_NH.dtype != weight_VH.dtype or hidden_NH.dtype not in DTYPES:
             raise TypeError(
-                'token_logps: impl="fused" takes hidden and weight both in float32, float16 or '
+                'token_logps: impl="fused" needs hidden and weight both in float32, float16 or '
                 f'bfloat16, got {hidden_NH.dtype} and {weight_VH.dtype}; use impl="chunked"'
             )
+        # the kernels take a stride for rows, and assume that a row's entries are adjacent
         if hidden_NH.stride(-1) != 1:
             hidden_NH = hidden_NH.contiguous()
         if weight_VH.stride(-1) != 1:
@@ -74,40 +75,43 @@ class FusedLogits(Logits):
         return cls(hidden_NH, weight_VH, bias_V, softcap, temperature, tiling_of(weight_VH))
 
     def of_targets(self, target_N: Tensor) -> Tensor:
-        """[N], each token's logit of its target; 0 where that is none of the columns."""
+        """[N], the logit of each token's target; 0 if the target is in another shard."""
         logit_N = self._new(len(self.hidden_NH))
-        if len(self.weight_VH) == 0:  # of a shard
+        if len(self.weight_VH) == 0:  # an empty shard has no row to read
             return logit_N.zero_()
-        tiles = {name: x for name, x in self._tiles().items() if name in _OF_TARGETS}
+        tiles = {name: x for name, x in self._tiles().items() if name in _TARGET_OPTIONS}
+        results = {"target_N": target_N, "logit_N": logit_N, "ROWS": TARGET_ROWS}
         self._run(
             target_logits_kernel,
-            cdiv(len(logit_N), TARGETS),
-            self._head() | tiles | {"target_N": target_N, "logit_N": logit_N, "ROWS": TARGETS},
+            cdiv(len(logit_N), TARGET_ROWS),
+            self._head() | tiles | results,
         )
         return logit_N
 
     def sum_exp(self, anchor_N: Tensor, target_N: Tensor) -> tuple[Tensor, None]:
-        """[N], sum_j exp(z_j - anchor): in tiles, then in parts, then over parts."""
+        """[N], sum_j exp(z_j - anchor), summed within tiles, within parts, then over parts."""
+        # None: target_logits_kernel multiplies on tensor cores too, so its error cancels as it is
         if self.tiling.library:
             return self._sum_exp_of_products(anchor_N), None
         return self._folded(anchor_N)[0], None
 
     def around_maximum(self) -> tuple[Tensor, Tensor]:
-        """[N] the largest logit, finite also where a bias rules all out; [N] the sum around it."""
+        """[N], the largest logit, always finite, and [N], sum_j exp(z_j - largest)."""
         sum_N, maximum_N = self._folded(None)
         return maximum_N, sum_N
 
     def blocks(self) -> Iterator[slice]:
-        """The vocabulary in blocks of which all slopes are written down."""
+        """Yield the slices of the vocabulary whose slopes are stored at one time."""
         vocabulary, columns = len(self.weight_VH), self.tiling.columns
-        # as many slopes, and half as many entries of the weight's gradient before they are rounded
-        tall = max(len(self.hidden_NH), 2 * self.weight_VH.shape[1])
-        width = columns * max(1, SLOPES // columns // tall)
+        # bounds both the slopes [N, B] and the fp32 gradient of the weight [B, H] before rounding,
+        # which may have half as many entries
+        height = max(len(self.hidden_NH), 2 * self.weight_VH.shape[1])
+        width = columns * max(1, MAX_SLOPES // columns // height)
         for start in range(0, vocabulary, width):
             yield slice(start, min(start + width, vocabulary))
 
     def slopes(self, block: slice, target_N: Tensor, grad_N: Tensor, logsumexp_N: Tensor) -> Tensor:
-        """[N, B], grad_i d log p_i / d (hidden_i . weight_j), in the dtype of the weight."""
+        """[N, B], grad_i d log p_i / d (hidden_i . weight_j), in the weight's dtype."""
         rows, columns = self.tiling.rows, self.tiling.columns
         tokens, width = len(self.hidden_NH), block.stop - block.start
         slope_NB = self._new(tokens, width, dtype=self.weight_VH.dtype)
@@ -117,7 +121,7 @@ class FusedLogits(Logits):
             self._head(block)
             | self._tiles(block)
             | {
-                "target_N": target_N - block.start,
+                "target_N": target_N - block.start,  # relative to the block's first column
                 "grad_N": grad_N,
                 "logsumexp_N": logsumexp_N,
                 "slope_NB": slope_NB,
@@ -127,7 +131,9 @@ class FusedLogits(Logits):
         return slope_NB
 
     def _folded(self, anchor_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[N] the sum around the anchor, or around each row's maximum; [N] the maximum, if so."""
+        """[N], the sum around the anchor, or around each row's maximum if there is no anchor; and
+        [N], that maximum, which is not written if there is an anchor.
+        """
         tokens, tiling = len(self.hidden_NH), self.tiling
         parts = cdiv(len(self.weight_VH), tiling.part)
         anchored = anchor_N is not None
@@ -143,42 +149,44 @@ class FusedLogits(Logits):
             cdiv(tokens, tiling.rows) * parts,
             self._head() | self._tiles() | results | {"PART": tiling.part},
         )
-        whole = {"sum_N": sum_N, "maximum_N": maximum_N, "N": tokens, "S": parts, "ROWS": 128}
-        self._run(fold_kernel, cdiv(tokens, 128), results | whole)
+        totals = {"sum_N": sum_N, "maximum_N": maximum_N, "N": tokens, "S": parts, "ROWS": 128}
+        self._run(fold_kernel, cdiv(tokens, 128), results | totals)
         return sum_N, maximum_N
 
     def _sum_exp_of_products(self, anchor_N: Tensor) -> Tensor:
-        """The same from products of the matrix library: of one shape, that it take one kernel."""
+        """[N], the same sum, from logits computed by the matrix library."""
         tokens, (vocabulary, hidden) = len(self.hidden_NH), self.weight_VH.shape
-        rows, columns = PRODUCT
+        rows, columns = PRODUCT_SHAPE
         sum_N, buffer = torch.zeros_like(anchor_N), self._new(rows * columns)
         for first in range(0, tokens, rows):
-            some_NH = self.hidden_NH[first : first + rows]
-            some = slice(first, first + len(some_NH))
-            if len(some_NH) < rows:
-                some_NH = torch.cat([some_NH, some_NH.new_zeros(rows - len(some_NH), hidden)])
+            chunk_NH = self.hidden_NH[first : first + rows]
+            chunk = slice(first, first + len(chunk_NH))
+            if len(chunk_NH) < rows:
+                # padded to one shape: for another the library may choose another kernel, and the
+                # bits of a row would depend on the number of tokens
+                chunk_NH = torch.cat([chunk_NH, chunk_NH.new_zeros(rows - len(chunk_NH), hidden)])
             for start in range(0, vocabulary, columns):
                 block = slice(start, min(start + columns, vocabulary))
                 with precision("highest"):
                     width = block.stop - start
                     logits_NB = buffer[: rows * width].view(rows, width)
-                    product(some_NH, self.weight_VH[block].T, logits_NB)
+                    product(chunk_NH, self.weight_VH[block].T, logits_NB)
                 head = self._head(block)
                 self._run(
                     tile_kernel,
-                    some.stop - some.start,
-                    {name: head[name] for name in _OF_TILES}
+                    chunk.stop - chunk.start,
+                    {name: head[name] for name in _TILE_OPTIONS}
                     | {
                         "logits_NB": logits_NB,
-                        "anchor_N": anchor_N[some],
-                        "sum_N": sum_N[some],
+                        "anchor_N": anchor_N[chunk],
+                        "sum_N": sum_N[chunk],
                         "COLUMNS": 1024,
                     },
                 )
         return sum_N
 
     def _head(self, block: slice = slice(None)) -> dict[str, Any]:
-        """What every kernel takes: operands, sizes, and what becomes of products."""
+        """Arguments of every kernel: operands, sizes, and the options of the head."""
         weight_BH = self.weight_VH[block]
         return {
             "hidden": self.hidden_NH,
@@ -196,10 +204,10 @@ class FusedLogits(Logits):
         }
 
     def _tiles(self, block: slice = slice(None)) -> dict[str, Any]:
-        """What kernels take that multiply: the tiling, and descriptors of the operands."""
+        """Arguments of the kernels that multiply: the tiling, and descriptors of the operands."""
         tiling, weight_BH = self.tiling, self.weight_VH[block]
         operands = {"hidden": self.hidden_NH, "weight": weight_BH}
-        described = tiling.descriptors and all(map(_describable, operands.values()))
+        described = tiling.descriptors and all(map(_supports_descriptor, operands.values()))
         options: dict[str, Any] = {
             "DESCRIPTORS": described,
             "EVEN": weight_BH.shape[1] % tiling.depth == 0,
@@ -221,17 +229,18 @@ class FusedLogits(Logits):
         return self.hidden_NH.new_empty(shape, dtype=dtype)
 
     def _run(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        if programs:  # no tokens, no programs
+        if programs:  # 0 if there are no tokens
             device = self.hidden_NH.device
+            # Triton launches on the current device, which may not be the tensors' device
             with torch.cuda.device(device) if self.hidden_NH.is_cuda else nullcontext():
                 kernel[(programs,)](**arguments)
 
 
-_OF_TARGETS = ("EVEN", "INTERPRETED", "DEPTH", "num_stages")
-_OF_TILES = ("bias_V", "V", "softcap", "inverse_temperature", "HAS_BIAS", "HAS_SOFTCAP")
+_TARGET_OPTIONS = ("EVEN", "INTERPRETED", "DEPTH", "num_stages")
+_TILE_OPTIONS = ("bias_V", "V", "softcap", "inverse_temperature", "HAS_BIAS", "HAS_SOFTCAP")
 
 
-def _describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can load it: it wants multiples of 16 bytes."""
-    whole = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return TensorDescriptor is not None and whole and x.numel() > 0
+def _supports_descriptor(x: Tensor) -> bool:
+    """Return whether the tensor memory accelerator can load a tensor: it needs 16-byte steps."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return TensorDescriptor is not None and aligned and x.numel() > 0

@@ -1,13 +1,13 @@
-"""Log-probs and their gradients from logits that never exist all at once.
+"""Log-probs and their gradients from logits that are never all in memory.
 
-N tokens, H hidden, V vocabulary, B columns of a block. The target's logit z_t is known beforehand
-from one dot product a token, and log p = -log(sum_j exp(z_j - z_t)) needs no running maximum: one
-subtraction, one exponential and one addition a logit. The sum holds exp(0) = 1 for the target
-itself, so it cannot vanish; where it overflows (log p below -88) the row is done again around its
-maximum. Backward computes each block's logits again.
+N tokens, H hidden, V vocabulary, B columns of a block. The target's logit z_t is computed first,
+from one dot product per token, and log p = -log(sum_j exp(z_j - z_t)) needs no running maximum: one
+subtraction, one exponential and one addition per logit. The sum contains exp(0) = 1 for the target
+itself, so it cannot vanish; if it overflows (log p below -88), the row is recomputed around its
+maximum. The backward pass recomputes the logits of each block.
 
-How logits are made and folded is left to `Logits`: `chunked` does it in PyTorch, `fused` in Triton.
-Over several processes each has some columns, and what is added up is z_t and the sum.
+`Logits` computes and sums the logits: `chunked` in PyTorch, `fused` in Triton. If the vocabulary is
+sharded over ranks, each has some of the columns, and z_t and the sum are all-reduced.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from sage_select.ops.products import add_product, precision, product, wide
 from sage_select.system.processes import Processes
 
 IGNORED = -100
-"""Target of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
+"""Target of a token to skip, as in `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass(frozen=True)
@@ -36,50 +36,55 @@ class Logits(ABC):
     temperature: float
 
     def rows(self, chosen_N: Tensor) -> Self:
-        """Those of some tokens."""
+        """Return the logits of selected tokens."""
         return replace(self, hidden_NH=self.hidden_NH[chosen_N])
 
     @abstractmethod
     def of_targets(self, target_N: Tensor) -> Tensor:
-        """[N], each token's logit of its target; 0 where that is none of the columns."""
+        """[N], the logit of each token's target; 0 if the target is in another shard."""
 
     @abstractmethod
     def sum_exp(self, anchor_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N], sum_j exp(z_j - anchor): in each block, then over blocks, that no mass be lost.
+        """[N], sum_j exp(z_j - anchor), and [N], the targets' logits as they enter that sum.
 
-        And [N], the targets' logits as they stand in the sum, or 0 where a target is none of the
-        columns; None if `of_targets` gives just these. An error that all logits of a row share
-        then cancels.
+        Each block is summed first, then the blocks, so that small terms are not lost. A target's
+        logit is 0 if the target is in another shard. A logit from the sum cancels an error that all
+        logits of a row share; the second result is None if those of `of_targets` do so already.
         """
 
     @abstractmethod
     def around_maximum(self) -> tuple[Tensor, Tensor]:
-        """[N] the largest logit, finite also where a bias rules all out; [N] the sum around it."""
+        """[N], the largest logit, and [N], sum_j exp(z_j - largest).
+
+        The largest logit is finite even if a bias of -inf excludes every column.
+        """
 
     @abstractmethod
     def blocks(self) -> Iterator[slice]:
-        """The vocabulary in the blocks of which the slopes are made."""
+        """Yield the slices of the vocabulary for which `slopes` is called."""
 
     @abstractmethod
     def slopes(self, block: slice, target_N: Tensor, grad_N: Tensor, logsumexp_N: Tensor) -> Tensor:
-        """[N, B], grad_i d log p_i / d (hidden_i . weight_j): in the dtype to be multiplied in."""
+        """[N, B], grad_i d log p_i / d (hidden_i . weight_j), in the dtype of the next product."""
 
 
 def forward(logits: Logits, target_N: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Each token's log-prob and the logsumexp of its logits."""
+    """[N], log-probs of the targets, and [N], the logsumexp of each token's logits."""
+    # only the rank that has a target's column contributes a nonzero logit
     anchor_N = processes.all_reduce(logits.of_targets(target_N))
-    sum_N, own_N = logits.sum_exp(anchor_N, target_N)
+    sum_N, target_logit_N = logits.sum_exp(anchor_N, target_N)
     sum_N = processes.all_reduce(sum_N)
-    target_logit_N = anchor_N if own_N is None else processes.all_reduce(own_N)
-    far_N = ~sum_N.isfinite()
-    if bool(far_N.any()):
-        maximum_n, sum_n = logits.rows(far_N).around_maximum()
+    target_logit_N = anchor_N if target_logit_N is None else processes.all_reduce(target_logit_N)
+    # sums are all-reduced, so all ranks take this branch together and their collectives match
+    overflow_N = ~sum_N.isfinite()
+    if bool(overflow_N.any()):
+        maximum_n, sum_n = logits.rows(overflow_N).around_maximum()
         anchor_n = processes.all_reduce_max(maximum_n)
-        anchor_N = anchor_N.masked_scatter(far_N, anchor_n)
+        anchor_N = anchor_N.masked_scatter(overflow_N, anchor_n)
         sum_N = sum_N.masked_scatter(
-            far_N, processes.all_reduce(sum_n * (maximum_n - anchor_n).exp())
+            overflow_N, processes.all_reduce(sum_n * (maximum_n - anchor_n).exp())
         )
-    # a sum of rounded exponentials, of which one is that of the target
+    # the sum includes the target's own term, but rounding can still leave log p slightly above 0
     logps_N = (target_logit_N - anchor_N - sum_N.log()).clamp(max=0)
     return logps_N, anchor_N + sum_N.log()
 
@@ -91,7 +96,10 @@ def backward(
     logsumexp_N: Tensor,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden (wide, and of these columns alone), weight and bias."""
+    """Gradients of hidden, weight and bias, each None if not needed.
+
+    The gradient of hidden is in fp32 or wider and covers only the columns of this rank.
+    """
     hidden_NH, weight_VH, bias_V = logits.hidden_NH, logits.weight_VH, logits.bias_V
     need_hidden, need_weight, need_bias = needed
     hidden_grad_NH = (
@@ -99,23 +107,26 @@ def backward(
     )
     weight_grad_VH = weight_VH.new_empty(weight_VH.shape) if need_weight else None
     bias_grad_V = bias_V.new_empty(bias_V.shape) if need_bias and bias_V is not None else None
-    unit = _unit(grad_N, hidden_NH.dtype)
+    # slopes are computed in units of `scale`, a power of two, so multiplying back is exact
+    scale = _gradient_scale(grad_N, hidden_NH.dtype)
     for block in logits.blocks():
-        slope_NB = logits.slopes(block, target_N, grad_N / unit, logsumexp_N)
+        slope_NB = logits.slopes(block, target_N, grad_N / scale, logsumexp_N)
         with precision("highest"):
             if hidden_grad_NH is not None:
                 add_product(hidden_grad_NH, slope_NB, weight_VH[block])
             if weight_grad_VH is not None:
-                weight_grad_VH[block] = product(slope_NB.T, hidden_NH).mul_(unit)
+                weight_grad_VH[block] = product(slope_NB.T, hidden_NH).mul_(scale)
         if bias_grad_V is not None:
-            bias_grad_V[block] = slope_NB.sum(dim=0, dtype=grad_N.dtype) * unit
+            bias_grad_V[block] = slope_NB.sum(dim=0, dtype=grad_N.dtype) * scale
     if hidden_grad_NH is not None:
-        hidden_grad_NH *= unit
+        hidden_grad_NH *= scale
     return hidden_grad_NH, weight_grad_VH, bias_grad_V
 
 
-def _unit(grad_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """A power of two near the largest gradient, for fp16: smaller slopes would vanish in it."""
+def _gradient_scale(grad_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Power of two near the largest upstream gradient for fp16, where slopes of a small loss would
+    underflow; 1 for other dtypes.
+    """
     if dtype != torch.float16 or len(grad_N) == 0:
         return grad_N.new_ones(())
     return grad_N.nan_to_num(0, 0, 0).abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()

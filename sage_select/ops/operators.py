@@ -1,8 +1,8 @@
-"""The head, forward and backward, as operators of PyTorch's own kind, with shapes foretold.
+"""The head's forward and backward pass, registered as custom operators with fake (meta) kernels.
 
-What depends on the targets' values happens inside, and `torch.compile`, `torch.export` and autograd
-see one node. Tokens that are ignored, or weigh nothing in the loss, are left out before any logits
-are made.
+Everything that depends on the targets' values happens inside the operators, so `torch.compile`,
+`torch.export` and autograd see one node. Tokens that are ignored, or have zero weight in the loss,
+are dropped before any logits are computed.
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from sage_select.system.processes import Processes
 
 
 def first_wrong(target_N: Tensor, vocabulary: int) -> int:
-    """The position of the first target that is neither ignored nor a token; -1 if all are right."""
+    """Position of the first target that is neither ignored nor a token id; -1 if there is none."""
     wrong_N = (target_N != IGNORED) & ((target_N < 0) | (target_N >= vocabulary))
     return int(wrong_N.nonzero()[0]) if bool(wrong_N.any()) else -1
 
 
 def check_targets(target_N: Tensor, vocabulary: int) -> None:
-    """Raise a ValueError that names the first target that is neither ignored nor a token."""
+    """Raise a ValueError that names the first target that is neither ignored nor a token id."""
     position = first_wrong(target_N, vocabulary)
     if position >= 0:
         raise ValueError(
             f"token_logps: target {int(target_N[position])} at position {position} is outside the "
-            f"vocabulary of {vocabulary}; use {IGNORED} for tokens that are not scored"
+            f"vocabulary of {vocabulary}; use {IGNORED} for tokens to skip"
         )
 
 
-def _agreed(
+def _check_ranks(
     processes: Processes,
     weight_VH: Tensor,
     target_N: Tensor,
@@ -43,46 +43,49 @@ def _agreed(
     own_tokens: bool,
     options: str,
 ) -> list[int]:
-    """How many tokens each process scores; or an error, on all of them, if they do not fit."""
+    """Return each rank's number of scored tokens, by rank; raise on all ranks if their inputs do
+    not fit together. Without a group only the targets are checked, and the list is empty.
+    """
     if processes.group is None:
         check_targets(target_N, len(weight_VH))
         return []
-    # one exchange says all, since a process that raised alone would leave the others waiting
+    # everything is gathered before any check: a rank that raised alone would leave the others
+    # waiting in the next collective
     scored_N = target_N != IGNORED
     checksum = int((target_N * torch.arange(1, len(target_N) + 1, device=target_N.device)).sum())
-    said = hashlib.blake2b(f"{own_tokens} {options}".encode(), digest_size=7).digest()
-    facts = [int(scored_N.sum()), checksum, start, len(weight_VH), int.from_bytes(said)]
-    every = processes.all_gather(facts, target_N.device)
-    for process, fact in enumerate(every):
-        if fact[-1] != every[0][-1]:
+    options_hash = hashlib.blake2b(f"{own_tokens} {options}".encode(), digest_size=7).digest()
+    inputs = [int(scored_N.sum()), checksum, start, len(weight_VH), int.from_bytes(options_hash)]
+    inputs_by_rank = processes.all_gather(inputs, target_N.device)
+    for rank, rank_inputs in enumerate(inputs_by_rank):
+        if rank_inputs[-1] != inputs_by_rank[0][-1]:
             raise ValueError(
-                f"token_logps: process {process} came with another impl, dtype, hidden size, "
-                "softcap, temperature, bias or own_tokens than process 0; processes that share a "
-                f"vocabulary need the same. Here it is {options}, own_tokens={own_tokens}"
+                f"token_logps: impl, dtype, hidden size, softcap, temperature, bias or own_tokens "
+                f"differs between rank {rank} and rank 0; ranks that share a vocabulary must pass "
+                f"the same. This rank passed {options}, own_tokens={own_tokens}"
             )
     end = 0
-    for process, (_, _, first, rows, _) in enumerate(every):
+    for rank, (_, _, first, rows, _) in enumerate(inputs_by_rank):
         if first != end:
             raise ValueError(
-                f"token_logps: process {process} has rows {first} to {first + rows} of the "
-                f"vocabulary, but those before it end at {end}; shards follow each other by rank"
+                f"token_logps: rank {rank} has rows {first} to {first + rows} of the vocabulary, "
+                f"but the ranks before it end at {end}; give the ranks consecutive shards"
             )
         end += rows
-    if not own_tokens and len({tuple(fact[:2]) for fact in every}) > 1:
+    if not own_tokens and len({tuple(rank_inputs[:2]) for rank_inputs in inputs_by_rank}) > 1:
         raise ValueError(
-            "token_logps: processes that share a vocabulary have other targets than each other; "
-            "give all the same tokens, or say Shard(..., own_tokens=True), with weight.to_local() "
-            "where it is a DTensor"
+            "token_logps: ranks that share a vocabulary got different targets; pass the same "
+            "tokens on all ranks, or use Shard(..., own_tokens=True), with weight.to_local() if "
+            "the weight is a DTensor"
         )
-    wrong = processes.all_gather([first_wrong(target_N, end)], target_N.device)
+    wrong_positions = processes.all_gather([first_wrong(target_N, end)], target_N.device)
     check_targets(target_N, end)
-    for process, (position,) in enumerate(wrong):
+    for rank, (position,) in enumerate(wrong_positions):
         if position >= 0:
             raise ValueError(
-                f"token_logps: the target at position {position} of process {process} is outside "
-                f"the vocabulary of {end}"
+                f"token_logps: the target at position {position} of rank {rank} is outside the "
+                f"vocabulary of {end}; use {IGNORED} for tokens to skip"
             )
-    return [fact[0] for fact in every]
+    return [rank_inputs[0] for rank_inputs in inputs_by_rank]
 
 
 def _logits(
@@ -104,19 +107,19 @@ def _logits(
     return FusedLogits.of(hidden_NH, weight_VH, bias_V, softcap, temperature)
 
 
-def _kept(keep_N: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """The rows of tokens that count; without a copy if all do."""
-    return rows if bool(keep_N.all()) else tuple(x[keep_N] for x in rows)
+def _select(keep_N: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the kept tokens' rows of each tensor, without a copy if all are kept."""
+    return tensors if bool(keep_N.all()) else tuple(x[keep_N] for x in tensors)
 
 
-def _spread(some_n: Tensor, keep_N: Tensor) -> Tensor:
-    """The rows of tokens that count in their places, zeros elsewhere."""
-    if len(some_n) == len(keep_N):
-        return some_n
-    return some_n.new_zeros(len(keep_N), *some_n.shape[1:]).index_put((keep_N,), some_n)
+def _scatter(kept_n: Tensor, keep_N: Tensor) -> Tensor:
+    """Return the kept tokens' rows at their positions among all tokens, with zeros elsewhere."""
+    if len(kept_n) == len(keep_N):
+        return kept_n
+    return kept_n.new_zeros(len(keep_N), *kept_n.shape[1:]).index_put((keep_N,), kept_n)
 
 
-# they ask for values, which a recording of CUDA graphs does not allow
+# the operators read tensor values on the host, which CUDA graph capture does not allow
 TAGS: dict[str, Any] = (
     {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 )
@@ -135,26 +138,27 @@ def token_logps_operator(
     group: str | None,
     own_tokens: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's log-prob and the logsumexp of its logits, both 0 where it is ignored."""
+    """[N], log-probs of the targets, and [N], logsumexp of the logits; both 0 if ignored."""
     processes = named_processes(group)
     options = (
         f"impl={impl}, hidden {hidden_NH.dtype} of {hidden_NH.shape[1]}, weight {weight_VH.dtype}, "
         f"softcap={softcap}, temperature={temperature}, bias={bias_V is not None}"
     )
-    counts = _agreed(processes, weight_VH, target_N, start, own_tokens, options)
+    counts = _check_ranks(processes, weight_VH, target_N, start, own_tokens, options)
     keep_N = target_N != IGNORED
-    hidden_nH, target_n = _kept(keep_N, hidden_NH, target_N)
+    hidden_nH, target_n = _select(keep_N, hidden_NH, target_N)
     if own_tokens:
+        # every rank needs all tokens for its columns; gathering them is cheaper than the weight
         hidden_nH, target_n = (processes.all_gather_rows(x, counts) for x in (hidden_nH, target_n))
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would round the logits to bf16
         logits = _logits(impl, hidden_nH, weight_VH, bias_V, softcap, temperature)
         logps_n, logsumexp_n = forward(logits, target_n - start, processes)
     if own_tokens:
         logps_n, logsumexp_n = (processes.own_rows(x, counts) for x in (logps_n, logsumexp_n))
-    return _spread(logps_n, keep_N), _spread(logsumexp_n, keep_N)
+    return _scatter(logps_n, keep_N), _scatter(logsumexp_n, keep_N)
 
 
-# the schema in words: before 2.7, PyTorch derives none from lists
+# an explicit schema, because PyTorch before 2.7 cannot infer one for lists
 @torch.library.custom_op(
     "sage_select::token_logps_backward",
     mutates_args=(),
@@ -178,22 +182,23 @@ def token_logps_backward_operator(
     group: str | None,
     own_tokens: bool,
 ) -> list[Tensor]:
-    """The gradients of those of hidden, weight and bias that are needed."""
+    """Gradients of hidden, weight and bias, in this order; those not needed are left out."""
     processes = named_processes(group)
     keep_N = target_N != IGNORED
     if group is None or own_tokens:
-        # what weighs nothing in the loss is left out, too; the last bits of others may change with
-        # it, as products of other shapes add in another order
+        # Tokens with zero weight in the loss are dropped too. This may change the last bits of the
+        # other gradients, since a product of another shape may add in another order. Ranks that
+        # share their tokens keep them, because they must all keep the same rows.
         keep_N &= grad_N != 0
-    rows = _kept(keep_N, hidden_NH, target_N, grad_N, logsumexp_N)
+    kept = _select(keep_N, hidden_NH, target_N, grad_N, logsumexp_N)
     need_hidden, need_weight, need_bias = needed
     if group is not None:
-        # what one process needs, all must help with
-        every = processes.all_gather([len(rows[0]), need_hidden], target_N.device)
-        counts, need_hidden = [count for count, _ in every], any(need for _, need in every)
+        # the gradient of hidden is summed over ranks: if one rank needs it, all must compute theirs
+        by_rank = processes.all_gather([len(kept[0]), need_hidden], target_N.device)
+        counts, need_hidden = [count for count, _ in by_rank], any(need for _, need in by_rank)
     if own_tokens:
-        rows = tuple(processes.all_gather_rows(x, counts) for x in rows)
-    hidden_nH, target_n, grad_n, logsumexp_n = rows
+        kept = tuple(processes.all_gather_rows(x, counts) for x in kept)
+    hidden_nH, target_n, grad_n, logsumexp_n = kept
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logits = _logits(impl, hidden_nH, weight_VH, bias_V, softcap, temperature)
         gradients = backward(
@@ -206,7 +211,7 @@ def token_logps_backward_operator(
             if own_tokens
             else processes.all_reduce(hidden_grad)
         )
-        hidden_grad = _spread(hidden_grad.to(hidden_NH.dtype), keep_N) if needed[0] else None
+        hidden_grad = _scatter(hidden_grad.to(hidden_NH.dtype), keep_N) if needed[0] else None
     return [x for x in (hidden_grad, weight_grad, bias_grad) if x is not None]
 
 
@@ -238,17 +243,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, _, bias, *_ = ctx.needs_input_grad
-    found = iter(
+    gradients = iter(
         token_logps_backward_operator(
             (hidden, weight, bias), grad_N, *ctx.saved_tensors, *ctx.options
         )
     )
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+    # autograd expects one entry per input of the forward operator
+    return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
 
 
 def _refuse(ctx: Any, grads: list[Tensor]) -> NoReturn:
     raise NotImplementedError(
-        'token_logps: there are no gradients of gradients; use impl="reference"'
+        'token_logps: second derivatives are not implemented by this impl; use impl="reference"'
     )
 
 

@@ -1,4 +1,4 @@
-"""The specification, short enough to believe by reading. N tokens, H hidden, V vocabulary."""
+"""The specification of the head in plain PyTorch. N tokens, H hidden, V vocabulary."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def token_logps_reference(
     softcap: float | None,
     temperature: float,
 ) -> Tensor:
-    """log_softmax(softcap(hidden @ weight.T + bias) / temperature) at the targets, in fp32 up."""
+    """log_softmax(softcap(hidden @ weight.T + bias) / temperature) at the targets, in fp32+."""
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
     logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T
     if bias_V is not None:

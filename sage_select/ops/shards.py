@@ -1,4 +1,4 @@
-"""A vocabulary whose rows are spread over processes."""
+"""An output head whose rows, the vocabulary, are sharded over ranks."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ from sage_select.system.processes import Processes
 
 
 class Shard(NamedTuple):
-    """This process's rows of an output head that several processes share.
+    """The rows of an output head that this rank holds.
 
     Attributes:
-        start: Token id of the first of them.
-        group: The processes that have the others; all processes if None.
-        own_tokens: Whether each process brings tokens of its own, as under FSDP. Otherwise all
-            bring the same ones, as in tensor parallelism.
+        start: Token id of this rank's first row.
+        group: The process group over which the head is sharded; the default group if None.
+        own_tokens: True if each rank passes different tokens, as under FSDP; False if all ranks
+            pass the same tokens, as in tensor parallelism.
     """
 
     start: int
@@ -25,18 +25,19 @@ class Shard(NamedTuple):
 
 
 def named(group: ProcessGroup | None) -> str:
-    """The name by which an operator finds a group, since it takes none itself."""
-    found = dist.group.WORLD if group is None else group
-    if not isinstance(found, ProcessGroup):
+    """Return a group's name; custom operators take strings, but no process groups."""
+    resolved_group = dist.group.WORLD if group is None else group
+    # not a ProcessGroup before init_process_group, and on ranks outside the group
+    if not isinstance(resolved_group, ProcessGroup):
         raise ValueError(
-            "token_logps: a shard of the vocabulary needs its processes; call "
-            "torch.distributed.init_process_group first, and give a group that has this process"
+            "token_logps: a shard of the vocabulary needs a process group; call "
+            "torch.distributed.init_process_group first, and pass a group that includes this rank"
         )
-    name: str = found.group_name
+    name: str = resolved_group.group_name
     return name
 
 
 def named_processes(name: str | None) -> Processes:
-    """The processes of a group's name; this one alone if there is none."""
-    # as PyTorch's own operators of collectives do
+    """Return the processes of the group with this name; only the current process if None."""
+    # a private function, but the one that PyTorch's functional collectives use for names
     return Processes(None if name is None else _resolve_process_group(name))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""How the fused kernels cut their work, by device and dtype.
+"""Tile sizes of the fused kernels, by device and dtype.
 
-A tiling decides the order in which a row's terms are added, so its last bits: tilings come from a
-table or from a file that somebody had written by `tune`, and never from a clock of the run itself,
-nor from how many tokens there are.
+A tiling determines the order in which a row's terms are added, and so the last bits of the result.
+A tiling is therefore taken from a table, or from a file written by an explicit call of `tune`,
+never from timings during a run and never from the number of tokens.
 """
 
 import json
@@ -18,18 +18,18 @@ from sage_select.system.files import cache_folder, partial_path, replace_durably
 
 
 class Tiling(NamedTuple):
-    """The work of one program, and how programs follow each other.
+    """The work of one program, and the order of programs.
 
     Attributes:
-        rows: Tokens of a program.
-        columns: Vocabulary entries that are multiplied at once.
-        depth: Hidden dimensions that are loaded at once.
-        warps: Warps of a program.
-        stages: Loads under way.
-        part: Vocabulary entries of a program, one tile of columns after the other.
-        group: Blocks of rows that run at the same time on the same part.
-        descriptors: Whether loads go through the tensor memory accelerator, where they can.
-        library: Whether logits are products of the matrix library, folded by a kernel of their own.
+        rows: Tokens per program.
+        columns: Vocabulary entries per tile.
+        depth: Hidden dimensions per load.
+        warps: Warps per program.
+        stages: Loads in flight.
+        part: Vocabulary entries per program, processed tile by tile.
+        group: Blocks of rows that run at the same time on the same part of the vocabulary.
+        descriptors: True to load through the tensor memory accelerator if the operands allow it.
+        library: True to compute logits with the matrix library and sum them in a separate kernel.
     """
 
     rows: int
@@ -50,54 +50,59 @@ HOPPER = Tiling(rows=128, columns=256, depth=64, warps=8, stages=4, descriptors=
 
 
 def default_tiling(device: torch.device, dtype: torch.dtype) -> Tiling:
-    """That of the table."""
+    """Return the table's tiling for a device and dtype."""
     if device.type == "cpu":
         return INTERPRETER
     if dtype == torch.float32:
-        return FLOAT32  # products in true fp32, which no tensor core makes
+        return FLOAT32  # tensor cores would round the factors to TF32
     major, _ = torch.cuda.get_device_capability(device)
     return HOPPER if major in (9, 10) else AMPERE
 
 
 def tiling_of(weight_VH: Tensor) -> Tiling:
-    """The tiling for a weight: the one that `tune` kept for such a device, else the table's."""
+    """Return the tiling that `tune` stored for this device and head, or the table's."""
     if weight_VH.is_cuda and (tuned := tuned_tilings().get(key_of(weight_VH))) is not None:
         return tuned
     return default_tiling(weight_VH.device, weight_VH.dtype)
 
 
 def key_of(weight_VH: Tensor) -> str:
-    """What a tuned tiling holds for."""
+    """Key of a tuned tiling: device, Triton version, dtype and shape of the head."""
     vocabulary, hidden = weight_VH.shape
     device = torch.cuda.get_device_name(weight_VH.device)
     dtype = str(weight_VH.dtype).removeprefix("torch.")
     return f"{device}, Triton {triton.__version__}, {dtype}, {vocabulary} x {hidden}"
 
 
-@cache  # a process keeps to the tilings that it began with
+@cache  # read once, so that tuning in another process does not change this one's bits midway
 def tuned_tilings() -> dict[str, Tiling]:
-    """What `tune` has kept."""
+    """Tilings that `tune` has stored, by key."""
     path = tilings_path()
     if not path.exists():
         return {}
     try:
         return {key: Tiling(**tiling) for key, tiling in json.loads(path.read_text()).items()}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"tilings: {path} cannot be read: {error}; delete it") from error
+        raise ValueError(
+            f"tilings: {path} is not a valid file of tuned tilings: {error}; delete it, and call "
+            "`tune` again if you need it"
+        ) from error
 
 
 def keep_tiling(key: str, tiling: Tiling) -> None:
-    """Use a tiling from now on, in this process and later ones."""
-    tuned_tilings.cache_clear()  # others may have tuned in the meantime
+    """Store a tiling, to be used from now on by this process and later ones."""
+    tuned_tilings.cache_clear()  # read the file again: another process may have written it
     path = tilings_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    every = {known: kept._asdict() for known, kept in tuned_tilings().items()}
+    tilings = tuned_tilings() | {key: tiling}
     partial = partial_path(path)
-    partial.write_text(json.dumps(every | {key: tiling._asdict()}, indent=2) + "\n")
+    partial.write_text(
+        json.dumps({name: kept._asdict() for name, kept in tilings.items()}, indent=2) + "\n"
+    )
     replace_durably(partial, path)
     tuned_tilings.cache_clear()
 
 
 def tilings_path() -> Path:
-    """The file of tuned tilings, which several machines may share."""
+    """Path of the file of tuned tilings; its keys name the device, so machines can share it."""
     return cache_folder() / "tilings.json"

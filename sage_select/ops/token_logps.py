@@ -1,4 +1,4 @@
-"""The two operations, checked and dispatched."""
+"""`token_logps` and `sequence_logps`: argument checks and dispatch to the implementations."""
 
 import math
 from typing import Literal
@@ -29,31 +29,33 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of each target token, from hidden states and the output head's weight.
 
-    The same as `log_softmax(hidden @ weight.T + bias)` at the targets, with fp32 logits whatever
-    the inputs' dtype. Differentiable in hidden, weight and bias: once, unless by the reference.
-    `torch.compile` and `torch.export` trace it without a break.
+    Equal to `log_softmax(hidden @ weight.T + bias)` at the targets, with fp32 logits whatever the
+    inputs' dtype. Differentiable in hidden, weight and bias; second derivatives only with
+    `impl="reference"`. `torch.compile` and `torch.export` trace it without a graph break.
 
     Args:
         hidden: [N, H], states that predict the targets.
-        weight: [V, H], the output head. If processes share the head, this one's rows of it, with
-            `shard`; or a DTensor that is sharded by rows over one dimension of a mesh.
+        weight: [V, H], the output head. If the head is sharded over ranks, this rank's rows, with
+            `shard`; or a DTensor sharded by rows over a mesh of one dimension.
         targets: int64 [N]; -100 is ignored and gives 0.
         bias: [V].
         softcap: Logits become softcap * tanh(logits / softcap), as in Gemma 2.
         temperature: Logits are divided by it, after the softcap.
-        impl: "reference" keeps all logits; "chunked" (also "auto") keeps one block of the
-            vocabulary at a time; "fused" keeps none, in Triton kernels, and never runs anything
-            else instead: see `sage_select.ops.fused`.
-        shard: Which rows these are, and who has the others. All targets are ids of the whole
-            vocabulary. Every process gets the log-probs and the gradient of the hidden states of
-            its tokens whole, and the gradient of its own rows, summed over all processes' tokens.
+        impl: "reference" stores all logits; "chunked" (also "auto") stores one block of the
+            vocabulary at a time; "fused" stores none, using Triton kernels, and raises if they
+            cannot run: see `sage_select.ops.fused`.
+        shard: Position of this rank's rows in the vocabulary, and the group that has the others.
+            All targets are ids of the whole vocabulary. Every rank gets complete log-probs and
+            hidden-state gradients for its tokens, and the gradient of its own rows of the weight,
+            summed over the tokens of all ranks.
 
     Returns:
         float32 [N] (float64 for float64 inputs), in nats.
 
     Raises:
-        ValueError: If shapes, targets, options or the processes' shards do not fit.
-        TypeError: If the targets are not int64, or hidden and weight are not floating.
+        ValueError: If shapes, targets, options or the ranks' shards do not fit.
+        TypeError: If the targets are not int64, or hidden and weight are not floating-point.
+        NotImplementedError: If second derivatives are requested, unless impl is "reference".
 
     Example:
         >>> token_logps(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, -100])).exp()
@@ -66,18 +68,19 @@ def token_logps(
     if impl == "reference":
         if shard is not None:
             raise ValueError(
-                'token_logps: impl="reference" needs the whole vocabulary; use impl="chunked"'
+                'token_logps: impl="reference" needs the whole vocabulary, but got a shard; use '
+                'impl="chunked"'
             )
         return _reference(hidden, weight, targets, bias, softcap, temperature)
     if impl not in ("chunked", "fused"):
         raise ValueError(
             f"token_logps: impl must be auto, reference, chunked or fused, got {impl!r}"
         )
-    where = (
+    shard_options = (
         (0, None, False) if shard is None else (shard.start, named(shard.group), shard.own_tokens)
     )
     logps: Tensor = token_logps_operator(
-        hidden, weight, targets, bias, softcap, temperature, impl, *where
+        hidden, weight, targets, bias, softcap, temperature, impl, *shard_options
     )[0]
     return logps
 
@@ -85,14 +88,14 @@ def token_logps(
 def _unwrapped(
     hidden: Tensor, weight: DTensor, targets: Tensor, bias: Tensor | None, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Shard | None]:
-    """This process's part of DTensors, and what shard of the vocabulary it is."""
+    """Return the local tensors of DTensors, and the shard of the vocabulary that they form."""
     mesh, placements = weight.device_mesh, weight.placements
-    by_rows = [i for i, placement in enumerate(placements) if placement.is_shard(0)]
-    if shard is not None or len(by_rows) != 1 or mesh.ndim != 1:
+    row_sharded = [i for i, placement in enumerate(placements) if placement.is_shard(0)]
+    if shard is not None or len(row_sharded) != 1 or mesh.ndim != 1:
         raise ValueError(
-            "token_logps: a weight that is a DTensor must be sharded by rows over a mesh of one "
-            f"dimension, without a shard beside it, got {placements} on {mesh.ndim} dimensions "
-            f"and shard={shard}; or give its local part, with a Shard"
+            "token_logps: a DTensor weight must be sharded by rows over a mesh of one dimension, "
+            f"with shard=None; got {placements} on {mesh.ndim} dimensions and shard={shard}. "
+            "Otherwise pass weight.to_local() with a Shard"
         )
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     own_tokens = False
@@ -125,13 +128,17 @@ def _reference(
     softcap: float | None,
     temperature: float,
 ) -> Tensor:
-    """The specification, and 0 where ignored; no shape hangs on the targets, as in the others."""
-    if not torch.compiler.is_compiling():  # compiled, gather refuses them, in its own words
+    """Log-probs by the specification, 0 for ignored tokens.
+
+    Ignored tokens are masked rather than dropped, so that no shape depends on the targets.
+    """
+    # a compiled graph cannot read the targets' values here; its gather refuses wrong ones itself
+    if not torch.compiler.is_compiling():
         check_targets(targets, len(weight))
     scored = targets != IGNORED
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to bf16
         logps = token_logps_reference(
-            hidden.where(scored[:, None], 0),  # else a NaN would reach the weight's gradient
+            hidden.where(scored[:, None], 0),  # a NaN would reach the weight's gradient
             weight,
             targets.where(scored, 0),
             bias,
@@ -142,7 +149,7 @@ def _reference(
 
 
 def resolved(impl: Implementation) -> Implementation:
-    """What "auto" stands for; any other implementation stands for itself."""
+    """Return the implementation that "auto" selects; any other is returned unchanged."""
     return "chunked" if impl == "auto" else impl
 
 
@@ -158,13 +165,13 @@ def sequence_logps(
     impl: Implementation = "auto",
     shard: Shard | None = None,
 ) -> Tensor:
-    """Summed log-probability of each sequence's targets, added up in float64 in token order.
+    """Sum of the log-probabilities of each sequence's targets, in float64 and in token order.
 
     Args:
-        hidden: [N, H], the tokens of all sequences one after the other.
+        hidden: [N, H], the hidden states of all sequences, end to end.
         weight: [V, H].
         targets: int64 [N]; -100 is ignored and adds 0.
-        cu_seqlens: int [S + 1], where each sequence starts, and N at the end.
+        cu_seqlens: int [S + 1], the position at which each sequence starts, then N.
         bias: As in `token_logps`.
         softcap: As in `token_logps`.
         temperature: As in `token_logps`.
@@ -180,7 +187,10 @@ def sequence_logps(
         tensor([0.2500, 0.0625], dtype=torch.float64)
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError("sequence_logps: cu_seqlens must be [S + 1] and start at 0")
+        raise ValueError(
+            "sequence_logps: cu_seqlens must be [S + 1] and start at 0, got shape "
+            f"{list(cu_seqlens.shape)}"
+        )
     lengths = _lengths(cu_seqlens, targets.shape[0]).to(hidden.device)
     logps = token_logps(
         hidden,
@@ -193,21 +203,27 @@ def sequence_logps(
         shard=shard,
     )
     if lengths.shape[0] == 0:
-        return logps.double()  # no sequence, no token
-    # a segment's own tokens in their own order: the same bits whatever stands beside it
-    total: Tensor = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0.0)
-    return total
+        return logps.double()  # also empty; segment_reduce refuses zero segments
+    # each segment is summed alone in token order, so its bits do not depend on the other sequences
+    sums: Tensor = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0.0)
+    return sums
 
 
 @torch.library.custom_op("sage_select::lengths", mutates_args=(), **TAGS)
 def _lengths(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int64 [S]; an operator, so that values are checked when compiled code runs, too."""
+    """Lengths of the sequences, int64 [S].
+
+    A custom operator, so that the values are also checked each time compiled code runs.
+    """
     lengths = cu_seqlens.diff().to(torch.int64)
     if cu_seqlens[0] != 0:
-        raise ValueError("sequence_logps: cu_seqlens must be [S + 1] and start at 0")
+        raise ValueError(
+            f"sequence_logps: cu_seqlens must be [S + 1] and start at 0, got {cu_seqlens}"
+        )
     if bool((lengths < 0).any()) or int(cu_seqlens[-1]) != tokens:
         raise ValueError(
-            f"sequence_logps: cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens}"
+            f"sequence_logps: cu_seqlens must rise from 0 to {tokens}, the number of tokens, got "
+            f"{cu_seqlens}"
         )
     return lengths
 
@@ -232,14 +248,17 @@ def _check(
         )
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise TypeError(
-            "token_logps: hidden and weight must be floating, got "
+            "token_logps: hidden and weight must be floating-point, got "
             f"{hidden.dtype} and {weight.dtype}"
         )
     if targets.dtype != torch.int64:
-        raise TypeError(f"token_logps: targets must be int64, got {targets.dtype}")
+        raise TypeError(
+            f"token_logps: targets must be int64, got {targets.dtype}; use targets.long()"
+        )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"token_logps: {len(hidden)} hidden states but targets of shape {list(targets.shape)}"
+            f"token_logps: targets must be [N] = [{len(hidden)}], one per hidden state, got "
+            f"{list(targets.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"token_logps: bias must be [V] = [{len(weight)}], got {list(bias.shape)}")

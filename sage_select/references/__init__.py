@@ -1,1 +1,1 @@
-"""What the reference says, kept on disk and measured once."""
+"""Reference log-probs: measured once, kept on disk, or read from a table."""

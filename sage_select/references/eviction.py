@@ -1,4 +1,4 @@
-"""What a store holds, and deleting what is no longer needed."""
+"""List the references of a store, and delete those that are no longer needed."""
 
 import json
 import re
@@ -13,20 +13,21 @@ from sage_select.system.files import cache_folder
 
 
 def default_store() -> Path:
-    """Where stores stand unless a call says otherwise."""
+    """Return the folder of the default store."""
     return cache_folder() / "reference"
 
 
 @dataclass(frozen=True)
 class StoredReference:
-    """One reference of a store, for people.
+    """Summary of one reference of a store.
 
     Attributes:
-        identity: Its name.
-        description: What it is: the model's name, its dtype and path.
-        sequences: Entries.
+        identity: Hash that names the reference, see `ReferenceStore`.
+        description: Name of the model and the settings that decide rounding, such as its dtype;
+            empty if the file is missing.
+        sequences: Number of stored sequences.
         size: Bytes on disk.
-        used: When it was last used, in seconds since the epoch.
+        used: Time of the last use, in seconds since the epoch.
     """
 
     identity: str
@@ -37,29 +38,29 @@ class StoredReference:
 
 
 def stored_references(folder: str | Path | None = None) -> list[StoredReference]:
-    """The references of a store, the most recently used first."""
+    """Return the references of a store, the most recently used first."""
     root = Path(folder) if folder is not None else default_store()
-    found = []
+    references = []
     for place in root.iterdir() if root.is_dir() else ():
         if not _IDENTITY.fullmatch(place.name) or not place.is_dir():
-            continue  # somebody else's
-        states = []
+            continue  # not written by this library
+        stats = []
         for file in place.iterdir():
-            with suppress(FileNotFoundError):  # merged or finished meanwhile
-                states.append(file.stat())
+            with suppress(FileNotFoundError):  # another process merged or renamed it meanwhile
+                stats.append(file.stat())
         description = {}
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # nothing depends on the description
             description = json.loads((place / "reference.json").read_text())
-        found.append(
+        references.append(
             StoredReference(
                 identity=place.name,
                 description=description,
                 sequences=len(read_parts(place).keys),
-                size=sum(state.st_size for state in states),
-                used=max((state.st_mtime for state in states), default=0.0),
+                size=sum(stat.st_size for stat in stats),
+                used=max((stat.st_mtime for stat in stats), default=0.0),
             )
         )
-    return sorted(found, key=lambda reference: -reference.used)
+    return sorted(references, key=lambda reference: -reference.used)
 
 
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
@@ -72,38 +73,43 @@ def evict(
     unused_for: float | None = None,
     max_size: int | None = None,
 ) -> list[StoredReference]:
-    """Delete references: one by its name, those unused for long, or the oldest above a size.
+    """Delete references by identity, by time since the last use, or down to a total size.
 
     Args:
-        folder: The store.
-        identity: The one to delete.
-        unused_for: Seconds.
-        max_size: Bytes that may stay; the least recently used go first.
+        folder: The store; by default `reference` in the user's cache.
+        identity: The reference to delete.
+        unused_for: Delete references that were not used for this many seconds.
+        max_size: Bytes that may remain; the least recently used references are deleted first.
 
     Returns:
-        What was deleted.
+        The deleted references.
 
     Raises:
-        ValueError: If nothing says what to delete, or there is no reference of this identity.
+        ValueError: If no criterion is given, or the store has no reference of this identity.
     """
     if identity is None and unused_for is None and max_size is None:
-        raise ValueError("evict: say what to delete: identity, unused_for or max_size")
+        raise ValueError(
+            "evict: nothing to delete was given; pass identity, unused_for or max_size"
+        )
     root = Path(folder) if folder is not None else default_store()
     references = stored_references(root)
     if identity is not None and identity not in {r.identity for r in references}:
-        raise ValueError(f"evict: {root} has no reference {identity}")
-    going, total = [], 0
-    for reference in references:  # the most recently used first
+        raise ValueError(
+            f"evict: {root} has no reference {identity}; `sage-select store list` lists them"
+        )
+    evicted, total = [], 0
+    for reference in references:  # most recently used first, so that the oldest exceed max_size
         total += reference.size
         stale = unused_for is not None and time.time() - reference.used > unused_for
-        above = max_size is not None and total > max_size
-        if reference.identity == identity or stale or above:
-            going.append(reference)
-    for reference in going:
+        over_size = max_size is not None and total > max_size
+        if reference.identity == identity or stale or over_size:
+            evicted.append(reference)
+    for reference in evicted:
         place = root / reference.identity
+        # delete only the files this library writes; users may keep files of their own beside them
         for pattern in ("part-*.arrow", ".*.partial", "reference.json"):
             for file in place.glob(pattern):
                 file.unlink(missing_ok=True)
-        with suppress(OSError):  # what else stands there is somebody else's
+        with suppress(OSError):  # not empty: it contains files of the user
             place.rmdir()
-    return going
+    return evicted

@@ -1,4 +1,4 @@
-"""Log-probs that were computed elsewhere, from a table with one row per pair."""
+"""Reference log-probs computed by other programs, read from a table with one row per pair."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +14,13 @@ from sage_select.pairs import CHOSEN, REFERENCE, REJECTED, PairLogps
 
 
 def has_column(path: str | Path, name: str) -> bool:
-    """Whether a table has a column of this name."""
+    """Return whether a Parquet, CSV or JSON Lines file has a column of this name."""
     file = Path(path)
     scans: dict[str, Callable[[Path], pl.LazyFrame]] = {
         ".parquet": pl.scan_parquet,
         ".csv": pl.scan_csv,
     }
-    scan = scans.get(file.suffix, pl.scan_ndjson)
+    scan = scans.get(file.suffix, pl.scan_ndjson)  # lazy: only the schema is read
     return name in scan(file).collect_schema().names()
 
 
@@ -32,25 +32,29 @@ def read_reference(
     chosen: str = REFERENCE + CHOSEN,
     rejected: str = REFERENCE + REJECTED,
 ) -> PairLogps:
-    """Reference log-probs that were computed elsewhere, from a Parquet, CSV or JSON Lines file.
+    """Read reference log-probs from a Parquet, CSV or JSON Lines file.
+
+    If the file has the columns `chosen_tokens` and `rejected_tokens`, they are compared with the
+    dataset's token counts. Without them nothing can be checked: the file must have been made with
+    the same tokenizer, chat template and max_length.
 
     Args:
-        path: The file: one row per pair, with summed log-probs in nats.
-        dataset: The pairs; every one must stand in the file, which may have more.
-        key: The column that names pairs, in the file and among the dataset's columns.
-        chosen: The column of the chosen responses' log-probs; by default TRL's name.
-        rejected: The same of the rejected ones.
+        path: The file: one row per pair, with log-probs in nats, summed over each response.
+        dataset: The pairs; the file must contain all of them and may contain more.
+        key: The column that names pairs, in the file and in the dataset.
+        chosen: The column of the chosen responses' log-probs; the default is TRL's name.
+        rejected: The column of the rejected responses' log-probs; the default is TRL's name.
 
     Returns:
-        Log-probs of the dataset's pairs. Where the file has `chosen_tokens` and `rejected_tokens`
-        they are compared with the dataset's. Where it has not, nobody can tell: whoever made it
-        must have used the same tokenizer and template, and cut responses at the same length.
+        Log-probs of the dataset's pairs, in the dataset's order.
 
     Raises:
-        ValueError: If a column or a pair is missing, a pair stands there twice with different
-            values, or a log-prob is not a finite number of at most 0.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, lacks a column or a pair, has different values for
+            one pair or other token counts than the dataset, or if a log-prob is above 0 or not
+            finite.
     """
-    as_text = {key: pl.String}  # 007 is not 7
+    as_text = {key: pl.String}  # a CSV key 007 must not be inferred as the number 7
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
         ".csv": partial(pl.read_csv, infer_schema_length=None, schema_overrides=as_text),
@@ -75,33 +79,39 @@ def read_reference(
                 f"read_reference: {file} has no column {name!r}; it has {table.columns}"
             )
     counts = [name for name in ("chosen_tokens", "rejected_tokens") if name in table.columns]
-    given = table.select(
+    # keys are compared as text, because a number in the file may be text in the dataset
+    measured = table.select(
         *counts,
         pl.col(key).cast(pl.String).alias("key"),
         pl.col(chosen).cast(pl.Float64).alias("chosen"),
         pl.col(rejected).cast(pl.Float64).alias("rejected"),
-    ).unique()
-    for name in given.filter(pl.col("key").is_duplicated())["key"][:1]:
-        raise ValueError(f"read_reference: {file} has different log-probs for pair {name}")
-    wanted = pl.DataFrame({"key": dataset.column(key).cast(pl.String)})
-    found = wanted.join(given, on="key", how="left", maintain_order="left")
-    for name in found.filter(pl.col("chosen").is_null() | pl.col("rejected").is_null())["key"][:1]:
+    ).unique()  # a pair repeated with equal values is harmless
+    for name in measured.filter(pl.col("key").is_duplicated())["key"][:1]:
+        raise ValueError(
+            f"read_reference: {file} has different log-probs for pair {name} in several rows; keep "
+            "one row per pair"
+        )
+    keys = pl.DataFrame({"key": dataset.column(key).cast(pl.String)})
+    rows = keys.join(measured, on="key", how="left", maintain_order="left")
+    for name in rows.filter(pl.col("chosen").is_null() | pl.col("rejected").is_null())["key"][:1]:
         raise ValueError(
             f"read_reference: {file} has no log-probs for pair {name} (by {key}); "
-            "measure it, or take a dataset without it"
+            "measure it, or use a dataset without it"
         )
     for count in counts:
-        ours = pl.Series("ours", getattr(dataset, count))
-        for name in found.filter(pl.col(count) != ours)["key"][:1]:
+        expected = pl.Series("expected", getattr(dataset, count))
+        for name in rows.filter(pl.col(count) != expected)["key"][:1]:
             raise ValueError(
-                f"read_reference: the {count} of pair {name} in {file} are not the dataset's: it "
-                "was made with another tokenizer, template or max_length"
+                f"read_reference: the {count} of pair {name} in {file} differ from the dataset's; "
+                "the file was made with another tokenizer, template or max_length: make it again "
+                "with the dataset's"
             )
     both = pl.col("chosen", "rejected")
-    for name in found.filter(pl.any_horizontal(~both.is_finite() | (both > 0)))["key"][:1]:
+    for name in rows.filter(pl.any_horizontal(~both.is_finite() | (both > 0)))["key"][:1]:
         raise ValueError(
             f"read_reference: {file} has a log-prob for pair {name} that is above 0 or not finite; "
             "log-probs are natural logarithms of probabilities, summed over a response"
         )
-    logps = np.concatenate([found["chosen"].to_numpy(), found["rejected"].to_numpy()])
+    # all chosen and then all rejected, the order that as_pair_logps takes
+    logps = np.concatenate([rows["chosen"].to_numpy(), rows["rejected"].to_numpy()])
     return as_pair_logps(dataset, torch.from_numpy(logps))

@@ -1,4 +1,4 @@
-"""Parts of a reference on disk: entries by key, written whole, never changed, merged when many."""
+"""Part files of a stored reference: written atomically, never modified, merged if many."""
 
 import hashlib
 import time
@@ -15,22 +15,22 @@ from sage_select.arrays import Float64Array
 from sage_select.models.sequences import Keys
 from sage_select.system.files import mark_as_used, partial_path, replace_durably
 
-WRITE_EVERY = 5.0  # seconds between parts: what a kill can lose
-MERGE_ABOVE = 32  # parts of one reference, before they are merged into one
-ABANDONED = 24 * 3600.0  # seconds after which an unfinished part is some killed process's
+WRITE_EVERY = 5.0  # seconds between parts: the most work that a kill can lose
+MERGE_ABOVE = 32  # more parts than this are merged into one
+ABANDONED_AFTER = 24 * 3600.0  # seconds after which the writer of an unfinished part is dead
 
 _SCHEMA = pa.schema({"key": pa.binary(16), "logp": pa.float64()})
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries by ascending key."""
+    """Log-probs by sequence key, in ascending order of the keys."""
 
     keys: Keys  # [E]
     logps: Float64Array  # [E]
 
     def look_up(self, keys: Keys) -> Float64Array:
-        """The log-prob of each key, in its shape; NaN where it is not known."""
+        """Return the log-prob of each key, in the shape of `keys`; NaN if a key has no entry."""
         if not len(self.keys):
             return np.full(keys.shape, np.nan)
         places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
@@ -38,7 +38,7 @@ class Entries:
 
 
 class PartWriter:
-    """Puts entries on disk every few seconds, in parts."""
+    """Context manager that buffers entries and writes them to disk in parts, every few seconds."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -50,17 +50,17 @@ class PartWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.flush()  # what was measured before an error is worth keeping
+        self.flush()  # also after an error: what was measured before it is valid
 
     def add(self, keys: Keys, logps: Tensor) -> None:
-        """Take entries in, and put them on disk if it is time to."""
+        """Add entries, and write the buffer if the last part is `WRITE_EVERY` seconds old."""
         self._keys.append(keys)
         self._logps.append(logps.numpy())
         if time.monotonic() - self._written >= WRITE_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Put on disk what was taken in."""
+        """Write the buffered entries as one part."""
         if self._keys:
             _write_part(self._folder, np.concatenate(self._keys), np.concatenate(self._logps))
             mark_as_used(self._folder / "reference.json")
@@ -68,7 +68,7 @@ class PartWriter:
 
 
 def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
-    """One part, named by its content, so that a spoiled one is known."""
+    """Write one part. Its name is a checksum of its content, so that corruption is detected."""
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(16), len(keys), [None, pa.py_buffer(keys.tobytes())]
     )
@@ -77,7 +77,7 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
         writer.write_table(pa.table([column, pa.array(logps)], schema=_SCHEMA))
     content = sink.getvalue().to_pybytes()
     path = folder / f"part-{_checksum(content)}.arrow"
-    folder.mkdir(parents=True, exist_ok=True)  # somebody may have evicted it
+    folder.mkdir(parents=True, exist_ok=True)  # another process may have evicted the reference
     partial = partial_path(path)
     partial.write_bytes(content)
     replace_durably(partial, path)
@@ -85,19 +85,20 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
 
 
 def _read_part(path: Path) -> tuple[Keys, Float64Array] | None:
-    """A part's entries; None where it is gone, since somebody merged it, or spoiled."""
+    """Read a part's entries; None if another process merged it away, or if it is corrupted."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     if path.stem != f"part-{_checksum(content)}":
         warn(
-            f"ReferenceStore: {path} is not what was written and is passed over; delete it, its "
-            "pairs are measured again",
+            f"ReferenceStore: {path} is corrupted (its content does not match the checksum in its "
+            "name) and is skipped; its pairs are measured again. Delete the file",
             stacklevel=2,
         )
         return None
     table = pa.ipc.open_file(content).read_all()
+    # the raw buffers keep keys as 16-byte strings; to_numpy would make Python objects of them
     keys = b"".join(chunk.buffers()[1].to_pybytes() for chunk in table["key"].chunks)
     return np.frombuffer(keys, "S16"), table["logp"].to_numpy()
 
@@ -107,31 +108,38 @@ def _checksum(content: bytes) -> str:
 
 
 def read_parts(folder: Path) -> Entries:
-    """All entries of a reference; of one that stands in several parts, always the same one."""
+    """Read all entries of a reference, one per key.
+
+    Two processes may have measured the same sequence with different rounding. The lower log-prob is
+    used then, so that every reader gets the same value whatever the order of the parts.
+    """
     parts, seen = [], set[Path]()
-    while fresh := sorted(set(folder.glob("part-*.arrow")) - seen):
-        seen |= set(fresh)  # looked again: what vanished meanwhile stands merged in a new part
-        parts += [part for part in map(_read_part, fresh) if part is not None]
+    # list the folder again until it has no new part: entries of a part that another process merged
+    # away between listing and reading are in a new one
+    while unread := sorted(set(folder.glob("part-*.arrow")) - seen):
+        seen |= set(unread)
+        parts += [part for part in map(_read_part, unread) if part is not None]
     if not parts:
         return Entries(np.empty(0, "S16"), np.empty(0))
     keys = np.concatenate([keys for keys, _ in parts])
     logps = np.concatenate([logps for _, logps in parts])
-    order = np.lexsort((logps, keys))
+    order = np.lexsort((logps, keys))  # by key, then by log-prob
     first = np.ones(len(keys), dtype=bool)
     first[1:] = keys[order][1:] != keys[order][:-1]
     return Entries(keys[order][first], logps[order][first])
 
 
 def merge_parts(folder: Path) -> None:
-    """One part for many, and no leftovers of killed processes."""
+    """Merge the parts of a reference if there are many; delete leftovers of killed processes."""
     for path in folder.glob(".*.partial"):
-        with suppress(FileNotFoundError):  # just finished by another process
-            if time.time() - path.stat().st_mtime > ABANDONED:
+        with suppress(FileNotFoundError):  # another process has just renamed it
+            if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
                 path.unlink()
     parts = list(folder.glob("part-*.arrow"))
     if len(parts) > MERGE_ABOVE:
         entries = read_parts(folder)
         merged = _write_part(folder, entries.keys, entries.logps)
+        # delete only after the merged part is durable: a crash leaves duplicates, never a gap
         for path in parts:
-            if path != merged:
+            if path != merged:  # a name follows from the content, so the two can be the same file
                 path.unlink(missing_ok=True)

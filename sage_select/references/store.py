@@ -1,13 +1,14 @@
-"""The reference store: log-probs under the reference, on disk, paid for once.
+"""The reference store: reference log-probs on disk, measured once.
 
-A store is a folder with one folder per reference: one for each combination of weights, settings,
-precision and path of computation. In it lie parts, each written whole or not at all and named by
-its own content, with one entry per sequence: a hash of the response's tokens in their context, and
-their summed log-prob. What tokenizer, template and truncation did is all in the tokens.
+A store is a folder with one subfolder per reference, that is, per combination of weights, model
+settings, precision, device and attention. It contains part files, which are written atomically and
+named by a checksum of their content. A part has one entry per sequence: a hash of the tokens of
+prompt and response, and the summed log-prob of the response. The effects of tokenizer, template and
+truncation are all in the tokens.
 
-Nothing in a part is ever changed, and an entry follows from its key. So any number of processes may
-read and write at once, a killed one loses no more than its last seconds, and runs, hosts and
-trainers share what they have.
+Parts are never modified, and an entry is determined by its key. So any number of processes can read
+and write at the same time, a killed one loses only its last few seconds of work, and runs, hosts
+and trainers share their entries.
 """
 
 import json
@@ -44,26 +45,27 @@ from sage_select.system.identity import digest
 from sage_select.system.ledger import phase
 from sage_select.system.processes import Processes
 
-VERSION = 3  # a change of the code that rounds log-probs otherwise needs a new number
+LOGPS_VERSION = 3  # part of every identity: raise it if a code change alters how log-probs round
 
 
 class ReferenceStore:
-    """Reference log-probs of a dataset's pairs, kept on disk and measured once where missing.
+    """Reference log-probs of a dataset's pairs, kept on disk and measured once.
 
-    It takes the place of a `PairLogps` wherever a reference is asked for, as in `Selector`. Rows
-    that were never measured are, when they are first asked for, if a model was given.
+    It can be passed instead of a `PairLogps` wherever a reference is expected, as in `Selector`. If
+    it has a model, rows that are not stored are measured when they are first requested.
 
     Args:
         model: The reference, a Hugging Face causal language model on any device; a PEFT policy
-            is measured with its adapters off. None to use what is there and measure nothing.
+            is measured with its adapters disabled. None to use only what is stored.
         dataset: The pairs.
         folder: The store; by default `reference` in the user's cache.
-        identity: Instead of a model: the name of a reference in the store.
-        reader: How the model is read, the same as for the policy; by default `Reader()`.
+        identity: The name of a reference in the store, instead of a model.
+        reader: Reads the model; it should equal the policy's reader. By default `Reader()`.
 
     Attributes:
-        identity: The name of this reference: a hash of its weights, settings, dtype and path.
-        folder: Where its parts stand.
+        identity: The name of this reference: a hash of its weights, model settings, precision,
+            device, attention and head.
+        folder: The folder of its part files.
 
     Example:
         >>> store = ReferenceStore(reference_model, dataset)  # doctest: +SKIP
@@ -71,7 +73,8 @@ class ReferenceStore:
         >>> selector = Selector(sage, keep, store, timeline.progress)  # doctest: +SKIP
 
     Raises:
-        ValueError: If neither or both of model and identity are given.
+        ValueError: If neither or both of model and identity are given, or the model's adapters
+            cannot be disabled to get the base model.
         FileNotFoundError: If the store has no reference of this identity.
     """
 
@@ -87,105 +90,114 @@ class ReferenceStore:
         root = Path(folder) if folder is not None else default_store()
         if (model is None) == (identity is None):
             raise ValueError(
-                "ReferenceStore: give a model, or the identity of a reference in the store; "
-                "`sage-select store list` shows them"
+                "ReferenceStore: pass either a model or the identity of a reference in the store; "
+                "`sage-select store list` lists them"
             )
         self.model = model
         self.dataset = dataset
         self.reader = Reader() if reader is None else reader
         if model is not None:
+            # hashed now, before training can change the weights of a model that is also the policy
             check_adapters_come_off(model)
             identity = self._identity_of(model)
         assert identity is not None
         self.identity = identity
         self.folder = root / identity
         if model is None and not self.folder.is_dir():
-            known = ", ".join(entry.identity for entry in stored_references(root)) or "none"
+            available = ", ".join(entry.identity for entry in stored_references(root)) or "none"
             raise FileNotFoundError(
-                f"ReferenceStore: {root} has no reference {identity}; it has {known}"
+                f"ReferenceStore: {root} has no reference {identity}; it has {available}"
             )
-        self._logps: Float64Array | None = None  # [N, 2], chosen and rejected; NaN: not known
+        self._logps: Float64Array | None = None  # read on first use, see `_stored_logps`
 
     def __len__(self) -> int:
-        """Pairs whose log-probs are known."""
+        """Number of pairs of the dataset whose log-probs are stored."""
         return len(self.dataset) - len(self.missing())
 
     def __repr__(self) -> str:
-        return f"ReferenceStore({self.folder}, {len(self)} of {len(self.dataset)} pairs known)"
+        return f"ReferenceStore({self.folder}, {len(self)} of {len(self.dataset)} pairs stored)"
 
     def missing(self) -> Int64Array:
-        """The dataset rows whose log-probs are not known yet."""
-        return self.dataset.index[np.isnan(self._known()).any(axis=1)]
+        """Return the dataset rows whose log-probs are not stored yet."""
+        return self.dataset.index[np.isnan(self._stored_logps()).any(axis=1)]
 
     def fill(self, rows: npt.ArrayLike | None = None) -> int:
-        """Measure what is missing, writing it to disk as it comes.
+        """Measure the rows that are not stored, and write their log-probs to disk on the way.
 
-        Killed at any moment, it goes on where it was; the result has the same bits.
+        A killed call can be repeated: it resumes with what is missing and gives the same bits. With
+        several processes, all must call it, on a folder that they share.
 
         Args:
-            rows: The dataset rows wanted; by default all.
+            rows: The dataset rows to measure; by default all.
 
         Returns:
-            How many sequences were measured; 0 where all were known.
+            Number of sequences measured; 0 if all were stored.
 
         Raises:
-            ValueError: If pairs are missing and there is no model, or its weights have changed.
+            ValueError: If pairs are missing and there is no model, or its weights have changed, or
+                if a log-prob is not finite.
         """
         processes = Processes.all()
-        wanted = self.dataset if rows is None else self.dataset.take(rows)
-        unknown = int(np.isnan(self._known()[self._positions(wanted.index)]).any(axis=1).sum())
-        self._check_shared(processes, unknown)
-        if not unknown:
+        requested = self.dataset if rows is None else self.dataset.take(rows)
+        stored = self._stored_logps()[self._positions(requested.index)]
+        num_missing = int(np.isnan(stored).any(axis=1).sum())
+        # before any rank returns or raises: ranks that disagree would wait for each other forever
+        self._check_shared_folder(processes, num_missing)
+        if not num_missing:
             return 0
         if self.model is None:
             raise ValueError(
-                f"ReferenceStore: {unknown} of {len(wanted)} pairs "
-                "were never measured, and there is no model to measure them with; fill the store "
-                "first, with `sage-select store fill` or ReferenceStore(model, ...).fill()"
+                f"ReferenceStore: {num_missing} of {len(requested)} pairs are not stored, and "
+                "there is no model to measure them with; fill the store first, with `sage-select "
+                "store fill` or ReferenceStore(model, ...).fill()"
             )
+        # the model may be the policy itself, which training has changed meanwhile
         if self._identity_of(self.model) != self.identity:
             raise ValueError(
-                "ReferenceStore: the reference model's weights have changed since the store was "
-                "opened, or its precision, device or attention, so what is missing cannot be "
-                "measured any more; call fill() before training, or give the reference a model of "
-                "its own"
+                "ReferenceStore: the model's weights, precision, device or attention have changed "
+                "since the store was opened, so it is not the reference any more and the missing "
+                "pairs cannot be measured; call fill() before training, or pass the reference as a "
+                "separate model"
             )
-        self._describe(self.model)
-        distinct = distinct_sequences(wanted)
-        found = np.flatnonzero(~np.isnan(read_parts(self.folder).look_up(distinct.keys)))
+        self._describe(self.model)  # before measuring, so that a killed fill is listed with a name
+        distinct = distinct_sequences(requested)
+        # by sequence, not by pair: a pair with one stored response needs only the other
+        stored_places = np.flatnonzero(~np.isnan(read_parts(self.folder).look_up(distinct.keys)))
         with monitored(processes):
-            self._measure(distinct, set(found.tolist()))
-            processes.barrier()  # all have written
+            self._measure(distinct, set(stored_places.tolist()))
+            processes.barrier()  # until every rank has written its parts
         if processes.rank == 0:
             merge_parts(self.folder)
-        self._logps = None  # what was written is read back
-        self._check_shared(processes, len(self.missing()))
-        return len(distinct) - len(found)
+        self._logps = None  # read again, with what the other ranks have written
+        self._check_shared_folder(processes, len(self.missing()))
+        return len(distinct) - len(stored_places)
 
     def take(self, rows: npt.ArrayLike, /) -> PairLogps:
-        """The log-probs of these dataset rows, in the order asked for.
+        """Return the log-probs of these dataset rows, in the given order.
 
         Raises:
-            KeyError: If a row is not one of the dataset's.
-            ValueError: As `fill`, or if a stored log-prob is not finite.
+            KeyError: If a row is not in the dataset.
+            ValueError: As for `fill`, if a stored log-prob is not finite, or if rows are missing
+                and there are several processes.
         """
-        wanted = self.dataset.take(rows)
-        positions = self._positions(wanted.index)
-        if np.isnan(self._known()[positions]).any():
-            if Processes.all().size > 1:  # the others may want other rows
+        requested = self.dataset.take(rows)
+        positions = self._positions(requested.index)
+        if np.isnan(self._stored_logps()[positions]).any():
+            # measuring is collective, but each rank may request different rows here
+            if Processes.all().size > 1:
                 raise ValueError(
-                    "ReferenceStore: log-probs are missing, and processes can only measure "
-                    "together; call fill() in all of them first"
+                    "ReferenceStore: log-probs are missing, and several processes can only measure "
+                    "them together; call fill() in all processes first"
                 )
-            self.fill(wanted.index)
-        logps = torch.from_numpy(self._known()[positions].T.copy())
-        return as_pair_logps(wanted, logps.reshape(-1))
+            self.fill(requested.index)
+        logps = torch.from_numpy(self._stored_logps()[positions].T.copy())
+        return as_pair_logps(requested, logps.reshape(-1))
 
     def _identity_of(self, model: nn.Module) -> str:
-        return digest([model_digest(model), self._path_of(model)])
+        return digest([model_digest(model), self._rounding_of(model)])
 
-    def _path_of(self, model: nn.Module) -> dict[str, str]:
-        """What decides the rounding of a log-prob, besides the weights."""
+    def _rounding_of(self, model: nn.Module) -> dict[str, str]:
+        """Return the settings that decide how a log-prob rounds, besides the weights."""
         weight = next(model.parameters())
         config: Any = getattr(model, "config", None)
         return {
@@ -193,61 +205,68 @@ class ReferenceStore:
             "mixed_precision": str(self.reader.mixed_precision),
             "device": weight.device.type,
             "attention": str(getattr(config, "_attn_implementation", "")),
-            "head": f"{resolved(self.reader.impl)} {VERSION}",
+            "head": f"{resolved(self.reader.impl)} {LOGPS_VERSION}",
         }
 
-    def _check_shared(self, processes: Processes, unknown: int) -> None:
-        """All processes must see the same files."""
-        every = [count for (count,) in processes.all_gather([unknown])]
-        if len(set(every)) > 1:
+    def _check_shared_folder(self, processes: Processes, num_missing: int) -> None:
+        """Refuse a folder in which the ranks see different files."""
+        missing_by_rank = [count for (count,) in processes.all_gather([num_missing])]
+        if len(set(missing_by_rank)) > 1:
             raise ValueError(
-                f"ReferenceStore: of the same pairs the processes miss {every}; their folder "
-                f"{self.folder} must be one that all of them share"
+                "ReferenceStore: the processes find different numbers of pairs missing (by rank: "
+                f"{missing_by_rank}); put the store on a file system that all of them share, "
+                f"instead of {self.folder}"
             )
 
-    def _measure(self, distinct: DistinctSequences, known: Collection[int]) -> None:
+    def _measure(self, distinct: DistinctSequences, stored_places: Collection[int]) -> None:
+        """Measure the sequences that are not stored, and write them in parts."""
         assert self.model is not None
-        off = self.model.disable_adapter() if has_adapters(self.model) else nullcontext()  # type: ignore[operator]
-        with off, phase("reference"), PartWriter(self.folder) as writer:
+        # with its adapters disabled, a PEFT policy is its own reference
+        base = self.model.disable_adapter() if has_adapters(self.model) else nullcontext()  # type: ignore[operator]
+        with base, phase("reference"), PartWriter(self.folder) as writer:
             self.reader.measure_sequences(
                 self.model,
                 distinct,
                 lambda places, logps: writer.add(*self._finite(distinct.keys[places], logps)),
-                known=known,
+                skip=stored_places,
                 desc="measuring the reference",
             )
 
-    def _known(self) -> Float64Array:
+    def _stored_logps(self) -> Float64Array:
+        """Log-probs of the dataset's pairs, [N, 2], chosen and rejected; NaN if not stored."""
         if self._logps is None:
             self._logps = read_parts(self.folder).look_up(self._dataset_keys)
-            mark_as_used(self.folder / "reference.json")
+            mark_as_used(self.folder / "reference.json")  # eviction goes by the last read or write
         return self._logps
 
     @cached_property
     def _dataset_keys(self) -> Keys:
-        """[N, 2], chosen and rejected."""
+        """Keys of the dataset's sequences, [N, 2], chosen and rejected."""
         return sequence_keys(self.dataset).sequences.reshape(2, len(self.dataset)).T
 
     def _finite(self, keys: Keys, logps: Tensor) -> tuple[Keys, Tensor]:
+        """Return keys and log-probs as they are, or refuse them if a log-prob is not finite."""
         for key, logp in zip(
             keys[~logps.isfinite().numpy()], logps[~logps.isfinite()], strict=True
         ):
             first = int(np.flatnonzero((self._dataset_keys == key).any(axis=1))[0])
             raise ValueError(
                 f"ReferenceStore: a response of pair {self.dataset.ids[first]} (row "
-                f"{self.dataset.index[first]}) has log-prob {logp.item()}; the reference's weights "
-                "or activations are not finite"
+                f"{self.dataset.index[first]}) has log-prob {logp.item()}, which is not finite; "
+                "check the reference's weights for NaN, and its precision for overflow"
             )
         return keys, logps
 
     def _positions(self, rows: Int64Array) -> Int64Array:
+        """Return the positions of these dataset rows in the dataset."""
         order, ascending = self._order
-        places = np.searchsorted(ascending, rows)  # no pass over the whole set: asked every batch
-        inside = places < len(ascending)
-        inside[inside] = ascending[places[inside]] == rows[inside]
-        for row in rows[~inside][:1]:
+        # a binary search, because this runs for every batch: no pass over the whole dataset
+        places = np.searchsorted(ascending, rows)
+        present = places < len(ascending)
+        present[present] = ascending[places[present]] == rows[present]
+        for row in rows[~present][:1]:
             raise KeyError(
-                f"ReferenceStore.take: row {row} is not among the {len(order)} pairs of the "
+                f"ReferenceStore.take: row {row} is not one of the {len(order)} pairs of the "
                 "store's dataset; open the store with the whole dataset"
             )
         positions: Int64Array = order[places]
@@ -255,12 +274,12 @@ class ReferenceStore:
 
     @cached_property
     def _order(self) -> tuple[Int64Array, Int64Array]:
-        """The dataset's positions by ascending row, and these rows."""
+        """Positions in the dataset, ordered by row, and the rows in ascending order."""
         order = np.argsort(self.dataset.index, kind="stable")
         return order, self.dataset.index[order]
 
     def _describe(self, model: nn.Module) -> None:
-        """What a person should know of this reference; nothing depends on it."""
+        """Write `reference.json`, which `sage-select store list` shows; nothing depends on it."""
         path = self.folder / "reference.json"
         if path.exists():
             mark_as_used(path)
@@ -269,14 +288,14 @@ class ReferenceStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(
-                f"ReferenceStore: {self.folder} cannot be made: {error}; give a folder that can be "
-                "written (reference.store in a configuration)"
+                f"ReferenceStore: cannot create {self.folder}: {error}; pass a folder that is "
+                "writable (reference.store in a configuration)"
             ) from None
         config: Any = getattr(model, "config", None)
-        told = {"model": str(getattr(config, "_name_or_path", "")), **self._path_of(model)}
+        description = {
+            "model": str(getattr(config, "_name_or_path", "")),
+            **self._rounding_of(model),
+        }
         partial = partial_path(path)
-        partial.write_text(json.dumps(told))
+        partial.write_text(json.dumps(description))
         replace_durably(partial, path)
-
-
-# Parts

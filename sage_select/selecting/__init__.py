@@ -1,1 +1,1 @@
-"""When a pool is decided, by what, and the record of it."""
+"""Selection during a run: when a pool is scored, which pairs are kept, and the log of decisions."""

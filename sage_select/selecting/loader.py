@@ -1,4 +1,4 @@
-"""Loaders: the batches of a whole run, in order, as dataset rows. They know how to resume."""
+"""Loaders: the batches of a whole run, in order, as dataset rows; they can be resumed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,38 +19,40 @@ from sage_select.timeline import Timeline
 
 State = dict[str, Any]
 
-EXCERPT = 32  # pairs by which a reference is known again
-# what devices and precisions differ by on average, and policies do not, once they have moved
-RELATIVE, NATS = 0.01, 0.1  # a share of a log-prob, and as much more
+REFERENCE_PAIRS = 32  # pairs whose reference log-probs a state contains, to check them on resuming
+# Tolerances for the mean difference of those log-probs: above the rounding of another device or
+# precision, below the change of a policy that has been trained.
+RELATIVE_TOLERANCE = 0.01  # share of the mean absolute log-prob
+ABSOLUTE_TOLERANCE = 0.1  # nats, added to the relative part because short responses are near 0
 
 
 class SelectiveLoader:
     """A sized iterable over a run: each item is one batch of dataset rows, int64.
 
-    An interval's pool is scored when its first batch is pulled, hence with the policy as it is
-    after all earlier updates. Its kept pairs come in a seeded shuffled order, in whole batches;
-    what is left over is carried to the front of the next interval, and only the last batch of the
-    run may be short.
+    An interval's pool is scored when its first batch is pulled, that is, with the policy after all
+    earlier updates. The kept pairs come in a seeded shuffled order, in full batches; the remainder
+    is carried to the front of the next interval, and only the last batch of the run may be short.
 
-    The loader's state is a value: the step, the interval and the rows still to come of it. Resuming
-    never scores an interval again, and repeats or loses no pair. Save it after an update, before
-    the next batch is pulled.
+    The state consists of the step, the interval and the remaining rows. A resumed run never scores
+    an interval again, and no pair is repeated or lost. Save the state after an update, before the
+    next batch is pulled.
 
-    With several processes each has a loader, and all pull the same batches: `dealt` says which of
-    a batch's pairs a process trains on.
+    With several processes, each rank has a loader, and all pull the same batches; `dealt` gives the
+    pairs of a batch that a rank trains on.
 
     Args:
-        selector: Decides what is kept.
+        selector: Selects the pairs to keep.
         timeline: The plan, the keep schedule and the batch size.
-        dataset: The pairs to train on; the plan deals rows of these.
-        model: The current policy, handed to the selector.
+        dataset: The pairs to train on; the plan's pools are rows of it.
+        model: The current policy, passed to the selector.
         seed: Key of the shuffle.
-        log: Where decisions are put on disk before the first update that follows from them.
-        on_select: Called with the interval and the selection, after it is on disk.
+        log: Log to which each decision is written before the first update that uses it.
+        on_select: Called with the interval and the selection, after the log is written.
 
     Attributes:
-        step: Batches handed out so far, which is optimizer steps taken. A host that fetches ahead
-            (`decided`) sets it to its own count before it asks for the state.
+        step: Number of batches yielded so far, which equals the optimizer steps taken. A host that
+            fetches ahead (`decided`) sets it to its own step count before it asks for the state.
+        tokens_scored: Number of tokens scored so far.
 
     Example:
         >>> for rows in loader:  # doctest: +SKIP
@@ -68,19 +70,20 @@ class SelectiveLoader:
         log: SelectionLog | None = None,
         on_select: Callable[[int, Selection], None] | None = None,
     ) -> None:
-        dealt = np.concatenate(timeline.plan.pools)
-        for row in dealt[~np.isin(dealt, dataset.index)][:1]:
+        planned_rows = np.concatenate(timeline.plan.pools)
+        for row in planned_rows[~np.isin(planned_rows, dataset.index)][:1]:
             raise ValueError(
-                f"SelectiveLoader: the plan deals row {row}, which is not among the "
-                f"{len(dataset)} pairs given; plan with the same pairs, and put a plan for a "
-                "part of a dataset on its rows with plan.on_rows(rows)"
+                f"SelectiveLoader: the plan contains row {row}, which is not one of the "
+                f"{len(dataset)} pairs given; plan with the same pairs, and map a plan for part of "
+                "a dataset to its rows with plan.on_rows(rows)"
             )
         for name in ("keep", "multiple"):
-            ours, planned = getattr(selector, name), getattr(timeline, name)
-            if ours != planned:
+            selecting, planned = getattr(selector, name), getattr(timeline, name)
+            if selecting != planned:
                 raise ValueError(
-                    f"SelectiveLoader: the selector's {name} is {ours}, the timeline's is "
-                    f"{planned}; they must agree, since totals are computed beforehand"
+                    f"SelectiveLoader: the selector's {name} is {selecting}, but the timeline's is "
+                    f"{planned}; make them equal, because the timeline computes the run's steps in "
+                    "advance"
                 )
         self.selector = selector
         self.timeline = timeline
@@ -90,16 +93,17 @@ class SelectiveLoader:
         self.log = log
         self.on_select = on_select
         self.step = 0
-        self._scored = 0  # intervals scored so far
-        self._rows: Int64Array = np.empty(0, dtype=np.int64)  # to train from step _first on
-        self._first = 0
+        self._begun = 0  # intervals whose pairs have been selected
+        self._rows: Int64Array = np.empty(0, dtype=np.int64)  # selected rows, from step _rows_from
+        self._rows_from = 0
         self.tokens_scored = 0
+        # covers all that decides which pairs are trained in which step; a state must match it
         self._run = digest_arrays(
             *timeline.plan.pools,
             np.array([*timeline.kept_count, timeline.batch_size, seed]),
             dataset.index,
             dataset.ids,
-            np.frombuffer(_decides(selector).encode(), np.uint8),
+            np.frombuffer(_settings(selector).encode(), np.uint8),
         )
 
     def __len__(self) -> int:
@@ -107,34 +111,38 @@ class SelectiveLoader:
 
     @property
     def interval(self) -> int:
-        """The interval under way, from 0; -1 before the first."""
-        return self._scored - 1
+        """The current interval, from 0; -1 before the first."""
+        return self._begun - 1
 
     def __iter__(self) -> Iterator[Int64Array]:
-        """The batches that are still to come."""
+        """Yield the remaining batches."""
         for batches in self.decided():
             for batch in batches:
                 self.step += 1
                 yield batch
 
     def decided(self) -> Iterator[list[Int64Array]]:
-        """The batches that are still to come, together those that are decided together.
+        """Yield the remaining batches in lists, one list per decision.
 
-        For hosts that fetch batches ahead: within a list nothing depends on the policy. Asking for
-        the next list scores the next pool, so ask when the last batch of this one is trained.
+        For hosts that fetch batches ahead: the batches of a list do not depend on updates within
+        it. Pulling the next list scores the next pool, so pull it only after the last batch of this
+        list has been trained on.
         """
         size, pools = self.timeline.batch_size, self.timeline.plan.pools
         while self.step < len(self):
-            while len(rows := self._to_come()) < size and self._scored < len(pools):
+            # an interval may keep fewer pairs than a batch needs, so begin as many as it takes
+            while len(rows := self._remaining()) < size and self._begun < len(pools):
                 self._begin_interval()
-            whole = self._scored < len(pools)  # what is left over waits for the next interval
-            count = len(rows) // size if whole else -(-len(rows) // size)
+            # round down while an interval is left to take the remainder, and up at the end
+            full_only = self._begun < len(pools)
+            count = len(rows) // size if full_only else -(-len(rows) // size)
+            # the host may set `step` meanwhile, so the value after this list is computed first
             after = self.step + count
             yield [rows[i * size : (i + 1) * size] for i in range(count)]
             self.step = after
 
     def metrics(self) -> dict[str, float]:
-        """What a log should say of the interval under way; nothing before the first."""
+        """Return the metrics to log for the current interval; empty before the first."""
         if self.interval < 0:
             return {}
         kept = self.timeline.kept_count[self.interval]
@@ -146,81 +154,91 @@ class SelectiveLoader:
         }
 
     def state_dict(self) -> State:
-        """Where the run stands after `step` updates: plain numbers and lists."""
+        """Return the state of the run after `step` updates, as plain numbers and lists."""
         return {
             "run": self._run,
             "batch_size": self.timeline.batch_size,
             "step": self.step,
-            "scored": self._scored,
-            "rows": self._to_come().tolist(),
+            "scored": self._begun,
+            "rows": self._remaining().tolist(),
             "tokens_scored": self.tokens_scored,
             "reference": self._reference_logps(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from where another loader of the same run stood.
+        """Resume from a state of the same run.
 
         Raises:
-            ValueError: If the state belongs to other pairs, another plan, schedule, batch size,
+            ValueError: If the state was saved with different pairs, plan, schedule, batch size,
                 seed, selector or reference.
         """
         _check_same_run(state, self._run, self.timeline.batch_size)
         _check_same_reference(state.get("reference", []), self._reference_logps())
-        self.step = self._first = state["step"]
-        self._scored = state["scored"]
+        self.step = self._rows_from = state["step"]
+        self._begun = state["scored"]
         self._rows = np.asarray(state["rows"], dtype=np.int64)
         self.tokens_scored = state["tokens_scored"]
 
-    def _to_come(self) -> Int64Array:
-        """Rows that are decided and not yet handed out."""
-        return self._rows[(self.step - self._first) * self.timeline.batch_size :]
+    def _remaining(self) -> Int64Array:
+        """Return the rows that are selected and not yet yielded."""
+        return self._rows[(self.step - self._rows_from) * self.timeline.batch_size :]
 
     def _reference_logps(self) -> list[float]:
-        """Of the first few pairs; nothing where the reference does not know them (yet)."""
+        """Return the reference log-probs of the plan's first pairs; empty if they are missing."""
         try:
-            logps = self.selector.reference.take(self.timeline.plan.pools[0][:EXCERPT])
-        except (KeyError, ValueError):
+            logps = self.selector.reference.take(self.timeline.plan.pools[0][:REFERENCE_PAIRS])
+        except (KeyError, ValueError):  # not measured yet: there is nothing to compare
             return []
         return [*logps.chosen.tolist(), *logps.rejected.tolist()]
 
     def _begin_interval(self) -> None:
-        k = self._scored
+        """Select the next interval's pairs, log the decision and append them to the rows."""
+        k = self._begun
         rows = self.timeline.plan.pools[k]
         pool = self.dataset.take(rows)
         with during(f"interval {k}"):
             selection = self.selector.select(
-                self.model, pool, self.step, progress=self.timeline.plan.progress[k]
+                # not progress(step): two intervals can begin at one step
+                self.model,
+                pool,
+                self.step,
+                progress=self.timeline.plan.progress[k],
             )
         if len(selection) != self.timeline.kept_count[k]:
             raise ValueError(
-                f"SelectiveLoader: interval {k} should keep {self.timeline.kept_count[k]} of "
-                f"{len(rows)} pairs, but the selection has {len(selection)}"
+                f"SelectiveLoader: the timeline plans to keep {self.timeline.kept_count[k]} of "
+                f"{len(rows)} pairs in interval {k}, but the selector kept {len(selection)}; a "
+                "selector must return the planned number"
             )
-        if selection.rule != "all":
+        if selection.rule != "all":  # "all" means that the pool was not scored
             self.tokens_scored += int(pool.num_tokens.sum())
+        # logged before any of these pairs is trained on, so a crash leaves no unlogged update
         if self.log is not None and Processes.all().rank == 0:
             self.log.write(k, selection, pool.ids, run=self._run)
         if self.on_select is not None:
             self.on_select(k, selection)
         shuffled = training_order(self.dataset.take(np.asarray(selection)), self.seed, k)
-        self._rows, self._first = np.concatenate([self._to_come(), shuffled]), self.step
-        self._scored += 1
+        self._rows, self._rows_from = np.concatenate([self._remaining(), shuffled]), self.step
+        self._begun += 1
 
 
 def training_order(kept: PreferenceDataset, seed: int, interval: int) -> Int64Array:
-    """The rows of an interval's kept pairs in the seeded order in which they are trained."""
+    """Return the rows of an interval's kept pairs in the seeded order of training."""
     return kept.index[hash_order(kept.ids, "train", seed, interval)]
 
 
 class ShuffledLoader:
-    """Plain epochs over all pairs, without selection: the baseline.
+    """Shuffled epochs over all pairs, without selection: the baseline.
 
     Args:
         pairs: The pairs to train on.
-        batch_size: Pairs per optimizer step; the rest of an epoch is carried to the next, so that
-            only the very last batch may be short.
-        epochs: Traversals of the pairs.
+        batch_size: Pairs per optimizer step; the remainder of an epoch is carried to the next, so
+            that only the last batch of the run may be short.
+        epochs: Number of passes over the pairs.
         seed: Key of the shuffle.
+
+    Attributes:
+        step: Number of batches yielded so far.
 
     Example:
         >>> for rows in ShuffledLoader(dataset, batch_size=16, epochs=3):  # doctest: +SKIP
@@ -246,7 +264,7 @@ class ShuffledLoader:
         return -(-len(self.pairs) * self.epochs // self.batch_size)
 
     def __iter__(self) -> Iterator[Int64Array]:
-        """The batches that are still to come."""
+        """Yield the remaining batches."""
         ids = self.pairs.ids
         sequence = np.concatenate(
             [
@@ -255,25 +273,29 @@ class ShuffledLoader:
             ]
         )
         while self.step < len(self):
-            self.step += 1
+            self.step += 1  # before the yield, so that a state saved after the update counts it
             yield sequence[(self.step - 1) * self.batch_size : self.step * self.batch_size]
 
     def metrics(self) -> dict[str, float]:
-        """What a log should say of the batch under way: everything is kept, nothing scored."""
+        """Return the metrics to log: every pair is kept, none is scored."""
         return {"kept_share": 1.0, "tokens_scored": 0}
 
     def state_dict(self) -> State:
-        """Where the run stands."""
+        """Return the state of the run."""
         return {"run": self._run, "batch_size": self.batch_size, "step": self.step}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from where another loader of the same run stood."""
+        """Resume from a state of the same run.
+
+        Raises:
+            ValueError: If the state was saved with different pairs, batch size, epochs or seed.
+        """
         _check_same_run(state, self._run, self.batch_size)
         self.step = state["step"]
 
 
-def _decides(selector: Selector) -> str:
-    """What of a selector decides, in words that are the same in every process."""
+def _settings(selector: Selector) -> str:
+    """Return the settings that decide which pairs are kept, as a string equal on all ranks."""
     keep = (
         selector.keep if isinstance(selector.keep, Constant | Linear) else describe(selector.keep)
     )
@@ -287,25 +309,26 @@ def _check_same_run(state: State, run: str, batch_size: int) -> None:
     if state["batch_size"] != batch_size:
         raise ValueError(
             f"load_state_dict: this run takes {state['batch_size']} pairs per optimizer step over "
-            f"all processes, and now they would be {batch_size}. Any number of processes can go on "
-            "with it if pairs per process x processes x accumulation steps stay as many"
+            f"all processes, and now they would be {batch_size}. It can resume on any number of "
+            "processes if pairs per process x processes x accumulation steps stays the same"
         )
     if state["run"] != run:
         raise ValueError(
             "load_state_dict: this state belongs to another run: the pairs, the plan, the keep "
-            "schedule, the batch size, the score or a seed differ; resume with the same, or start "
-            "a new run"
+            "schedule, the batch size, the score or a seed differ; resume with the settings it was "
+            "saved with, or start a new run"
         )
 
 
 def _check_same_reference(saved: list[float], now: list[float]) -> None:
-    """A policy that has been trained is easily taken for the reference where a run goes on."""
-    if not saved or not now:
+    """Refuse a reference that the run did not start with, such as a policy that was trained."""
+    if not saved or not now:  # a state of an older version, or a reference not measured yet
         return
-    differ, size = np.abs(np.subtract(now, saved)).mean(), np.abs(saved).mean()
-    if differ > RELATIVE * size + NATS:
+    difference, size = np.abs(np.subtract(now, saved)).mean(), np.abs(saved).mean()
+    if difference > RELATIVE_TOLERANCE * size + ABSOLUTE_TOLERANCE:
         raise ValueError(
-            "load_state_dict: the reference is another than the run's: its log-probs of "
-            f"{len(saved) // 2} pairs differ by {differ:.2f} nats of {size:.2f} on average; "
-            "measure it with the model that the run began with, not with one of its checkpoints"
+            "load_state_dict: the reference is another than the run's: the log-probs of "
+            f"{len(saved) // 2} pairs differ by {difference:.2f} nats on average, at a mean size "
+            f"of {size:.2f}; measure the reference with the model that the run started from, not "
+            "with one of its checkpoints"
         )

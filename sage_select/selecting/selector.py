@@ -1,4 +1,4 @@
-"""The Selector: measure, score, rank, in one call."""
+"""The Selector: measure, score and rank a pool in one call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,26 +33,26 @@ NoSignal = Literal["hash", "score"]
 
 @dataclass(frozen=True)
 class Selector:
-    """Decides which pairs of a pool the current policy should train on next.
+    """The rule by which a run selects pairs: it scores a pool and keeps the best pairs.
 
     Args:
-        score: `(policy, reference) -> [P]`, such as `sage`; higher is kept first.
+        score: `(policy, reference) -> [P]`, such as `sage`; pairs with higher scores are kept.
         keep: Schedule of keep ratios.
-        reference: Log-probs under the reference, a `PairLogps` or a store, looked up by dataset
-            row: in any order, and it may cover more rows than a pool.
+        reference: Log-probs under the reference, a `PairLogps` or a store. They are looked up by
+            dataset row, so their order does not matter and they may cover more rows than a pool.
         progress: Maps an optimizer step to [0, 1], such as `timeline.progress`.
         measure: `(model, pool) -> PairLogps`, such as a `Reader` or a `ServerMeasure`; by default
-            the library's own forward pass with its default settings, `Reader()`.
+            `Reader()`.
         multiple: Kept counts are rounded down to a multiple of this.
         seed: Key of the hash that breaks ties.
-        no_signal: What to do where the rewards are all alike, as they are while policy = reference,
-            so that the score could rank by nothing but length: "hash" keeps the planned number at
-            random, reproducibly; "score" follows the paper to the letter.
-            A score that does not look at log-probs, such as a judge's, ranks in any case.
-        noise_floor: Spread of the log-ratios, in nats, up to which they count as all alike;
-            `select` raises it to that of the precision it measures in.
-        skip_full: Whether to skip the forward pass where the keep ratio retains the whole pool, so
-            that nothing could be dropped; False scores it all the same, as evidence for the log.
+        no_signal: Rule for a pool in which all rewards are equal up to rounding, as they are while
+            policy = reference, so that the score could rank only by length. "hash" keeps the
+            planned number of pairs at random, reproducibly; "score" ranks by the score, as the
+            paper does. A score that does not depend on log-probs, such as a judge's, always ranks.
+        noise_floor: Spread of the log-ratios, in nats, up to which they count as equal; `select`
+            raises it to the noise floor of the precision it measures in.
+        skip_full: True skips the forward pass if the keep ratio retains the whole pool, so that
+            nothing can be dropped; False scores the pool anyway, for the log.
 
     Example:
         >>> from functools import partial
@@ -79,17 +79,18 @@ class Selector:
 
     @property
     def mixed_precision(self) -> torch.dtype | None:
-        """The autocast dtype in which `measure` computes, if it says so, or None."""
+        """Autocast dtype of `measure`; None if it has none or does not tell."""
         return getattr(self.measure, "mixed_precision", None)
 
     def __post_init__(self) -> None:
+        # a Reader has settings that can be compared with those of the updates and the reference
         if self.measure is measure_pool:
             object.__setattr__(self, "measure", Reader())
         if isinstance(self.measure, partial) and self.measure.func is measure_pool:
             warn(
-                "Selector: the options of functools.partial(measure, ...) cannot be compared with "
-                "those of updates and reference; pass a Reader with the same options, such as "
-                "measure=Reader(mixed_precision=torch.bfloat16)",
+                "Selector: the options in functools.partial(measure, ...) cannot be compared with "
+                "those of the updates and the reference; pass a Reader with the same options, such "
+                "as measure=Reader(mixed_precision=torch.bfloat16)",
                 stacklevel=3,
             )
         if self.no_signal not in ("hash", "score"):
@@ -103,30 +104,33 @@ class Selector:
     def select(
         self, model: Any, pool: Any, step: int, *, progress: float | None = None
     ) -> Selection:
-        """Score the pool with the current policy and keep the best.
+        """Score a pool with the current policy and keep the best pairs.
 
-        One forward-only pass; the model's mode, gradients and the generators' state are left as
-        they were. Call it after an optimizer step, never between backward and step.
+        It makes one forward-only pass and leaves the model's mode, its gradients and the state of
+        the random number generators unchanged. Call it after an optimizer step, not between
+        backward pass and step.
 
         Args:
-            model: The current policy, whatever `measure` takes.
-            pool: The candidates, whatever `measure` takes: by default `dataset.take(rows)`.
+            model: The current policy, as `measure` takes it.
+            pool: The candidates, as `measure` takes them; for a `Reader`, `dataset.take(rows)`.
             step: Optimizer steps taken so far.
-            progress: Progress in [0, 1], where `self.progress(step)` is not meant.
+            progress: Progress in [0, 1]; by default `self.progress(step)`.
 
         Returns:
-            The selection; every process gets the same one.
+            The selection, which is equal on all ranks.
         """
-        at = self.progress(step) if progress is None else progress
+        progress = self.progress(step) if progress is None else progress
         ids = getattr(pool, "ids", None)
         index = getattr(pool, "index", None)
         rows = index if isinstance(index, np.ndarray) else None  # a list's `index` is a method
-        if self.skip_full and rows is not None and self._count(at, len(rows)) == len(rows):
-            return self._everything(rows, ids, at, step)
+        if self.skip_full and rows is not None and self._count(progress, len(rows)) == len(rows):
+            return self._keep_all(rows, ids, progress, step)
         with phase("scoring"):
             policy = self.measure(model, pool)
+        # in bfloat16, rounding alone gives log-ratios a larger spread than the default floor
         floor = max(self.noise_floor, noise_floor(self.mixed_precision or _precision(model)))
-        return replace(self, noise_floor=floor).rank(policy, self.reference, at, step, ids=ids)
+        raised = replace(self, noise_floor=floor)
+        return raised.rank(policy, self.reference, progress, step, ids=ids)
 
     def rank(
         self,
@@ -137,25 +141,31 @@ class Selector:
         *,
         ids: npt.ArrayLike | None = None,
     ) -> Selection:
-        """The same decision from log-probs somebody already has.
+        """Select from log-probs that were measured before, as `select` does after measuring.
 
         Args:
             policy: Log-probs of the pool under the policy.
-            reference: The same under the reference, looked up by dataset row.
+            reference: Log-probs under the reference, looked up by dataset row.
             progress: Progress in [0, 1].
             step: Optimizer steps taken so far.
             ids: [P], stable ids that break ties; by default the dataset rows.
+
+        Raises:
+            KeyError: If the reference has no log-probs of a row.
+            ValueError: If rows repeat, log-probs are not finite, token counts of policy and
+                reference differ, or the score does not return one value per pair.
         """
+        # detached, since the selection would otherwise keep the graph of the whole pool alive
         policy = PairLogps(*(field.detach() for field in policy))
         pool = policy.index.numpy(force=True).astype(np.int64)
         names = pool if ids is None else np.asarray(ids)
         if len(names) != len(pool) or not all_different(pool):
             raise ValueError(
-                f"Selector.rank: a pool needs different rows and one id for each, got {len(pool)} "
-                f"rows of which {len(set(pool.tolist()))} differ, and {len(names)} ids"
+                "Selector.rank: a pool must have no row twice and one id per row, got "
+                f"{len(pool)} rows ({len(set(pool.tolist()))} distinct) and {len(names)} ids"
             )
-        known = reference.take(pool).to(policy.index.device)
-        reference = PairLogps(*(field.detach() for field in known))
+        pool_reference = reference.take(pool).to(policy.index.device)
+        reference = PairLogps(*(field.detach() for field in pool_reference))
         _check_comparable(policy, reference)
         scores = torch.as_tensor(self.score(policy, reference)).double().numpy(force=True)
         if scores.shape != pool.shape:
@@ -166,22 +176,25 @@ class Selector:
         count = self._count(progress, len(pool))
         signal = log_ratio_spread(policy, reference)
         rule = "score"
+        # the hash decides only if pairs are dropped and the score depends on log-probs at all
         if (
             self.no_signal == "hash"
             and signal <= self.noise_floor
             and count < len(pool)
-            and _looks_at_logps(self.score, policy, reference)
+            and _depends_on_logps(self.score, policy, reference)
         ):
             rule = "hash"
             warn(
-                f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are alike "
-                f"(spread {signal:.2g} nats, floor {self.noise_floor:g}), so a score can rank by "
-                f"length alone; {count} pairs are kept at random, by the hash of their ids. "
-                f"{self._remedy(progress)}, or set no_signal='score' (selection.no_signal in a "
-                "configuration) to rank all the same",
+                f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are equal "
+                f"up to rounding (spread {signal:.2g} nats, floor {self.noise_floor:g}), so the "
+                f"score could rank only by length; {count} pairs are kept at random, by the hash "
+                f"of their ids. {self._remedy(progress)}, or set no_signal='score' "
+                "(selection.no_signal in a configuration) to rank by the score anyway",
                 stacklevel=2,
             )
+        # the hash that breaks ties decides alone if all scores are equal
         ranked_by = scores if rule == "score" else np.zeros_like(scores)
+        # keyed by the step, so that ties do not favour the same pairs in every interval
         best = top(ranked_by, count, ids=names, key=(self.seed, step))
         kept = np.zeros(len(pool), dtype=bool)
         kept[best] = True
@@ -199,6 +212,7 @@ class Selector:
         )
 
     def _remedy(self, progress: float) -> str:
+        """Return what would avoid the warning: at ratio 1.0 only rounding drops pairs."""
         if self.keep(progress) < 1:
             return "Start the keep schedule at 1.0"
         return f"The keep ratio is 1.0, but counts are rounded down to multiples of {self.multiple}"
@@ -206,17 +220,18 @@ class Selector:
     def _count(self, progress: float, size: int) -> int:
         return kept_count(self.keep(progress), size, self.multiple)
 
-    def _everything(
+    def _keep_all(
         self, index: npt.ArrayLike, ids: npt.ArrayLike | None, progress: float, step: int
     ) -> Selection:
+        """Return a selection of the whole pool, without scores."""
         pool = np.asarray(index, dtype=np.int64)
-        nothing: Float64Array = np.full(len(pool), np.nan)
+        no_scores: Float64Array = np.full(len(pool), np.nan)
         names = pool if ids is None else np.asarray(ids)
         order = top(np.zeros(len(pool)), len(pool), ids=names, key=(self.seed, step))
         return Selection(
             indices=pool[order],
             pool=pool,
-            scores=nothing,
+            scores=no_scores,
             kept=np.ones(len(pool), dtype=bool),
             step=step,
             progress=progress,
@@ -225,30 +240,32 @@ class Selector:
 
 
 def check_same_precision(selector: Selector, updates: torch.dtype | None, call: str) -> None:
-    """Refuse updates in another precision than scoring: it would look like a change in the policy.
+    """Refuse updates and scoring in different precisions.
+
+    The rounding would look like a change in the policy.
 
     Args:
-        selector: Only a selector that measures with a `Reader` is checked.
+        selector: The selector; checked only if it measures with a `Reader`.
         updates: Autocast dtype of the updates.
-        call: What the error names.
+        call: Name of the caller, for the error message.
 
     Raises:
-        ValueError: If the two differ.
+        ValueError: If the precisions differ.
     """
     if isinstance(selector.measure, Reader) and selector.mixed_precision != updates:
         raise ValueError(
             f"{call}: updates run in {updates or 'full precision'}, but the selector measures in "
-            f"{selector.mixed_precision or 'full precision'}, and the difference would look like a "
-            f"change in the policy; give the Selector measure=Reader(mixed_precision={updates}), "
-            "and the reference the same reader"
+            f"{selector.mixed_precision or 'full precision'}, and the rounding would look like a "
+            f"change in the policy; pass measure=Reader(mixed_precision={updates}) to the Selector "
+            "and the same reader to the reference"
         )
 
 
 def log_ratio_spread(policy: PairLogps, reference: PairLogps) -> float:
-    """How much the log-ratios differ from pair to pair, in nats; 0 at policy = reference.
+    """Return the spread of the log-ratios over pairs, in nats; 0 at policy = reference.
 
-    The larger of the standard deviations of log(policy / reference) over chosen and over rejected
-    responses. Where it vanishes, all pairs have the same rewards: only length tells them apart.
+    It is the larger of the standard deviations of log(policy / reference) over chosen and over
+    rejected responses. If it is 0, all pairs have equal rewards and differ only in length.
     """
     if len(policy.index) == 0:
         return 0.0
@@ -258,25 +275,28 @@ def log_ratio_spread(policy: PairLogps, reference: PairLogps) -> float:
             policy.rejected.double() - reference.rejected.double(),
         ]
     )
+    # deviations, not magnitudes: a shift common to all pairs does not rank them
     return float(ratios.std(dim=1, correction=0).max())
 
 
 def _precision(model: Any) -> torch.dtype:
-    """Dtype in which a model computes; fp32 for a policy that is no torch module."""
+    """Return the dtype in which a model computes; fp32 for a policy that is not a torch module."""
     if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
         return torch.float32
     return computes_in(unwrapped(model))
 
 
-def _looks_at_logps(score: Score, policy: PairLogps, reference: PairLogps) -> bool:
-    """Whether a score changes with the policy's log-probs; a judge's or a length does not."""
+def _depends_on_logps(score: Score, policy: PairLogps, reference: PairLogps) -> bool:
+    """Return whether a score depends on the policy's log-probs, tested by changing them."""
+    # a different shift for each pair: a common one could cancel in the score
     shift = torch.arange(1, len(policy.index) + 1, device=policy.chosen.device)
-    moved = policy._replace(chosen=policy.chosen - shift, rejected=policy.rejected + shift)
-    before, after = (torch.as_tensor(score(logps, reference)) for logps in (policy, moved))
+    changed = policy._replace(chosen=policy.chosen - shift, rejected=policy.rejected + shift)
+    before, after = (torch.as_tensor(score(logps, reference)) for logps in (policy, changed))
     return not torch.equal(before, after)
 
 
 def _check_comparable(policy: PairLogps, reference: PairLogps) -> None:
+    """Refuse log-probs of different tokens, and log-probs that are not finite."""
     same = (policy.chosen_tokens == reference.chosen_tokens) & (
         policy.rejected_tokens == reference.rejected_tokens
     )
@@ -289,6 +309,6 @@ def _check_comparable(policy: PairLogps, reference: PairLogps) -> None:
         finite = logps.chosen.isfinite() & logps.rejected.isfinite()
         for row in logps.index[~finite][:1].tolist():
             raise ValueError(
-                f"Selector: the {name}'s log-probs of row {row} are not finite; its weights or "
-                "activations have overflowed"
+                f"Selector: the {name}'s log-probs of row {row} are not finite; check its weights "
+                "for NaN and its precision for overflow"
             )

@@ -1,4 +1,4 @@
-"""Tables of decisions: one selection, candidate by candidate, and two runs side by side."""
+"""Tables of decisions: one selection by candidate, and the differences between two runs."""
 
 from typing import Any
 
@@ -12,8 +12,11 @@ from sage_select.selection import Selection
 
 
 def decisions(selection: Selection, dataset: PreferenceDataset) -> pl.DataFrame:
-    """One row per candidate: `row`, `source_row`, `pair_id`, `score`, `kept`, `weight` (0 where it
-    was dropped) and the log-probs it was decided by."""
+    """Return a table of a selection with one row per candidate.
+
+    Columns: `row`, `source_row`, `pair_id`, `score`, `kept`, `weight` (1 if kept, 0 if dropped) and
+    the log-probs that the scores were computed from.
+    """
     pool = dataset.take(selection.pool)
     table: dict[str, Any] = {
         "row": selection.pool,
@@ -30,23 +33,23 @@ def decisions(selection: Selection, dataset: PreferenceDataset) -> pl.DataFrame:
 
 
 def flips_of_logs(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
-    """Where two runs of the same plan kept different pairs, interval by interval.
+    """Count the pairs that two runs of the same plan decided differently, by interval.
 
-    Whole runs on different numbers of processes, hosts or devices differ by rounding, which adds
-    up; pairs near the cut may then fall on either side.
+    Rounding differs between numbers of processes, hosts and devices and accumulates over a run;
+    pairs near the cut can then be kept by one run and dropped by the other.
 
     Args:
-        one: The log of a run.
-        other: The log of another.
+        one: The log of the first run.
+        other: The log of the second run.
 
     Returns:
-        One row per interval that both have: `interval`, `kept`, `flipped` (pairs that `one` kept
-        and `other` dropped; as many went the other way), and `distance`: how far the flipped
-        pairs' scores were from the cut at most, as a share of it; null where none flipped or the
-        scores did not decide.
+        One row per interval that both logs contain: `interval`, `kept`, `flipped` (pairs that `one`
+        kept and `other` dropped; the same number flipped in the opposite direction), and
+        `distance`, the largest distance of a flipped pair's score in `one` from the cut, relative
+        to the cut; null if no pair flipped or the scores did not decide.
 
     Raises:
-        ValueError: If an interval has other candidates in the two.
+        ValueError: If an interval has different candidates in the two logs.
 
     Example:
         >>> import tempfile
@@ -54,27 +57,32 @@ def flips_of_logs(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
         >>> flips_of_logs(log, log).height
         0
     """
-    ours, theirs = one.read(), other.read()
-    shared = set(ours["interval"]) & set(theirs["interval"])
-    ours, theirs = (log.filter(pl.col("interval").is_in(shared)) for log in (ours, theirs))
+    first, second = one.read(), other.read()
+    # a run may not have reached the other's last intervals yet
+    shared = set(first["interval"]) & set(second["interval"])
+    first, second = (table.filter(pl.col("interval").is_in(shared)) for table in (first, second))
     keys = ["interval", "pair_id"]
-    both = ours.join(theirs, on=keys, how="full", coalesce=True, suffix="_other")
-    alone = both.filter(pl.col("kept").is_null() | pl.col("kept_other").is_null())
-    for interval in alone["interval"].sort()[:1]:
+    both = first.join(second, on=keys, how="full", coalesce=True, suffix="_other")
+    unmatched = both.filter(pl.col("kept").is_null() | pl.col("kept_other").is_null())
+    for interval in unmatched["interval"].sort()[:1]:
         raise ValueError(
-            f"flips: the two runs have other candidates in interval {interval}; compare runs of "
-            "the same pairs, plan and seed"
+            f"flips: the two runs have different candidates in interval {interval}; compare runs "
+            "of the same pairs, plan and seed"
         )
-    decided = pl.col("rule") == "score"
-    cut = pl.col("score").filter(pl.col("kept") & decided).min()
-    gone = pl.col("kept") & ~pl.col("kept_other")
-    moved = pl.col("kept") != pl.col("kept_other")
+    # only scored pools have a cut: not those kept whole, or at random
+    by_score = pl.col("rule") == "score"
+    cut = pl.col("score").filter(pl.col("kept") & by_score).min()
+    only_first = pl.col("kept") & ~pl.col("kept_other")
+    flipped = pl.col("kept") != pl.col("kept_other")
     return (
         both.group_by("interval")
         .agg(
             pl.col("kept").sum(),
-            gone.sum().alias("flipped"),
-            ((pl.col("score").filter(moved & decided) - cut) / cut).abs().max().alias("distance"),
+            only_first.sum().alias("flipped"),
+            ((pl.col("score").filter(flipped & by_score) - cut) / cut)
+            .abs()
+            .max()
+            .alias("distance"),
         )
         .sort("interval")
     )

@@ -1,1 +1,1 @@
-"""What any program needs: whole files, processes, heartbeats, progress bars, a cost ledger."""
+"""General infrastructure: durable files, processes, heartbeats, progress bars, a cost ledger."""

@@ -1,4 +1,4 @@
-"""Files that outlive a run: where they stand, and how they are written whole or not at all."""
+"""Files that outlive a run: the cache folder, and writes that are complete or absent."""
 
 import os
 import uuid
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where tokens and reference log-probs are kept, unless a call says otherwise.
+    """Return the default folder for cached tokens and reference log-probs.
 
     `$SAGE_SELECT_CACHE`, else `sage-select` in `$XDG_CACHE_HOME` or in `~/.cache`.
     """
@@ -17,25 +17,26 @@ def cache_folder() -> Path:
 
 
 def mark_as_used(path: Path) -> None:
-    """Note that a file was of use now, so that eviction spares it; no matter if that cannot be."""
+    """Set a file's time of last use to now, so that eviction keeps it."""
+    # a read-only cache is fine: its files just look older than they are
     with suppress(OSError):
         os.utime(path)
 
 
 def partial_path(path: Path) -> Path:
-    """A name of this process's own, to write under until `replace_durably` gives the real one."""
+    """Return a unique name to write to, until `replace_durably` renames the file to `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def replace_durably(partial: Path, path: Path) -> None:
-    """Give a finished file its name, so that after a crash there is the old file or the new one."""
-    flush(partial)
+    """Rename a finished file to `path`, so that a crash leaves the old file or the new one."""
+    flush(partial)  # content first: the new name must never point to a file with missing data
     partial.replace(path)
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, is on disk."""
+    """Wait until the content of a file, or the file list of a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,8 +1,9 @@
-"""Signs of life: processes that measure or train together know where each of them is.
+"""Heartbeats: the ranks of a run tell each other where they are.
 
-A process that dies or hangs leaves the others waiting for it, inside a collective call where they
-can say nothing. So each has a thread that tells the others, once a second, what its process is
-doing. Where one falls silent or nobody gets on, that thread says who, and where, and ends the run.
+A rank that dies or hangs leaves the others waiting in a collective call, where they cannot report
+anything. So each rank has a thread that sends a heartbeat with its current position once a second.
+If a rank stops sending heartbeats, or no rank makes progress, the thread reports which rank and
+where, and exits.
 """
 
 import json
@@ -21,22 +22,22 @@ import torch.distributed as dist
 
 from sage_select.system.processes import Processes
 
-EVERY = 1.0  # seconds between signs
-STOP = 0  # no signal's number
-GONE = (RuntimeError,)  # whoever kept the signs is: all that is known is what was
+HEARTBEAT_INTERVAL = 1.0  # seconds
+STOP_BYTE = 0  # tells the thread to stop; signals are numbered from 1
+STORE_ERRORS = (RuntimeError,)  # the rank that hosts the store has exited; old heartbeats remain
 
 
 def timeout() -> float:
-    """Seconds without a sign of life, or without progress of anybody, before a run is ended.
+    """Return the seconds without a heartbeat, or without progress on any rank, that end a run.
 
-    From the environment variable `SAGE_SELECT_PATIENCE`; 600 without it.
+    From the environment variable `SAGE_SELECT_PATIENCE`; 600 by default.
     """
     return float(os.environ.get("SAGE_SELECT_PATIENCE", "600"))
 
 
 @contextmanager
 def during(what: str) -> Iterator[None]:
-    """Say that what runs inside is part of this, such as "interval 3"."""
+    """Add a label such as "interval 3" to the position in all heartbeats sent inside."""
     token = _during.set((*_during.get(), what))
     try:
         yield
@@ -45,168 +46,176 @@ def during(what: str) -> Iterator[None]:
 
 
 def beat(place: str) -> None:
-    """Say where this process is, to those that watch."""
-    if (watch := _monitor.get()) is not None:
-        watch.progress += 1
-        watch.place = ", ".join((*_during.get(), place))
-        watch.tell()
+    """Send a heartbeat with a new position of this rank, if it is monitored."""
+    if (monitor := _monitor.get()) is not None:
+        monitor.progress += 1
+        monitor.place = ", ".join((*_during.get(), place))
+        monitor.send()
 
 
 @contextmanager
 def monitored(processes: Processes) -> Iterator[None]:
-    """Around what processes do together: if one is lost inside, the others say which and where.
+    """Monitor ranks that work together: if one is lost, the others report which and where.
 
-    With an error that is raised inside it is said where all processes were.
+    An error raised inside comes with the last known position of every rank. Without a process
+    group, or inside another `monitored`, it does nothing.
 
     Args:
-        processes: Those that do it, all of them.
+        processes: All ranks that do this work.
     """
     if processes.group is None or _monitor.get() is not None:
         yield
         return
-    watch = _Monitor(processes)
-    token = _monitor.set(watch)
-    watch.start()
+    monitor = _Monitor(processes)
+    token = _monitor.set(monitor)
+    monitor.start()
     try:
         yield
     except RuntimeError:
-        # a lost connection, perhaps: said at once, for whoever has launched us may end us now
-        sys.stderr.write(f"sage-select: {watch.account()}\n")
+        # perhaps a lost connection: report now, since the launcher may soon terminate this process
+        sys.stderr.write(f"sage-select: {monitor.report()}\n")
         sys.stderr.flush()
         raise
     except Exception as error:
-        error.add_note(watch.account())
+        error.add_note(monitor.report())
         raise
     finally:
-        watch.stop()
+        monitor.stop()
         _monitor.reset(token)
 
 
 _during: ContextVar[tuple[str, ...]] = ContextVar("during", default=())
-_monitor: ContextVar["_Monitor | None"] = ContextVar("watch", default=None)
+_monitor: ContextVar["_Monitor | None"] = ContextVar("monitor", default=None)
 
 
 class _Heartbeat(NamedTuple):
-    """What a process last said of itself."""
+    """The latest heartbeat of a rank."""
 
-    signs: int = 0  # how many it gave; a process that stands still gives none
-    progress: int = 0  # how often it got on
-    place: str = "not there yet"
+    sent: int = 0  # heartbeats so far; a stopped process sends none
+    progress: int = 0  # calls of `beat` so far
+    place: str = "no heartbeat yet"
 
 
 class _Monitor:
-    """A thread that gives signs of this process and looks for those of the others."""
+    """A thread that sends this rank's heartbeats and checks those of the others."""
 
     def __init__(self, processes: Processes) -> None:
         assert processes.group is not None
         self.rank, self.size = processes.rank, processes.size
-        self.place, self.progress = "beginning", 0
+        self.place, self.progress = "starting", 0
         c10d: Any = dist.distributed_c10d
         default = c10d._get_default_store()
-        # a connection of its own: another thread may be waiting on the first one
+        # a separate connection, since another thread may be blocked on the default one
         store = default.clone() if hasattr(default, "clone") else default
         self._store = c10d.PrefixStore(f"sage_select/{processes.group.group_name}", store)
-        self._signs = 0
-        self._heard = {rank: (time.monotonic(), _Heartbeat()) for rank in range(self.size)}
-        self._got_on = time.monotonic()
-        self._over, self._wake = os.pipe()
-        self._thread = threading.Thread(target=self._look, name="sage-select watch", daemon=True)
-        self._takes_signals = False
+        self._sent = 0
+        # per rank: when its latest heartbeat arrived, on this rank's clock, and that heartbeat
+        self._latest = {rank: (time.monotonic(), _Heartbeat()) for rank in range(self.size)}
+        self._last_progress = time.monotonic()  # of any rank
+        self._wakeup_read, self._wakeup_write = os.pipe()
+        self._thread = threading.Thread(
+            target=self._run, name="sage-select heartbeats", daemon=True
+        )
+        self._handles_sigterm = False
 
     def start(self) -> None:
-        """Begin to watch."""
-        os.set_blocking(self._wake, False)
+        """Start the thread, which also handles SIGTERM if nothing else does."""
+        os.set_blocking(self._wakeup_write, False)
         unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        # When one process dies, its launcher terminates the others, before they can report
+        # anything. Their main threads are blocked in a collective, where no Python handler runs,
+        # so a wakeup file descriptor brings the signal to this thread.
         if unhandled and threading.current_thread() is threading.main_thread():
-            # a launcher ends those that are left when one has died, before they could say a word
-            theirs = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-            if theirs != -1:  # an event loop waits for signals there
-                signal.set_wakeup_fd(theirs)
+            previous = signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
+            if previous != -1:  # an event loop waits for signals there
+                signal.set_wakeup_fd(previous)
             else:
+                # a handler that does nothing, since the default one would end the process
                 signal.signal(signal.SIGTERM, lambda *_: None)
-                self._takes_signals = True
+                self._handles_sigterm = True
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
-        if self._takes_signals:
+        """Stop the thread, and restore the default handling of SIGTERM."""
+        if self._handles_sigterm:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(self._wake, bytes([STOP]))
+        os.write(self._wakeup_write, bytes([STOP_BYTE]))
         self._thread.join()
-        os.close(self._over)
-        os.close(self._wake)
+        os.close(self._wakeup_read)
+        os.close(self._wakeup_write)
 
-    def account(self) -> str:
-        """Where every process was when it was last heard of."""
+    def report(self) -> str:
+        """Describe the last known position of every rank."""
         self._exchange()
         now = time.monotonic()
         lines = [
-            f"  process {rank}: {sign.place}"
-            + ("" if rank == self.rank else f" (heard of {now - heard:.0f} s ago)")
-            for rank, (heard, sign) in sorted(self._heard.items())
+            f"  rank {rank}: {heartbeat.place}"
+            + ("" if rank == self.rank else f" (last heartbeat {now - received:.0f} s ago)")
+            for rank, (received, heartbeat) in sorted(self._latest.items())
         ]
         return "\n".join(
             [
-                f"this is process {self.rank} of {self.size}; where they were:",
+                f"this is rank {self.rank} of {self.size}; last known positions:",
                 *lines,
-                "  which of them ended first, and why, their launcher says; a run goes on from its "
-                "newest checkpoint",
+                "  the launcher's output shows which process ended first, and why; resume the run "
+                "from its newest checkpoint",
             ]
         )
 
-    def _look(self) -> None:
+    def _run(self) -> None:
         while True:
-            woken, _, _ = select.select([self._over], [], [], EVERY)
-            said = os.read(self._over, 1)[0] if woken else None
-            if said == STOP:
+            woken, _, _ = select.select([self._wakeup_read], [], [], HEARTBEAT_INTERVAL)
+            wakeup = os.read(self._wakeup_read, 1)[0] if woken else None
+            if wakeup == STOP_BYTE:
                 return
-            if said == signal.SIGTERM:  # other signals are none of ours
-                self._end("told to stop (SIGTERM), as when another process has died", 128 + said)
+            if wakeup == signal.SIGTERM:  # other signals have handlers elsewhere
+                self._exit("received SIGTERM, as when another process has died", 128 + wakeup)
             self._exchange()
-            if reason := self._lost():
-                self._end(reason, 1)
+            if reason := self._failure():
+                self._exit(reason, 1)
 
-    def tell(self) -> None:
-        """Give a sign to the others."""
-        self._signs += 1
-        with suppress(*GONE):
-            own = _Heartbeat(self._signs, self.progress, self.place)
-            self._store.set(str(self.rank), json.dumps(own))
+    def send(self) -> None:
+        """Send a heartbeat to the other ranks."""
+        self._sent += 1
+        with suppress(*STORE_ERRORS):
+            heartbeat = _Heartbeat(self._sent, self.progress, self.place)
+            self._store.set(str(self.rank), json.dumps(heartbeat))
 
     def _exchange(self) -> None:
-        """Give a sign, and take in those of the others."""
-        self.tell()
-        with suppress(*GONE):
+        """Send a heartbeat, and receive those of all ranks."""
+        self.send()
+        with suppress(*STORE_ERRORS):
             for rank in range(self.size):
+                # get() blocks until a key exists, so check first
                 if not self._store.check([str(rank)]):
                     continue
-                sign = _Heartbeat(*json.loads(self._store.get(str(rank))))
-                _, before = self._heard[rank]
-                if sign[1:] != before[1:]:
-                    self._got_on = time.monotonic()
-                if sign != before:
-                    self._heard[rank] = time.monotonic(), sign
+                heartbeat = _Heartbeat(*json.loads(self._store.get(str(rank))))
+                _, previous = self._latest[rank]
+                if heartbeat[1:] != previous[1:]:  # not only a further heartbeat, but progress
+                    self._last_progress = time.monotonic()
+                if heartbeat != previous:
+                    self._latest[rank] = time.monotonic(), heartbeat
 
-    def _lost(self) -> str:
-        """Why there is nothing left to wait for, or nothing."""
+    def _failure(self) -> str:
+        """Reason to stop waiting for the other ranks; empty if there is none."""
         now = time.monotonic()
-        for rank, (heard, sign) in self._heard.items():
-            if rank != self.rank and now - heard > timeout():
+        for rank, (received, heartbeat) in self._latest.items():
+            if rank != self.rank and now - received > timeout():
                 return (
-                    f"process {rank} has given no sign of life for {now - heard:.0f} s; it was "
-                    f"last heard of at: {sign.place}"
+                    f"rank {rank} has sent no heartbeat for {now - received:.0f} s; its last "
+                    f"known position: {heartbeat.place}"
                 )
-        if now - self._got_on > timeout():
-            rank, (_, sign) = min(self._heard.items(), key=lambda entry: entry[1][1].progress)
+        if now - self._last_progress > timeout():
+            rank, (_, heartbeat) = min(self._latest.items(), key=lambda entry: entry[1][1].progress)
             return (
-                f"no process has got on for {now - self._got_on:.0f} s; process {rank} is the "
-                f"furthest behind, at: {sign.place}"
+                f"no rank has made progress for {now - self._last_progress:.0f} s; rank {rank} is "
+                f"the furthest behind, at: {heartbeat.place}"
             )
         return ""
 
-    def _end(self, reason: str, code: int) -> None:
-        """End the process: its main thread waits for what will not come, and cannot be told."""
-        sys.stderr.write(f"sage-select: {reason}\n{self.account()}\n")
+    def _exit(self, reason: str, code: int) -> None:
+        """Report, and exit at once: the main thread is blocked, and cannot raise an error."""
+        sys.stderr.write(f"sage-select: {reason}\n{self.report()}\n")
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""Identity: short names for values, arrays and functions, the same in every process."""
+"""Identity: fingerprints and names of values, arrays and functions, equal in every process."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def digest(value: Any) -> str:
-    """A fingerprint of plain values, the same in every process.
+    """Return a fingerprint of plain values, equal in every process.
 
     Example:
         >>> digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
@@ -25,9 +25,9 @@ def digest(value: Any) -> str:
 
 
 def describe(function: Any) -> str:
-    """A function's name, with everything bound to it by functools.partial.
+    """Return the name of a function with everything bound to it by functools.partial.
 
-    Arrays and tensors are identified by their bytes, since two that print alike may differ.
+    Arrays and tensors are identified by their bytes, since different ones can have equal reprs.
 
     Example:
         >>> from functools import partial
@@ -48,13 +48,16 @@ def describe(function: Any) -> str:
 
 
 def _described(value: Any) -> str:
+    """Describe a bound value: an array by its bytes, a container item by item."""
     if isinstance(value, Tensor):
+        # as bytes, since NumPy has no bfloat16
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return f"tensor({list(value.shape)}, {value.dtype}, {digest_arrays(data)})"
     if hasattr(value, "__array__") and getattr(value, "shape", ()) != ():
         array = np.asarray(value)
         if array.dtype != object:
             return f"array({list(array.shape)}, {array.dtype}, {digest_arrays(array)})"
+        # the bytes of an object array are addresses, which differ between processes
         return f"array({_described(array.tolist())})"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__}({', '.join(map(_described, value))})"
@@ -65,7 +68,7 @@ def _described(value: Any) -> str:
 
 
 def digest_arrays(*arrays: npt.NDArray[Any]) -> str:
-    """A fingerprint of arrays: their shapes and bytes."""
+    """Return a fingerprint of arrays: their shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(str(array.shape).encode())

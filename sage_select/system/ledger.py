@@ -1,6 +1,6 @@
-"""What scoring and training cost: FLOPs that are needed and FLOPs that are executed, tokens, time.
+"""The cost of scoring and training: FLOPs needed and FLOPs executed, tokens, time.
 
-A ledger books the passes that run inside it, each under the phase it runs in:
+A ledger records the passes that run inside it, each under the phase it runs in:
 
     >>> ledger = Ledger()
     >>> with ledger, phase("scoring"):
@@ -23,15 +23,16 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """What some passes take; additive, but for the peak of memory.
+    """The cost of forward and backward passes; additive, except for peak memory.
 
     Attributes:
-        needed: FLOPs, each distinct token in its context once, the head at response tokens alone.
-        executed: FLOPs that were run, padding and repeated prompts and recomputation included.
+        needed: FLOPs for each distinct token in its context once, with the head at response tokens
+            only.
+        executed: FLOPs executed, including padding, repeated prompts and recomputation.
         tokens: Distinct tokens in their contexts.
-        executed_tokens: Tokens that went through the model, padding included.
+        executed_tokens: Tokens that went through the model, including padding.
         seconds: Wall-clock time.
-        peak_bytes: Largest memory of the device while they ran; 0 where it keeps no count.
+        peak_bytes: Peak device memory while they ran; 0 if the device does not count it.
     """
 
     needed: float = 0.0
@@ -42,11 +43,11 @@ class Work:
     peak_bytes: int = 0
 
     def __mul__(self, passes: float) -> "Work":
-        """The same tokens, with the FLOPs of so many forward passes."""
+        """Return the FLOPs of this many forward passes over the same tokens."""
         return replace(self, needed=passes * self.needed, executed=passes * self.executed)
 
     def repeated(self, times: float) -> "Work":
-        """The same so many times."""
+        """Return the FLOPs and tokens of this many repetitions."""
         return replace(self * times, tokens=round(times * self.tokens))
 
     def __add__(self, other: "Work") -> "Work":
@@ -61,7 +62,7 @@ class Work:
 
 
 class Ledger(dict[str, Work]):
-    """Work by phase: "reference", "scoring", "training", "evaluation"; outside any, "other"."""
+    """Work by phase: "reference", "scoring", "training", "evaluation"; outside them, "other"."""
 
     def __enter__(self) -> "Ledger":
         _ledgers.set((*_ledgers.get(), self))
@@ -76,36 +77,36 @@ class Ledger(dict[str, Work]):
 
 
 def side_by_side(ledgers: list[Ledger]) -> Ledger:
-    """What several processes did at the same time: the sum of their work, in the longest's time.
+    """Combine the work of processes that ran at the same time: the sum, in the longest time.
 
     Example:
         >>> one, other = Ledger(scoring=Work(needed=2.0, seconds=3.0)), Ledger()
         >>> side_by_side([one, one, other])["scoring"].needed
         4.0
     """
-    together = Ledger()
+    combined = Ledger()
     for name in dict.fromkeys(name for ledger in ledgers for name in ledger):
         works = [ledger[name] for ledger in ledgers if name in ledger]
         longest = max(work.seconds for work in works)
-        together[name] = replace(sum(works, Work()), seconds=longest)
-    return together
+        combined[name] = replace(sum(works, Work()), seconds=longest)
+    return combined
 
 
 def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> None:
-    """Add a line for each phase to a file of costs; an interval may have several."""
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    """Append a line for each phase to a file of costs; an interval may have several."""
+    complete = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:
-        file.write("" if whole else "\n")  # a kill cut the last line short
+        file.write("" if complete else "\n")  # the run was killed while writing the last line
         for name, work in ledger.items():
             line = {"interval": interval, "phase": name, **asdict(work)}
             file.write(json.dumps(line) + "\n")
 
 
 def read_costs(path: Path) -> Ledger:
-    """All that a file of costs has; steps that were taken again have been paid for again."""
+    """Sum a file of costs; steps repeated after a resume count again, as they cost again."""
     ledger = Ledger()
     for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # a line that a kill cut short
+        with suppress(json.JSONDecodeError):  # a line that a killed run left incomplete
             record = json.loads(line)
             del record["interval"]
             ledger.add(record.pop("phase"), Work(**record))
@@ -117,12 +118,12 @@ _phases: ContextVar[tuple["_Clock", ...]] = ContextVar("phases", default=())
 
 
 def recording() -> bool:
-    """Whether a ledger is open."""
+    """Return whether a ledger is open."""
     return bool(_ledgers.get())
 
 
 def book(work: Work) -> None:
-    """Add work to the ledgers that are open, under the innermost phase."""
+    """Add work to all open ledgers, under the innermost phase."""
     phases = _phases.get()
     for ledger in _ledgers.get():
         ledger.add(phases[-1].name if phases else "other", work)
@@ -130,11 +131,11 @@ def book(work: Work) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Book what runs inside under this name, and its time; an inner phase stops the outer's clock.
+    """Record the work and time inside under this name; an inner phase pauses the outer clock.
 
-    Without an open ledger it does nothing.
+    It does nothing without an open ledger.
     """
-    if not _ledgers.get():
+    if not _ledgers.get():  # no clock, and so no device synchronisation
         yield
         return
     if outer := _phases.get():
@@ -151,11 +152,14 @@ def phase(name: str) -> Iterator[None]:
 
 
 class _Clock:
+    """Wall-clock time and peak device memory of a phase."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.start()
 
     def start(self) -> None:
+        # kernels run asynchronously: wait for those of the previous phase before timing this one
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -172,20 +176,20 @@ class _Clock:
 
 
 def break_even(scoring: float, training: float) -> float:
-    """The keep ratio below which selection costs less than training on everything.
+    """Return the keep ratio below which selection costs less than training on all pairs.
 
-    Scoring the pools and training on a share k costs s + k t, training on all of them costs t:
-    k = 1 - s / t, or 1 - 1 / c where training costs c times as much as scoring.
+    Scoring the pools and training on a share k costs s + k t; training on all of them costs t. So
+    k = 1 - s / t, or 1 - 1 / c if training costs c times as much as scoring.
 
     Args:
-        scoring: Cost of scoring what is scored, in any unit.
-        training: Cost of training on all, in the same.
+        scoring: Cost of scoring the pools, in any unit.
+        training: Cost of training on all pairs, in the same unit.
 
     Returns:
-        At most 1; where it is not positive, nothing pays. NaN where nothing is trained.
+        At most 1; if it is not positive, no keep ratio saves anything. NaN if training costs 0.
 
     Example:
-        >>> round(break_even(scoring=1, training=3), 3)  # a forward pass, and a backward one
+        >>> round(break_even(scoring=1, training=3), 3)  # a forward pass; forward and backward
         0.667
     """
     return 1 - scoring / training if training else math.nan

@@ -1,15 +1,15 @@
-"""Progress bars that behave: a bar on a terminal or in a notebook, now and then a line in a log."""
+"""Progress bars on a terminal or in a notebook, and occasional lines in a log file."""
 
 import sys
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
-LINE_EVERY = 60.0  # seconds between the lines of a log
+LINE_EVERY = 60.0  # seconds between lines in a log file
 
 
 class _Lines:
-    """A stream on which what would redraw a line becomes a line of its own."""
+    """A stream that writes each redraw of a bar as a new line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -31,21 +31,21 @@ def progress_bar(
     scaled: bool = False,
     show: bool | None = None,
 ) -> Any:
-    """A tqdm bar. Into a file or a pipe it writes a line a minute, and none for short work.
+    """Return a tqdm bar; in a file or pipe it writes a line per minute, and none for short work.
 
     Args:
-        total: How much there is to do, where it is known.
-        desc: What is being done.
-        unit: What is counted.
-        initial: How much of it was done before.
-        scaled: Whether to write thousands as k and millions as M.
-        show: False for no bar at all.
+        total: Amount of work; None if unknown.
+        desc: Name of the work, such as "scoring".
+        unit: Unit of the work, such as "pairs".
+        initial: Work already done.
+        scaled: If true, write thousands as k and millions as M.
+        show: False for no bar.
     """
     options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial}
     options |= {"unit_scale": scaled}
     options["disable"] = show is False
     drawn = sys.stderr.isatty() or "notebook" in tqdm.__module__
-    if not drawn:
+    if not drawn:  # redrawing would fill the file with carriage returns
         options |= {
             "file": _Lines(sys.stderr),
             "mininterval": LINE_EVERY,

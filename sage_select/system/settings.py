@@ -1,4 +1,4 @@
-"""Validated settings: unknown names, wrong values and what decides a result, in one place."""
+"""Validated settings: unknown names, invalid values, and the settings that decide a result."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -12,22 +12,22 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 FREE = "free"
-"""Marks a setting that a result does not depend on, beyond rounding: where and how fast it is
-computed, and what of it is kept. A resumed run may change it."""
+"""Marks a setting that does not change results beyond rounding: where and how fast they are
+computed, and which of them are kept. A resumed run may change it."""
 
 LATER = "later"
-"""Marks a setting that did not exist from the beginning: at its default it does not enter the hash,
-so that runs of earlier versions keep theirs."""
+"""Marks a setting added by a later version: at its default it does not enter the hash, so that
+runs of earlier versions keep theirs."""
 
 Problem = tuple[str, str]
-"""A setting's dotted name, and what is wrong with its value."""
+"""A setting's dotted name, and the problem with its value."""
 
 
 class ConfigError(ValueError):
-    """Settings that describe no run; the message names each of them and the fix.
+    """Invalid settings; the message names each of them and the fix.
 
     Attributes:
-        problems: What is wrong, setting by setting, if more than one thing may be.
+        problems: The problem of each invalid setting; empty if only the message describes it.
     """
 
     def __init__(self, message: str, problems: list[Problem] | None = None) -> None:
@@ -36,7 +36,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Frozen settings; a name that does not exist is refused, with the nearest one that does."""
+    """Frozen settings; an unknown name is refused, and the error suggests the nearest one."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True
@@ -45,6 +45,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
+        # before pydantic's own check, whose message suggests no name
         if isinstance(values, Mapping):
             for name in values:
                 if name not in cls.model_fields:
@@ -53,11 +54,11 @@ class Section(BaseModel):
 
     @classmethod
     def is_free(cls, name: str) -> bool:
-        """Whether results do not depend on this setting, see `FREE`."""
+        """Return whether results are independent of this setting, see `FREE`."""
         return FREE in cls.model_fields[name].metadata
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that results depend on, as plain values."""
+        """Return the settings that results depend on, as plain values."""
         values = self.model_dump(mode="json")
         kept: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -69,7 +70,7 @@ class Section(BaseModel):
 
 
 class Settings(Section):
-    """Settings that users construct themselves: all problems come as one `ConfigError`."""
+    """Settings that users construct themselves; all problems are raised as one `ConfigError`."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -80,13 +81,14 @@ class Settings(Section):
             raise ConfigError(message, problems) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed, checked like a new one."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return type(self)(**(given | changes))
+        """Return a copy with some settings changed, validated like a new one."""
+        # only settings that were passed explicitly, so that the others remain defaults
+        explicit = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**(explicit | changes))
 
 
 def unknown_name(name: str, known: list[str], what: str = "setting") -> str:
-    """The message for a name that does not exist.
+    """Return the error message for a name that does not exist.
 
     Example:
         >>> unknown_name("epoch", ["epochs", "batch_size"])
@@ -98,19 +100,25 @@ def unknown_name(name: str, known: list[str], what: str = "setting") -> str:
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
-    """Each setting that is wrong, and what is wrong with it."""
+    """List each invalid setting with its problem."""
     problems = []
     for problem in error.errors():
-        what = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if problem["type"] in ("model_type", "model_attributes_type"):
-            what = "should be a mapping of settings"
+            reason = "should be a mapping of settings"  # pydantic's message names internal classes
+        # messages of our own validators contain the value already
         got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-        problems.append((".".join(map(str, problem["loc"])), what + got))
+        problems.append((".".join(map(str, problem["loc"])), reason + got))
     return problems
 
 
 def describe_problems(problems: list[Problem], origin: Callable[[str], str]) -> str:
-    """One line for each setting that is wrong, beginning with where it was set."""
+    """Write a line for each invalid setting.
+
+    Args:
+        problems: Names of settings, and their problems.
+        origin: Returns the place where a setting was set, which begins the line.
+    """
     return "\n".join(
-        f"{origin(name)}: {name}{': ' if name else ''}{what}" for name, what in problems
+        f"{origin(name)}: {name}{': ' if name else ''}{reason}" for name, reason in problems
     )

@@ -1,4 +1,4 @@
-"""The library's own training loop, which reads from top to bottom.
+"""The library's own training loop.
 
 loader -> batch of rows -> log-probs -> loss -> update -> metrics, evaluation, checkpoint
 """
@@ -38,7 +38,7 @@ from sage_select.training.update import optimizer_of, update
 
 
 class Loader(Protocol):
-    """Batches of dataset rows over a whole run, such as `SelectiveLoader`."""
+    """Batches of dataset rows for a whole run, such as `SelectiveLoader`."""
 
     step: int
 
@@ -51,7 +51,7 @@ class Loader(Protocol):
 
 @dataclass
 class History:
-    """What happened: one record per step, one per evaluation, and what all of it took."""
+    """Record of a run: one entry per step, one per evaluation, and the total costs."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -72,41 +72,38 @@ def fit(
 ) -> History:
     """Train a policy on the batches of a loader; the model stays in train mode.
 
-    With several processes all call this with the same arguments, each with the model on its
+    With several processes, all call this with the same arguments, each with the model on its
     device, replicated by DistributedDataParallel or sharded by `fully_shard` (see `shard`). Each
-    batch is dealt to them; updates are those of one process to within rounding.
+    batch is dealt to the processes; updates equal those of one process up to rounding.
 
     Args:
-        model: The policy, a Hugging Face causal language model on its device, or wrapped.
+        model: The policy: a Hugging Face causal language model on its device, bare or wrapped.
         loader: Batches of rows, such as `SelectiveLoader` or `ShuffledLoader`.
-        dataset: The pairs that the rows refer to.
-        reference: Log-probs under the reference of every pair trained on or held out.
-        training: How to train.
+        dataset: The pairs that the rows index.
+        reference: Reference log-probs of every training and held-out pair.
+        training: Loss, optimizer and schedule, reader, evaluation and checkpoint settings.
         held_out: Pairs to evaluate on, `dataset.take(rows)`.
-        folder: Where `metrics.jsonl`, `evaluations.jsonl`, `costs.jsonl`, checkpoints and
-            `best.pt` are written; the same place for all processes, and process 0 writes.
+        folder: Folder for `metrics.jsonl`, `evaluations.jsonl`, `costs.jsonl`, checkpoints and
+            `best.pt`, shared by all processes; rank 0 writes the single files.
         resume: Resume from the folder's newest checkpoint, if there is one. The run then ends with
-            the same bits as one that was never interrupted, if the device is deterministic and the
-            number of processes the same; any other number may resume it, too.
+            weights bit-identical to those of an uninterrupted run, if the device is deterministic
+            and the number of processes is unchanged; any other number can resume it, too.
         show_progress: False for no progress bar.
 
     Returns:
-        Metrics per step and per evaluation, including those before the run was resumed.
+        Metrics per step and per evaluation, including those from before the run was resumed.
 
     Raises:
-        FileExistsError: If the folder holds a run already and resume is False, or another process
+        FileExistsError: If the folder already has a run and resume is False, or another process
             trains there.
         ValueError: If the loader was made for another model or precision, has handed out batches
-            already, or the folder's run was trained with other settings.
+            already, or the folder's run was trained with different settings.
         FloatingPointError: If a gradient is not finite.
-        TypeError: If there are several processes, and each has a model of its own.
+        TypeError: If there are several processes, but the model is neither replicated nor sharded.
     """
     _check_belongs(model, loader, training, held_out)
-    run = _Run(model, loader, training, None if folder is None else RunFolder(folder))
-    if isinstance(folder, RunFolder):  # which may be held already
-        run.folder = folder
-    writes = run.folder is not None and run.processes.rank == 0
-    with run.folder.hold() if run.folder is not None and writes else nullcontext():
+    run = _Run(model, loader, training, None if folder is None else RunFolder.of(folder))
+    with nullcontext() if run.writes is None else run.writes.hold():
         run.start(resume)
         make_ready(model, training)
         training.reader.check(model, dataset)
@@ -122,7 +119,7 @@ def fit(
         )
         with monitored(run.processes), bar:
             while loader.step < len(loader):
-                with Ledger() as spent:  # pulling a batch scores a pool where an interval begins
+                with Ledger() as spent:  # the first batch of an interval scores its pool
                     metrics = run.update(dataset.take(next(batches)), reference)
                 run.record(metrics)
                 run.spend(spent, int(metrics.get("interval", 0)))
@@ -130,6 +127,7 @@ def fit(
                     {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy")}, refresh=False
                 )
                 bar.update()
+                # Evaluate before the checkpoint, which then contains the evaluation.
                 last = loader.step == len(loader)
                 if last or loader.step % training.evaluate_every == 0:
                     run.evaluate(held_out, reference)
@@ -144,28 +142,29 @@ def _check_belongs(
     size = Processes.all().size
     if size > 1 and not is_spread(model):
         raise TypeError(
-            f"train: torch.distributed has {size} processes, but each has a model of its own, and "
-            "they would drift apart; pass shard(model), or DistributedDataParallel(model)"
+            f"train: torch.distributed has {size} processes, but the model is neither "
+            "replicated nor sharded, so its copies would drift apart; pass shard(model) or "
+            "DistributedDataParallel(model)"
         )
     if held_out is not None and len(held_out) == 0:
         raise ValueError("train: held_out has no pairs; pass None to train without evaluation")
     if loader.step:
         raise ValueError(
-            f"train: the loader has handed out {loader.step} batches already; make a new one (a "
-            "run is resumed from its folder, with resume=True)"
+            f"train: the loader has handed out {loader.step} batches already; make a new "
+            "loader (to resume a run, pass its folder and resume=True)"
         )
     if not isinstance(loader, SelectiveLoader):
         return
     if unwrapped(loader.model) is not unwrapped(model):
         raise ValueError(
-            "train: the loader scores pools with another model than the one to train; make it with "
-            "SelectiveLoader(..., model=model)"
+            "train: the loader scores pools with a different model than the one to train; make it "
+            "with SelectiveLoader(..., model=model)"
         )
     check_same_precision(loader.selector, training.reader.mixed_precision, "train")
 
 
 class _Run:
-    """A training run: what changes while it runs, and what of it is on disk."""
+    """A training run: its state in memory and its files."""
 
     def __init__(
         self, model: nn.Module, loader: Loader, training: Training, folder: RunFolder | None
@@ -177,17 +176,18 @@ class _Run:
         self.processes = Processes.all()
         self.history = History()
         self.interval = 0
-        self.unwritten = Ledger()  # costs of the interval that are not on disk yet
+        self.unwritten = Ledger()  # costs of the interval that are not yet on disk
         self.tokens_trained = 0
         self.optimizer, self.scheduler = optimizer_of(model, training, len(loader))
 
     @property
     def writes(self) -> RunFolder | None:
-        """The folder, in the one process that writes to it."""
+        """The run's folder on rank 0, which writes; None on other ranks."""
         return self.folder if self.processes.rank == 0 else None
 
     def update(self, batch: PreferenceDataset, reference: Reference) -> dict[str, float]:
-        """One optimizer step, and its record."""
+        """Make one optimizer step, and return its record."""
+        # The rate that this step uses: the scheduler advances after it.
         step, learning_rate = self.loader.step, float(self.scheduler.get_last_lr()[0])
         try:
             with during(f"step {step}"):
@@ -224,7 +224,7 @@ class _Run:
         if self.writes is not None:
             self.writes.append_line(self.writes.evaluations, evaluation)
         if self.folder is not None and self._merit(evaluation) > max(earlier, default=-math.inf):
-            weights = whole_weights(self.model)  # a collective call
+            weights = whole_weights(self.model)  # a collective call, so not only on rank 0
             if self.writes is not None:
                 partial = partial_path(self.writes.best)
                 torch.save({"model": weights, "evaluation": evaluation}, partial)
@@ -238,7 +238,7 @@ class _Run:
             self.writes.append_line(self.writes.metrics, record)
 
     def spend(self, spent: Ledger, interval: int) -> None:
-        """Add what some passes took to the run's costs, and to those of the interval."""
+        """Add costs to those of the interval; when a new one begins, write the last one's."""
         if interval != self.interval:
             self._write_costs()
             self.interval = interval
@@ -246,6 +246,7 @@ class _Run:
             self.unwritten.add(name, work)
 
     def _write_costs(self) -> None:
+        # Each rank has its own costs: FLOPs add up over ranks, seconds run in parallel.
         spent = side_by_side(self.processes.all_gather_object(self.unwritten))
         if self.writes is not None:
             append_costs(self.writes.costs, spent, self.interval)
@@ -254,7 +255,7 @@ class _Run:
         self.unwritten = Ledger()
 
     def checkpoint(self) -> None:
-        """Put on disk all that a resumed run needs, and drop the oldest checkpoints."""
+        """Write everything that a resumed run needs, and delete the oldest checkpoints."""
         beat(f"checkpoint of step {self.loader.step}")
         self._write_costs()
         if self.folder is None:
@@ -277,36 +278,37 @@ class _Run:
             drop_old(self.writes, self.training.keep_checkpoints)
 
     def start(self, resume: bool) -> None:
-        """Begin in an empty folder, or at the newest readable checkpoint."""
+        """Start in an empty folder, or from the newest readable checkpoint."""
         if self.folder is None:
             return
         if not resume and self.folder.holds_a_run():
             raise FileExistsError(
-                f"train: {self.folder.path} holds a run already; pass resume=True to resume it, or "
+                f"train: {self.folder.path} already has a run; pass resume=True to resume it, or "
                 "another folder"
             )
-        self.processes.barrier()  # all have looked before anything is written
+        self.processes.barrier()  # every rank checks the folder before rank 0 writes to it
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.history.costs.update(read_costs(self.folder.costs))
         if (state := load_newest(self.folder, self.model, self.optimizer)) is not None:
             self._restore(state)
         if self.writes is not None:
-            # lines of steps after the checkpoint are void: those steps are taken again
+            # Drop the lines of steps after the checkpoint: those steps are taken again.
             self.writes.write_lines(self.writes.metrics, self.history.steps)
             self.writes.write_lines(self.writes.evaluations, self.history.evaluations)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        ours = self.training.decides()
-        other = [
-            f"{name} was {value} and is now {ours[name]}"
+        current = self.training.decides()
+        changes = [
+            f"{name} was {value} and is now {current[name]}"
             for name, value in state["training"].items()
-            if ours[name] != value
+            if current[name] != value
         ]
-        if other:
+        if changes:
             assert self.folder is not None
             raise ValueError(
-                f"train: the run in {self.folder.path} was trained with other settings: "
-                f"{'; '.join(other)}. Resume with the same, or start a new run in another folder"
+                f"train: the run in {self.folder.path} was trained with different settings: "
+                f"{'; '.join(changes)}. Resume with the same settings, or start a new run in "
+                "another folder"
             )
         self.loader.load_state_dict(state["loader"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -17,7 +17,7 @@ class MicroBatch(NamedTuple):
             processes, so that the update follows the mean over the whole batch. 0 if the process
             has no pairs left; it still makes the pass, on any pair, so that collectives match.
         mean_share: Weight of the pass's mean loss for a host that averages over passes: 1 for a
-            full pass, 0 where `share` is 0.
+            full pass, 0 if `share` is 0.
         weights: float64 [P], a factor on each pair's loss, or None to weigh all pairs equally.
     """
 
@@ -35,12 +35,12 @@ def dealt(
     passes: int = 0,
     weights: Float64Array | None = None,
 ) -> list[MicroBatch]:
-    """Deal a batch to processes: this process's micro-batches, as many as every other has.
+    """Deal a batch to processes, and return this rank's micro-batches: equally many on all ranks.
 
     Args:
-        batch: int64 [B], the rows of one optimizer step, over all processes.
-        processes: Those that train together.
-        micro_batch_size: Pairs per process and pass.
+        batch: int64 [B], the rows of one optimizer step over all processes.
+        processes: The processes that train together.
+        micro_batch_size: Maximum number of pairs per process and pass.
         passes: At least this many micro-batches, for a host with a fixed number of passes.
         weights: float64 [B], a factor on each pair's loss.
 
@@ -48,10 +48,12 @@ def dealt(
         >>> [micro.rows.tolist() for micro in dealt(np.arange(7), Processes(), 4)]
         [[0, 1, 2, 3], [4, 5, 6]]
     """
-    own = np.arange(len(batch))[processes.rank :: processes.size]
-    most = -(-len(batch) // processes.size)
-    count = max(-(-most // micro_batch_size), passes)
-    parts = [own[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
+    positions = np.arange(len(batch))[processes.rank :: processes.size]
+    # Count passes from the largest share, not from this rank's: every pass has collectives, so all
+    # ranks must make the same number.
+    largest = -(-len(batch) // processes.size)
+    count = max(-(-largest // micro_batch_size), passes)
+    parts = [positions[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
     return [
         MicroBatch(
             batch[part],

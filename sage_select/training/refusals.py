@@ -1,21 +1,26 @@
-"""Refusals: what a host does that does not go with selection, and what to do instead."""
+"""Refusals: host settings and objects that are incompatible with selection, each with its fix."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Refusal(NamedTuple):
-    """One thing that does not go with selection."""
+    """One setting or object that is incompatible with selection.
+
+    Attributes:
+        what: The setting or object, and the reason.
+        fix: What to type instead.
+    """
 
     what: str
     fix: str
 
 
 class Refused(ValueError, TypeError):
-    """A host that cannot train on what is selected: a setting or an object does not fit.
+    """Error for a host whose settings or objects are incompatible with selection.
 
     Attributes:
-        refusals: Everything that does not fit.
+        refusals: Everything that is incompatible.
     """
 
     def __init__(self, call: str, refusals: list[Refusal]) -> None:
@@ -29,11 +34,11 @@ class Refused(ValueError, TypeError):
 
 
 def refuse(call: str, refusals: Iterable[Refusal]) -> None:
-    """Raise if there is anything to refuse, with all of it at once.
+    """Raise one error with all refusals, if there are any.
 
     Args:
-        call: What the error names.
-        refusals: Everything that does not fit; nothing happens if there is none.
+        call: The call that the error message names.
+        refusals: Everything that is incompatible.
 
     Raises:
         Refused: If there is a refusal.
@@ -45,5 +50,5 @@ def refuse(call: str, refusals: Iterable[Refusal]) -> None:
         ...
         sage_select.training.refusals.Refused: attach: max_steps is 7; leave it out
     """
-    if found := list(refusals):
-        raise Refused(call, found)
+    if listed := list(refusals):
+        raise Refused(call, listed)

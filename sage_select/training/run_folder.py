@@ -1,4 +1,4 @@
-"""The folder of a run: where each of its files is, and who may write there."""
+"""The folder of a run: the path of each file, and the lock of the process that writes there."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from typing import Any
 
 from sage_select.system.files import partial_path, replace_durably
 
-CHECKPOINT = re.compile(r"checkpoint-(\d{8,})")
+CHECKPOINT = re.compile(r"checkpoint-(\d{8,})")  # excludes the .partial folders of killed runs
 
 
 class RunFolder:
-    """The files of a run, each named once.
+    """The files and folders of a run.
 
     Args:
         path: The folder; it need not exist yet.
@@ -23,9 +23,14 @@ class RunFolder:
         'runs/one/checkpoint-00000050'
     """
 
-    def __init__(self, path: "str | Path | RunFolder") -> None:
-        self.path: Path = path.path if isinstance(path, RunFolder) else Path(path)
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         self._held = 0
+
+    @classmethod
+    def of(cls, folder: "str | Path | RunFolder") -> "RunFolder":
+        """The folder at a path; a `RunFolder` itself, which may hold its lock already."""
+        return folder if isinstance(folder, RunFolder) else cls(folder)
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -57,7 +62,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The best weights on held-out pairs, and the evaluation they won."""
+        """The best weights on held-out pairs, and their evaluation."""
         return self.path / "best.pt"
 
     @property
@@ -72,21 +77,21 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that trains here."""
+        """Lock file, held by the process that trains here."""
         return self.path / "lock"
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint after this many updates."""
+        """Return the path of the checkpoint after `step` updates."""
         return self.path / f"checkpoint-{step:08d}"
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints that are there, the newest first; other names are left alone."""
-        found = (self.path.iterdir()) if self.path.is_dir() else ()
-        named = [path for path in found if CHECKPOINT.fullmatch(path.name)]
-        return sorted(named, key=checkpoint_step, reverse=True)
+        """Return the existing checkpoints, the newest first; files with other names are ignored."""
+        entries = (self.path.iterdir()) if self.path.is_dir() else ()
+        checkpoints = [path for path in entries if CHECKPOINT.fullmatch(path.name)]
+        return sorted(checkpoints, key=checkpoint_step, reverse=True)
 
     def holds_a_run(self) -> bool:
-        """Whether a run was begun here."""
+        """Return whether a run was started here."""
         return self.metrics.exists() or bool(self.checkpoints())
 
     def write_lines(self, path: Path, records: list[dict[str, Any]]) -> None:
@@ -96,25 +101,26 @@ class RunFolder:
         replace_durably(partial, path)
 
     def append_line(self, path: Path, record: dict[str, Any]) -> None:
-        """Add a line to a file of JSON lines."""
+        """Append a record to a file of JSON lines."""
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold the folder for this process alone; released when the process ends, however it ends.
+        """Lock the folder for this process; the lock is released on exit, even if it is killed.
 
-        The same object may hold it again inside.
+        The same object may lock it again inside the block.
 
         Raises:
-            FileExistsError: If another process holds it.
+            FileExistsError: If another process holds the lock.
         """
         if self._held:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock.open("w") as file:
-            with suppress(ImportError):  # a system without these locks
+            # flock, since the system releases it however the process ends: no stale lock remains.
+            with suppress(ImportError):  # no fcntl on this operating system: train without a lock
                 import fcntl
 
                 try:
@@ -125,7 +131,7 @@ class RunFolder:
                         "or use another folder"
                     ) from None
                 except OSError:
-                    pass  # a file system without these locks
+                    pass  # the file system has no locks: train without one
             self._held += 1
             try:
                 yield
@@ -134,7 +140,7 @@ class RunFolder:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint, from its name."""
+    """Return the step of a checkpoint, from its name."""
     match = CHECKPOINT.fullmatch(path.name)
     assert match is not None
     return int(match[1])

@@ -1,4 +1,4 @@
-"""The settings of updates: one declaration for the loop, Lightning's module and configurations."""
+"""Training settings, shared by the loop, Lightning's module and configurations."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -19,39 +19,40 @@ Metric = Literal["loss", "accuracy", "margin"]
 class UpdateSettings(Section):
     """Settings that the loop and a configuration's `training` section share.
 
-    Defaults are the paper's (Table 4) where the paper gives a value.
+    Defaults are the paper's (Table 4) if the paper gives a value. Fields marked `FREE` may change
+    when a run is resumed.
     """
 
     loss: Any = "nca"
-    """What pairs are trained on."""
+    """The loss function."""
     learning_rate: Positive = 5e-7
     """Peak of the schedule."""
     micro_batch_size: Annotated[Count | None, FREE] = None
-    """Pairs per process, forward and backward pass; by default its whole share of a batch."""
+    """Pairs per process in one forward and backward pass; by default its share of a batch."""
     schedule: LearningRateSchedule = "linear"
     """Decay of the learning rate over the exact total of steps."""
     warmup_share: Share = 0.1
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps over which the learning rate warms up."""
     weight_decay: NotNegative = 0.0
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     activation_checkpointing: Annotated[bool, FREE] = False
-    """Whether to recompute each layer in the backward pass, to save memory."""
+    """Recompute each layer in the backward pass, to save memory."""
     compile_model: Annotated[bool, FREE] = False
-    """Whether to compile the model's body with torch.compile."""
+    """Compile the model's body with torch.compile."""
     evaluate_every: Annotated[Count, FREE] = 50
     """Steps between evaluations on held-out pairs; also at the start and at the end."""
     best_by: Annotated[Metric, FREE] = "loss"
-    """Metric on held-out pairs by which the best weights are kept."""
+    """Held-out metric that determines the best weights."""
     checkpoint_every: Annotated[Count, FREE] = 50
     """Steps between checkpoints; also at the end."""
     keep_checkpoints: Annotated[Count, FREE] = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
 
 
 class Training(UpdateSettings, Settings):
-    """How to train: for `fit`, for `update`, and for Lightning's `PreferenceModule`.
+    """Training settings of `fit`, `update` and Lightning's `PreferenceModule`.
 
     Example:
         >>> Training(learning_rate=1e-6).max_grad_norm
@@ -63,11 +64,11 @@ class Training(UpdateSettings, Settings):
     """
 
     beta: Positive = 0.1
-    """Temperature of the implicit reward, handed to the loss."""
+    """Temperature of the implicit reward, passed to the loss."""
     loss: Callable[..., Tensor] = nca
     """`(policy, reference, beta=...) -> [P]`."""
     reader: SkipValidation[Reader] = Reader()
-    """How the policy is read in updates and evaluations: the reader of selector and reference."""
+    """Reader of the policy in updates and evaluations; equal to the selector's."""
 
     @field_validator("reader")
     @classmethod
@@ -82,9 +83,9 @@ class Training(UpdateSettings, Settings):
         return reader
 
     def decides(self) -> dict[str, str]:
-        """The settings that a resumed run must share with the run it resumes."""
+        """Return the settings that a resumed run must share with the run it resumes."""
         values = {name: repr(getattr(self, name)) for name in type(self).model_fields}
-        del values["reader"]
+        del values["reader"]  # of the reader, only precision and impl are compared
         return {name: value for name, value in values.items() if not self.is_free(name)} | {
             "loss": describe(self.loss),
             "mixed_precision": repr(self.reader.mixed_precision),

@@ -1,4 +1,4 @@
-"""Models in training: sharded over processes, compiled, checkpointed, and saved whole."""
+"""Model preparation for training: sharding, compilation, activation checkpointing, saving."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     """Shard a Hugging Face model over all processes with `fully_shard` (FSDP2), layer by layer.
 
     Args:
-        model: The model, the same in every process, on its device.
+        model: The model on its device, with equal weights on all ranks.
         options: Arguments of `fully_shard`, such as `mesh` or `mp_policy`.
 
     Returns:
@@ -29,40 +29,40 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
         >>> model = shard(model)  # doctest: +SKIP
 
     Raises:
-        TypeError: If the model does not say what its layers are.
+        TypeError: If the model does not name its layer classes.
     """
     layers = set(getattr(model, "_no_split_modules", None) or ())
     if not layers:
         raise TypeError(
-            f"shard: {type(model).__name__} does not say what its layers are "
-            "(_no_split_modules); call fully_shard on each of them, and on the model"
+            f"shard: {type(model).__name__} does not name its layer classes "
+            "(_no_split_modules); call fully_shard on each layer, then on the model"
         )
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, **options)
-    fully_shard(model, **options)
+    fully_shard(model, **options)  # last: the root takes the parameters that no layer has
     return model
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each layer of a Hugging Face model in the backward pass from now on.
+    """Turn on activation checkpointing in each layer of a Hugging Face model.
 
     Raises:
-        TypeError: If the model does not offer it.
+        TypeError: If the model does not support it.
     """
-    for kind in ("activation", "gradient"):  # the name in newer transformers, and in older
+    for kind in ("activation", "gradient"):  # the name in newer and in older transformers
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None:
             enable({"use_reentrant": False})
             return
     raise TypeError(
-        f"train: {type(model).__name__} has no gradient_checkpointing_enable(); checkpoint its "
-        "layers yourself and leave activation_checkpointing off"
+        f"train: {type(model).__name__} has no gradient_checkpointing_enable(); checkpoint "
+        "its layers yourself, and leave activation_checkpointing off"
     )
 
 
 def make_ready(model: nn.Module, settings: UpdateSettings) -> None:
-    """Compile the body and checkpoint activations as the settings say, and enter train mode."""
+    """Apply compilation and activation checkpointing as set, and enter train mode."""
     inner = unwrapped(model)
     if settings.compile_model:
         inner.base_model.compile()  # type: ignore[union-attr]
@@ -72,11 +72,11 @@ def make_ready(model: nn.Module, settings: UpdateSettings) -> None:
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Save the whole model where any other program can read it, whatever it is wrapped in.
+    """Save the whole model in Hugging Face format, however it is wrapped or sharded.
 
     Args:
-        model: A Hugging Face model, in all processes that share it.
-        folder: Where process 0 writes it.
+        model: A Hugging Face model; all ranks call this together.
+        folder: Folder that rank 0 writes to.
     """
     weights = whole_weights(model)
     if Processes.all().rank == 0:
@@ -86,12 +86,12 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
-    """Load the best weights of a run into the model, and return the evaluation they won.
+    """Load the best weights of a run into the model, and return their evaluation.
 
     Raises:
         FileNotFoundError: If the run was never evaluated.
     """
-    best = torch.load(RunFolder(folder).best, map_location="cpu", weights_only=True)
+    best = torch.load(RunFolder.of(folder).best, map_location="cpu", weights_only=True)
     load_whole(model, best["model"])
     evaluation: dict[str, float] = best["evaluation"]
     return evaluation

@@ -1,7 +1,7 @@
-"""One update: the pairs of a batch, forward and backward, and one optimizer step.
+"""One update: forward and backward passes over a batch, and one optimizer step.
 
-`update` does all of it, for the library's loop and for loops of one's own. Lightning runs the loop
-itself, so its module uses the parts: `preference_losses`, `Passes` and `clip_gradients`.
+`update` does all of it, for the library's loop and for custom loops. Lightning runs its own loop,
+so its module uses the parts: `preference_losses`, `Passes` and `clip_gradients`.
 """
 
 import math
@@ -29,24 +29,24 @@ def update(
 ) -> dict[str, float]:
     """Train on one batch: with default settings, the NCA update of its pairs (Eq. 4).
 
-    Gradients of micro-batches add up, are clipped, and the optimizer makes one step. With several
-    processes all call this with the same batch, each with the model replicated by
-    DistributedDataParallel or sharded by `shard`; the batch is dealt to them, and the update is
-    that of one process to within rounding.
+    Gradients of micro-batches are accumulated and clipped, and the optimizer makes one step. With
+    several processes, all call this with the same batch, each with the model replicated by
+    DistributedDataParallel or sharded by `shard`; the batch is dealt to the processes, and the
+    update equals that of one process up to rounding.
 
     Args:
-        model: The policy, in the mode it should train in, on its device, or wrapped.
-        optimizer: Of its parameters; its gradients are zero afterwards.
+        model: The policy, in the mode it should train in, on its device, bare or wrapped.
+        optimizer: The optimizer of its parameters; gradients are cleared afterwards.
         batch: The pairs of this step over all processes, `dataset.take(rows)`.
-        reference: Log-probs under the reference that cover the batch.
+        reference: Reference log-probs that cover the batch.
         training: Loss, beta, micro-batches, clipping and reader; by default `Training()`.
 
     Returns:
         `loss` (mean over the batch, in nats), the metrics of `preference_metrics`, and
-        `gradient_norm` before clipping; the same in every process.
+        `gradient_norm` before clipping; equal on all ranks.
 
     Raises:
-        FloatingPointError: If the gradient is not finite; the optimizer has made no step then.
+        FloatingPointError: If the gradient is not finite; the optimizer then makes no step.
 
     Example:
         >>> for rows in loader:  # doctest: +SKIP
@@ -59,11 +59,13 @@ def update(
         beat(f"pass {number} of {len(micro_batches)}")
         pairs = batch.take(micro.rows)
         logps = reference.take(pairs.index)
+        # Only the last pass all-reduces the gradients, which have added up until then.
         with phase("training"), gradient_sync(model, number == len(micro_batches)):
             policy, losses = add_gradients(model, pairs, logps, training, micro)
         passes.add(micro, policy, losses)
     with phase("training"):
         norm = clip_gradients(model, training.max_grad_norm)
+    # The norm is that of the whole batch, so all ranks raise together and none is left waiting.
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient has norm {norm}; the rows of the batch are {batch.index.tolist()}"
@@ -82,14 +84,14 @@ def update(
 def preference_losses(
     model: nn.Module, pairs: PreferenceDataset, reference: PairLogps, training: Training
 ) -> tuple[PairLogps, Tensor]:
-    """Forward pass of a micro-batch: its log-probs under the policy, and its losses [P].
+    """Return the policy's log-probs and the losses [P] of a micro-batch, in a forward pass.
 
     Call it inside `training.reader.updating(model, pairs)`.
 
     Args:
         model: The policy, in the mode it should train in.
         pairs: The micro-batch.
-        reference: Its log-probs under the reference, in its order.
+        reference: Its reference log-probs, in its order.
         training: Loss, beta and reader.
     """
     policy = training.reader.pair_logps(model, pairs)
@@ -103,17 +105,17 @@ def add_gradients(
     training: Training,
     micro: MicroBatch,
 ) -> tuple[PairLogps, Tensor]:
-    """Forward and backward of one micro-batch; gradients are added to those the model has.
+    """Run forward and backward of one micro-batch; its gradients are added to the model's.
 
     Args:
         model: The policy, in the mode it should train in.
         pairs: The pairs of the micro-batch.
-        reference: Their log-probs under the reference.
+        reference: Their reference log-probs.
         training: Loss, beta and reader.
-        micro: What their losses weigh.
+        micro: The micro-batch, with the weights of its losses.
 
     Returns:
-        Log-probs under the policy, and the losses [P].
+        The policy's log-probs, and the losses [P].
     """
     with training.reader.updating(model, pairs):
         policy, losses = preference_losses(model, pairs, reference, training)
@@ -123,26 +125,26 @@ def add_gradients(
 
 
 def weighted(losses: Tensor, micro: MicroBatch) -> Tensor:
-    """Losses [P] times the weights of their pairs, if the micro-batch has any."""
+    """Return the losses [P] times the weights of their pairs, if the micro-batch has any."""
     return losses if micro.weights is None else losses * torch.from_numpy(micro.weights).to(losses)
 
 
 class Passes:
-    """What the passes of one update have measured in this process, for its metrics."""
+    """Log-probs and losses of this rank's passes in one update, for its metrics."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = [
             torch.empty(0, len(PairLogps._fields) + 1, dtype=torch.float64)
-        ]
+        ]  # the empty part lets a rank without pairs join the gather
 
     def add(self, micro: MicroBatch, policy: PairLogps, losses: Tensor) -> None:
-        """Record a pass, unless it was made only because other processes wait for it."""
+        """Record a pass, unless it is a dummy that was made for the collectives only."""
         if micro.share:
             columns = [x.detach().double().cpu() for x in (*policy, losses)]
             self._parts.append(torch.stack(columns, dim=1))
 
     def gathered(self, processes: Processes) -> tuple[PairLogps, Tensor]:
-        """Log-probs and losses of the whole batch, from all processes; forgets them afterwards."""
+        """Gather the whole batch's log-probs and losses from all ranks, and clear the record."""
         table = torch.cat(self._parts)
         del self._parts[1:]
         index, *logps, losses = processes.gather_rows(table).T
@@ -150,15 +152,15 @@ class Passes:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Clip the gradients of a model to a norm, and return the norm they had."""
+    """Clip the gradients of a model to a norm, and return their norm before clipping."""
     return float(whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item())
 
 
 def optimizer_of(
     model: nn.Module, training: Training, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, and the schedule of its learning rate over this many steps."""
-    from transformers import get_scheduler  # slow to import, and not needed for `update`
+    """Return AdamW and its learning-rate schedule over `steps` steps."""
+    from transformers import get_scheduler  # slow to import, and `update` does not need it
 
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],

@@ -1,4 +1,4 @@
-"""Commands around a configuration: doctor, and config paper | schema | show."""
+"""Commands for configurations: doctor, and config paper | schema | show."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from sage_select.app.cli.options import AsJson, ConfigFile, Overrides, Quiet, bars, read_config
-from sage_select.app.cli.output import NOT_FIT, console, print_json, reported
+from sage_select.app.cli.output import DOCTOR_FAILED, console, print_json, reported
 
-app = typer.Typer(no_args_is_help=True, help="Configurations: print, check, schema.")
+app = typer.Typer(no_args_is_help=True, help="Print and check configurations.")
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -16,7 +16,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 def doctor(
     config_file: Annotated[
         Path | None,
-        typer.Argument(help="A run's description, to examine it too.", show_default=False),
+        typer.Argument(help="Configuration of a run to check, too.", show_default=False),
     ] = None,
     thorough: Annotated[
         bool,
@@ -28,7 +28,7 @@ def doctor(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Look for what would stop or spoil an overnight run: installation, devices, data, settings."""
+    """Check installation, devices, data and settings for anything that would stop a long run."""
     with reported(as_json):
         from sage_select.app import jobs
         from sage_select.app.doctor import as_records
@@ -45,12 +45,12 @@ def doctor(
                 screen.print(f"{finding.about:14} {finding.message}", markup=False)
             typer.echo(f"{len(failed)} of {len(findings)} checks failed")
         if failed:
-            raise typer.Exit(NOT_FIT)
+            raise typer.Exit(DOCTOR_FAILED)
 
 
 @app.command()
 def paper() -> None:
-    """Print a configuration with every setting, at the values of the paper (Table 4)."""
+    """Print a configuration with every setting, with the values of the paper (Table 4)."""
     with reported():
         from sage_select.app.config import SageConfig
 
@@ -59,7 +59,7 @@ def paper() -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of configurations, for editors."""
+    """Print the JSON schema of configurations, for completion in editors."""
     with reported():
         from sage_select.app.config import SageConfig
 
@@ -68,7 +68,7 @@ def schema() -> None:
 
 @app.command()
 def show(config_file: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check a configuration and print all of it, including defaults and overrides."""
+    """Check a configuration and print every setting, including defaults and overrides."""
     with reported(as_json):
         config = read_config(config_file, overrides)
         if as_json:

@@ -1,4 +1,4 @@
-"""The console script: its commands, put together."""
+"""The console script, assembled from its commands."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Which preference pairs the current policy should train on next, and why.",
+    help="Select the preference pairs that the current policy should train on next.",
     epilog="Exit codes: 0 done, 1 a bug in sage-select, 2 wrong command line or configuration, 3 "
     "data, files or models that cannot be used, 4 doctor found something that would stop the run, "
-    "130 interrupted. SAGE_SELECT_DEBUG=1 shows where an error comes from.",
+    "130 interrupted. SAGE_SELECT_DEBUG=1 adds the traceback of an error.",
 )
 for command in (runs.plan, runs.score, runs.select, runs.train, runs.flips):
     app.command()(command)
@@ -28,6 +28,7 @@ def main() -> None:
     """Run the command line."""
     try:
         app(prog_name="sage-select")
-    except BrokenPipeError:  # whoever reads our output has closed it
+    except BrokenPipeError:
+        # the reader of stdout, such as `head`, has closed it; flushing at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)

@@ -10,38 +10,37 @@ if TYPE_CHECKING:
     from sage_select.app.config import SageConfig
 
 ConfigFile = Annotated[
-    Path, typer.Argument(help="The run's description, a YAML or JSON file.", show_default=False)
+    Path, typer.Argument(help="Configuration of the run, a YAML or JSON file.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Change a setting, as in --set training.epochs=1; the value as in YAML; may be "
-        "repeated.",
+        help="Override a setting, as in --set training.epochs=1, with a value in YAML; repeatable.",
         show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Hide progress bars.")]
 Interval = Annotated[
     int | None,
-    typer.Option(help="The pool of this interval of the plan, from 0.", show_default=False),
+    typer.Option(help="Use the pool of this interval of the plan, from 0.", show_default=False),
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(help="A checkpoint of the policy; by default model.name.", show_default=False),
+    typer.Option(help="Checkpoint of the policy; by default model.name.", show_default=False),
 ]
 StoreFolder = Annotated[
     Path | None,
-    typer.Option("--store", help="Its folder; by default the one in the user's cache."),
+    typer.Option("--store", help="Folder of the store; by default in the user's cache."),
 ]
 
 
 def read_config(path: Path, overrides: list[str] | None) -> "SageConfig":
-    """Read a configuration, with the overrides of the command line.
+    """Read a configuration with the overrides of the command line.
 
-    The current folder is put on the import path, for scores and losses of the user's own.
+    The current folder is added to the import path, for custom scores and losses.
     """
     from sage_select.app.config import SageConfig, parsed_value
     from sage_select.system.settings import ConfigError
@@ -50,13 +49,16 @@ def read_config(path: Path, overrides: list[str] | None) -> "SageConfig":
     for text in overrides or []:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set {text}: give a name and a value, as in training.epochs=1")
+            raise ConfigError(
+                f"--set {text}: give a name and a value, as in --set training.epochs=1"
+            )
         changes[name] = parsed_value(value, f"--set {name}")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    # a console script starts without the current folder on the path, unlike `python -m`
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
     return SageConfig.read(path, overrides=changes)
 
 
 def bars(quiet: bool) -> bool | None:
-    """What `show_progress` takes."""
+    """Return the value of `show_progress`; None lets the library decide."""
     return False if quiet else None

@@ -1,4 +1,4 @@
-"""What commands print, and how errors become messages and exit codes."""
+"""Output of the commands: tables, JSON, error messages and exit codes."""
 
 import json
 import math
@@ -16,25 +16,26 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-WRONG_USE, BAD_INPUT, NOT_FIT, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
+WRONG_USE, BAD_INPUT, DOCTOR_FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
 
 
 @contextmanager
 def reported(as_json: bool = False) -> Iterator[None]:
-    """Turn errors into one message on stderr (with `as_json` also JSON on stdout) and an exit code.
+    """Turn errors into a message on stderr (with `as_json` also JSON on stdout) and an exit code.
 
     `SAGE_SELECT_DEBUG=1` adds the traceback.
     """
-    _quieten_transformers()
+    _silence_transformers()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, but not one of the input; `main` handles it
         raise
     except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
         from sage_select.system.settings import ConfigError
 
+        # str() of a KeyError would put the message in quotes
         message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
         if os.environ.get("SAGE_SELECT_DEBUG"):
             traceback.print_exc()
@@ -46,7 +47,10 @@ def reported(as_json: bool = False) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; finished work is kept, run the same command to continue", err=True)
+        typer.echo(
+            "interrupted; finished work is kept, run the same command to resume (train: --resume)",
+            err=True,
+        )
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -54,7 +58,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     typer.echo(f"warning: {message}", err=True)
 
 
-def _quieten_transformers() -> None:
+def _silence_transformers() -> None:
+    # its bars and notices would mix with the output; read by the hub library when it is imported
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from transformers.utils import logging
@@ -64,35 +69,35 @@ def _quieten_transformers() -> None:
 
 
 def console() -> "Console":
-    """A console as wide as the terminal, or 120 columns in a file."""
+    """Return a console as wide as the terminal, or 120 columns if stdout is a file or pipe."""
     from rich.console import Console
 
-    drawn = sys.stdout.isatty()
-    return Console(width=None if drawn else 120, highlight=False, soft_wrap=not drawn)
+    on_terminal = sys.stdout.isatty()
+    return Console(width=None if on_terminal else 120, highlight=False, soft_wrap=not on_terminal)
 
 
 def table(title: str, *columns: str, rows: list[tuple[Any, ...]]) -> "Table":
-    """A table for people; columns of numbers are aligned to the right."""
+    """Return a table to print; numeric columns are aligned to the right."""
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) for row in rows)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        result.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*map(readable, row))
-    return drawn
+        result.add_row(*map(readable, row))
+    return result
 
 
 def readable(value: Any) -> str:
-    """A value for people: thousands separated, four digits of a fraction."""
+    """Format a value: integers with thousands separators, other numbers with four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def print_values(values: Mapping[str, Any], as_json: bool, *, width: int = 12) -> None:
-    """Named values, a line each, or as JSON."""
+    """Print named values, one per line or as JSON."""
     if as_json:
         print_json(values)
     else:
@@ -100,7 +105,7 @@ def print_values(values: Mapping[str, Any], as_json: bool, *, width: int = 12) -
 
 
 def print_json(value: Any) -> None:
-    """A value as JSON, NaN and infinity as null."""
+    """Print a value as JSON, with NaN and infinity as null, since JSON has neither."""
     typer.echo(json.dumps(_without_nan(value), indent=1, default=str))
 
 

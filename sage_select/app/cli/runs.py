@@ -1,6 +1,6 @@
-"""Commands around a run: plan, score, select, train, flips.
+"""Commands for runs: plan, score, select, train, flips.
 
-Heavy imports are inside the commands, so that --help and completion answer at once.
+Heavy imports are inside the commands, so that --help and shell completion are fast.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ from sage_select.app.cli.output import console, print_json, print_values, report
 if TYPE_CHECKING:
     from sage_select.app.jobs import TrainingResult
 
-COST_WORDS = {
+COST_LABELS = {
     "reference": "reference, once, if the store is empty",
     "scoring": "scoring the pools",
-    "training": "training on the kept pairs, if they are as long as the others",
+    "training": "training on the kept pairs, if of average length",
     "evaluation": "evaluating on the held-out pairs",
     "full": "training on everything instead",
 }
@@ -38,9 +38,9 @@ def plan(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the whole run before it starts: pairs, strata, pools, mix, keeps, steps and cost.
+    """Show a run before it starts: pairs, strata, pools, mix, keep ratios, steps and cost.
 
-    It needs the data and the tokenizer; no weights are loaded.
+    Needs the data and the tokenizer; no weights are loaded.
     """
     with reported(as_json):
         from sage_select.app import jobs
@@ -57,14 +57,14 @@ def _print_forecast(forecast: dict[str, Any]) -> None:
     strata = [(name, n, n / forecast["pairs"]) for name, n in forecast["strata"].items()]
     intervals = [tuple(interval.values()) for interval in forecast["intervals"]]
     costs = [
-        (words, cost["tokens"][name] / 1e6, _tera(cost["flops"][name]))
-        for name, words in COST_WORDS.items()
+        (label, cost["tokens"][name] / 1e6, _tera(cost["flops"][name]))
+        for name, label in COST_LABELS.items()
     ]
     typer.echo(forecast["waterfall"])
     for title, columns, rows in (
         ("\nstrata", ("stratum", "pairs", "share"), strata),
         ("\nintervals", tuple(forecast["intervals"][0]), intervals),
-        ("\ncost", ("what", "million tokens", "TFLOP needed"), costs),
+        ("\ncost", ("phase", "million tokens", "TFLOP needed"), costs),
     ):
         screen.print(table(title, *columns, rows=rows))
     typer.echo(
@@ -78,12 +78,13 @@ def _print_forecast(forecast: dict[str, Any]) -> None:
 
 
 def _tera(flops: float | None) -> Any:
+    """Return TFLOPs, or an empty cell if the model's shape is unknown."""
     return "" if flops is None else flops / 1e12
 
 
 def score(
     config_file: ConfigFile,
-    out: Annotated[Path, typer.Option(help="The table to write: .parquet or .csv.")],
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet or .csv.")],
     policy: Policy = None,
     interval: Interval = None,
     overrides: Overrides = None,
@@ -92,8 +93,8 @@ def score(
 ) -> None:
     """Measure pairs under policy and reference: log-probs, rewards and scores in a table.
 
-    All pairs, including those held out, or those of one interval. `select --policy-logps` and
-    `reference.file` read the table.
+    Measures all pairs, including those held out, or the pool of one interval. The table can be
+    used by `select --policy-logps` and as `reference.file`.
     """
     with reported(as_json):
         from sage_select.app import jobs
@@ -107,32 +108,34 @@ def score(
 
 def select(
     config_file: ConfigFile,
-    out: Annotated[Path, typer.Option(help="The dataset to write: .jsonl, .json or .parquet.")],
+    out: Annotated[Path, typer.Option(help="Dataset to write: .jsonl, .json or .parquet.")],
     interval: Interval = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="Instead of an interval: keep this share of all.", show_default=False),
+        typer.Option(
+            help="Keep this share of all pairs, instead of an interval.", show_default=False
+        ),
     ] = None,
     policy: Policy = None,
     policy_logps: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of a policy: its log-probs, and the reference's, as `score` writes them.",
+            help="Log-probs of policy and reference, as `score` writes them, instead of a policy.",
             show_default=False,
         ),
     ] = None,
     format: Annotated[
         Literal["same", "trl", "llamafactory"],
-        typer.Option(help="The records as they are, or as a trainer reads them."),
+        typer.Option(help="Records unchanged, or in the format of a trainer."),
     ] = "same",
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose pairs for a trainer that you cannot modify, and write them as its dataset.
+    """Select pairs for a trainer that you cannot modify, and write them as its dataset.
 
-    A table beside the dataset has every candidate: row, source row, id, score, kept, weight and
-    the log-probs that decided.
+    A table beside the dataset lists every candidate: row, source row, id, score, kept, weight and
+    log-probs.
     """
     with reported(as_json):
         from sage_select.app import jobs
@@ -170,10 +173,10 @@ def train(
 ) -> None:
     """Train with selection. A killed run resumes with --resume and ends with identical weights.
 
-    On one device, or under torchrun on many (training.strategy):
+    Runs on one device, or under torchrun on several (training.strategy):
     torchrun --nproc-per-node 8 --no-python sage-select train run.yaml
 
-    The run folder gets the configuration, metrics, evaluations, the selection log, checkpoints,
+    The run folder receives the configuration, metrics, evaluations, the selection log, checkpoints,
     the best weights and the trained model.
     """
     with reported(as_json):
@@ -187,7 +190,7 @@ def train(
             show_progress=bars(quiet),
             say=lambda text: typer.echo(text, err=True),
         )
-        first = Processes.all().rank == 0
+        first = Processes.all().rank == 0  # asked before leaving, when there still are ranks
         leave()
         if first and as_json:
             print_json(
@@ -206,14 +209,14 @@ def train(
 
 def _print_result(result: "TrainingResult", best_by: str) -> None:
     columns = {"first": result.first, "best": result.best, "last": result.last}
-    given = {name: metrics for name, metrics in columns.items() if metrics is not None}
+    available = {name: metrics for name, metrics in columns.items() if metrics is not None}
     rows = [
-        (name, *(metrics[name] for metrics in given.values()))
+        (name, *(metrics[name] for metrics in available.values()))
         for name in result.last
-        if all(name in metrics for metrics in given.values())
+        if all(name in metrics for metrics in available.values())
     ]
     title = "batches" if result.best is None else "held-out pairs"
-    console().print(table(title, "metric", *given, rows=rows))
+    console().print(table(title, "metric", *available, rows=rows))
     rows = [
         (
             name,
@@ -223,23 +226,23 @@ def _print_result(result: "TrainingResult", best_by: str) -> None:
         )
         for name, work in result.cost["phases"].items()
     ]
-    heads = ("phase", "TFLOP forecast", "needed", "executed", "million tokens", "seconds")
-    console().print(table("\ncost", *heads, rows=rows))
+    headings = ("phase", "TFLOP forecast", "needed", "executed", "million tokens", "seconds")
+    console().print(table("\ncost", *headings, rows=rows))
     typer.echo(
-        "at these speeds selection takes less time than training on everything if it keeps less "
+        "at these speeds, selection takes less time than training on everything if it keeps less "
         f"than {result.cost['break_even']:.2f} of its candidates"
     )
-    typer.echo(f"the model after the last step: {result.folder.model}")
+    typer.echo(f"model after the last step: {result.folder.model}")
     if result.best is not None:
-        typer.echo(f"the best by {best_by} on held-out pairs: {result.folder.best_model}")
+        typer.echo(f"best model by {best_by} on held-out pairs: {result.folder.best_model}")
 
 
 def flips(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    other: Annotated[Path, typer.Argument(help="The folder of another run of the same plan.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    other: Annotated[Path, typer.Argument(help="Folder of another run with the same plan.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare what two runs kept: other processes, hosts or devices round differently."""
+    """Compare which pairs two runs kept; other processes, hosts or devices round differently."""
     with reported(as_json):
         from sage_select.app import jobs
 
@@ -250,7 +253,7 @@ def flips(
             intervals = flipped_by_interval.to_dicts()
             print_json({"kept": kept, "flipped": flipped, "intervals": intervals})
             return
-        heads = ("interval", "kept", "flipped", "distance from the cut")
+        headings = ("interval", "kept", "flipped", "distance from the cut")
         rows = flipped_by_interval.rows()
-        console().print(table("kept by one run and not by the other", *heads, rows=rows))
+        console().print(table("kept by one run and not by the other", *headings, rows=rows))
         typer.echo(f"{flipped:,} of {kept:,} kept pairs flipped")

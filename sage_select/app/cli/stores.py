@@ -1,4 +1,4 @@
-"""Commands around the reference store: list, fill, evict."""
+"""Commands for the reference store: list, fill, evict."""
 
 import re
 from dataclasses import asdict
@@ -17,18 +17,20 @@ from sage_select.app.cli.options import (
 )
 from sage_select.app.cli.output import console, print_json, print_values, reported, table
 
-app = typer.Typer(no_args_is_help=True, help="The reference store: list, fill, evict.")
+app = typer.Typer(no_args_is_help=True, help="List, fill and clear the reference store.")
 
 
 @app.command("list")
 def list_references(store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """List the references of the store, the most recently used first, and the cached tokens."""
+    """List the references in the store, the most recently used first, and the cached tokens."""
     with reported(as_json):
         from sage_select.data.token_cache import tokens_folder
         from sage_select.references.eviction import default_store, stored_references
 
         if store is not None and not store.is_dir():
-            raise FileNotFoundError(f"--store {store}: there is no such folder")
+            raise FileNotFoundError(
+                f"--store {store}: there is no such folder; without --store the default is listed"
+            )
         references = stored_references(store)
         tokens = sum(f.stat().st_size for f in tokens_folder().glob("*") if f.is_file())
         total = sum(reference.size for reference in references)
@@ -47,8 +49,8 @@ def list_references(store: StoreFolder = None, as_json: AsJson = False) -> None:
             for r in references
         ]
         title = f"references in {store or default_store()}"
-        heads = ("identity", "model", "dtype", "sequences", "bytes")
-        console().print(table(title, *heads, rows=rows))
+        headings = ("identity", "model", "dtype", "sequences", "bytes")
+        console().print(table(title, *headings, rows=rows))
         typer.echo(f"\n{total:,} bytes of log-probs; {tokens:,} bytes of tokens")
 
 
@@ -59,7 +61,7 @@ def fill(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the reference of a run beforehand. If killed, the same command resumes."""
+    """Measure the reference of a run in advance. If killed, the same command resumes."""
     with reported(as_json):
         from sage_select.app import jobs
 
@@ -74,14 +76,14 @@ def evict(
     ] = None,
     older_than: Annotated[
         str | None,
-        typer.Option(help="Delete what was unused for this long: 12h, 30d.", show_default=False),
+        typer.Option(help="Delete what was not used for this long: 12h, 30d.", show_default=False),
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(help="Delete the oldest above this size: 500MB, 2GB.", show_default=False),
+        typer.Option(help="Delete the oldest above this total: 500MB, 2GB.", show_default=False),
     ] = None,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="Delete cached tokens instead, by --older-than.")
+        bool, typer.Option("--tokens", help="Delete cached tokens instead; needs --older-than.")
     ] = False,
     store: StoreFolder = None,
     as_json: AsJson = False,
@@ -95,12 +97,16 @@ def evict(
         unused_for = None if older_than is None else _seconds(older_than)
         if tokens:
             if unused_for is None:
-                raise ConfigError("evict --tokens: say how old with --older-than, as in 30d")
+                raise ConfigError(
+                    "store evict --tokens: give a minimum age, as in --older-than 30d"
+                )
             files, freed = evict_tokens(unused_for)
             result: dict[str, Any] = {"files": files, "bytes": freed}
         else:
             if identity is None and unused_for is None and max_size is None:
-                raise ConfigError("evict: say what: --identity, --older-than or --max-size")
+                raise ConfigError(
+                    "store evict: give --identity, --older-than or --max-size, or --tokens"
+                )
             deleted = evict_references(
                 store,
                 identity=identity,
@@ -113,8 +119,8 @@ def evict(
             print_json(result)
         else:
             count = result["files"] if tokens else len(result["references"])
-            what = "files of tokens" if tokens else "references"
-            typer.echo(f"{count:,} {what} deleted, {result['bytes']:,} bytes")
+            kind = "token files" if tokens else "references"
+            typer.echo(f"{count:,} {kind} deleted, {result['bytes']:,} bytes")
 
 
 def _seconds(text: str) -> float:
@@ -127,6 +133,7 @@ def _bytes(text: str) -> int:
 
 
 def _amount(text: str, units: dict[str, int], option: str, example: str) -> float:
+    """Parse a number with a unit."""
     from sage_select.system.settings import ConfigError
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
