@@ -6,7 +6,6 @@ TRL 0.24 to 1.x is supported; tests run with 0.24 (and transformers 4.57) and wi
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,43 @@ from warnings import warn
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sage_select.app.config import SageConfig
 from sage_select.app.loading import DTYPE_NAMES
-from sage_select.app.run import Run, build_loader
+from sage_select.app.run import build_loader
 from sage_select.data.dataset import PreferenceDataset
-from sage_select.models.fingerprints import has_adapters
-from sage_select.models.sequences import sequence_keys
-from sage_select.pairs import REFERENCE, PairLogps, Reference
+from sage_select.pairs import PairLogps, Reference
 from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.log import SelectionLog
-from sage_select.selecting.selector import check_same_precision
 from sage_select.system.processes import Processes
 from sage_select.system.settings import ConfigError
 from sage_select.training.micro_batches import dealt
-from sage_select.training.refusals import Refusal, refuse
+from sage_select.training.refusals import refuse
 
-from .trl_refusals import check_host, losses_of, refusals_of
+from .trl_reference import (
+    counted_reasons,
+    evaluation_with_logps,
+    measured_reference,
+    tokens_of,
+    use_precomputed_logps,
+    with_logps,
+)
+from .trl_refusals import (
+    autocast_dtype,
+    check_batches,
+    check_collator,
+    check_host,
+    check_loader,
+    global_batch,
+    losses_of,
+    trainer_refusals,
+)
 
-SIDES = ("prompt", "chosen", "rejected")
-LOSSES = {"nca": "nca_pair", "dpo": "sigmoid"}  # TRL's name of each of our losses
+TRL_LOSSES = {"nca": "nca_pair", "dpo": "sigmoid"}  # TRL's name of each of our losses
 NOT_MEASURED = PairLogps(*[torch.zeros(0, dtype=torch.int64)] * 5)  # replaced once measured
 
 
@@ -62,11 +74,11 @@ def pairs_of(trainer: Any) -> PreferenceDataset:
         ... )  # doctest: +SKIP
     """
     _check_trainer(trainer)
-    pairs = _tokens_of(trainer, trainer.train_dataset)
+    pairs = tokens_of(trainer, trainer.train_dataset)
     if unusable := pairs.set_aside.height:
         warn(
             f"pairs_of: {unusable} of {unusable + len(pairs)} rows of the train dataset cannot be "
-            f"used and are not trained on: {_reasons(pairs)}",
+            f"used and are not trained on: {counted_reasons(pairs)}",
             stacklevel=2,
         )
     if getattr(trainer.args, "truncation_mode", "") == "keep_end":
@@ -76,7 +88,7 @@ def pairs_of(trainer: Any) -> PreferenceDataset:
                 "truncation_mode='keep_end' cuts its start, but scoring would cut its end; set "
                 "truncation_mode='keep_start', or a larger max_length"
             )
-    _check_collator(trainer, pairs)
+    check_collator(trainer, pairs)
     return pairs
 
 
@@ -124,41 +136,41 @@ def attach(
     pairs = pairs_of(trainer)
     folder = Path(trainer.args.output_dir) / "selection" if log is None else Path(log)
     if isinstance(selection, SageConfig):
-        config = _merged(selection, trainer)
+        config = _config_of(selection, trainer)
         loader = build_loader(
             config,
             pairs,
             trainer.model,
             NOT_MEASURED if reference is None else reference,
             batch_size=config.training.batch_size,
-            mixed_precision=_precision(trainer),
+            mixed_precision=autocast_dtype(trainer),
             log=SelectionLog(folder),
             show_progress=show_progress,
         )
     elif isinstance(selection, SelectiveLoader):
         loader = selection
-        config = _merged(SageConfig(), trainer)
+        config = _config_of(SageConfig(), trainer)
         reference = loader.selector.reference if reference is None else reference
-        _check_loader(loader, pairs, trainer)
+        check_loader(loader, pairs, trainer)
         loader.log = SelectionLog(folder) if loader.log is None else loader.log
     else:
         raise TypeError(
             "attach: selection must be a SageConfig, or a SelectiveLoader made on "
             f"pairs_of(trainer), got {type(selection).__name__}"
         )
-    _check_fits(loader, trainer)
+    check_batches(loader, trainer)
 
     def measured(pairs: PreferenceDataset) -> PairLogps:
-        return _measured_reference(trainer, pairs, config, show_progress)
+        return measured_reference(trainer, pairs, config, show_progress)
 
     logps = measured(pairs) if reference is None else reference.take(loader.dataset.index)
     loader.selector = replace(loader.selector, reference=logps)
     rows = pairs.column("source_row").to_numpy()
-    train = _with_logps(trainer.train_dataset, logps, rows[logps.index.numpy()])
-    evaluation = _evaluation_with_logps(trainer, measured)
+    train = with_logps(trainer.train_dataset, logps, rows[logps.index.numpy()])
+    evaluation = evaluation_with_logps(trainer, measured)
     # Nothing below can fail, so a failed call leaves the trainer as it was.
     trainer.train_dataset, trainer.eval_dataset = train, evaluation
-    _use_precomputed_logps(trainer)
+    use_precomputed_logps(trainer)
     batches = _Batches(trainer, loader, rows)
     trainer.get_train_dataloader = batches.dataloader
     trainer.log = batches.logging(trainer.log)
@@ -240,7 +252,7 @@ class _Batches:
                 "train: trainer.train_dataset was replaced after attach; build a new trainer with "
                 "that dataset, and attach again"
             )
-        _check_fits(self.loader, self.trainer)
+        check_batches(self.loader, self.trainer)
         return self
 
     def __len__(self) -> int:
@@ -280,48 +292,19 @@ class _Batches:
         return with_metrics
 
 
-def _tokens_of(trainer: Any, dataset: Any, *, keep_duplicates: bool = False) -> PreferenceDataset:
-    """Return the pairs of a dataset that a trainer has prepared."""
-    names = dict.fromkeys(dataset.column_names)
-    ends = "_ids" if "prompt_ids" in names else "_input_ids"
-    if missing := [side + ends for side in SIDES if side + ends not in names]:
-        raise ValueError(
-            f"attach: the trainer's dataset has no {', '.join(missing)}; it has "
-            f"{', '.join(names)}. Pass attach a DPOTrainer that prepared its dataset"
-        )
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-
-    def records() -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(dataset.with_format(None)):
-            tokens = {f"{side}_ids": row.pop(side + ends) for side in SIDES}
-            for side in SIDES[1:]:  # the trainer appended the end token to the text
-                if isinstance(row.get(side), str):
-                    row[side] = row[side].removesuffix(tokenizer.eos_token)
-            yield row | tokens | ({"pair_id": str(number)} if keep_duplicates else {})
-
-    longest = trainer.args.max_length
-    return PreferenceDataset.from_tokens(records(), max_length=longest or np.iinfo(np.int32).max)
-
-
-def _reasons(pairs: PreferenceDataset) -> str:
-    """Return the reasons for unusable rows, with their counts."""
-    counts = pairs.set_aside["reason"].value_counts(sort=True).rows()
-    return ", ".join(f"{count} {reason}" for reason, count in counts)
-
-
-def _merged(config: SageConfig, trainer: Any) -> SageConfig:
+def _config_of(config: SageConfig, trainer: Any) -> SageConfig:
     """Return the configuration with the trainer's batch size, beta and precision.
 
     Raises:
         ConfigError: If a setting of the configuration contradicts the trainer's.
     """
-    args, precision = trainer.args, _precision(trainer)
+    args, precision = trainer.args, autocast_dtype(trainer)
     trainer_settings = {
         "beta": ("beta", args.beta),
         "data.max_length": ("max_length", args.max_length),
         "training.batch_size": (
             "per_device_train_batch_size x gradient_accumulation_steps x processes",
-            _global_batch(trainer),
+            global_batch(trainer),
         ),
         "training.micro_batch_size": (
             "per_device_train_batch_size",
@@ -342,11 +325,11 @@ def _merged(config: SageConfig, trainer: Any) -> SageConfig:
         if (given := _explicit(config, setting)) not in (None, value)
     ]
     loss, losses = _explicit(config, "training.loss"), losses_of(args)
-    if loss is not None and [LOSSES.get(loss)] != losses:
+    if loss is not None and [TRL_LOSSES.get(loss)] != losses:
         conflicts.append(
             f"training.loss is {loss}, but the trainer's loss_type is {losses}; leave "
             "training.loss out of the configuration, or set "
-            f"loss_type={LOSSES.get(loss, 'a loss of TRL')!r}"
+            f"loss_type={TRL_LOSSES.get(loss, 'a loss of TRL')!r}"
         )
     for setting in ("reference.model", "reference.file"):
         if (given := _explicit(config, setting)) is not None:
@@ -357,7 +340,7 @@ def _merged(config: SageConfig, trainer: Any) -> SageConfig:
             )
     if conflicts:
         raise ConfigError("\n".join(f"attach: {conflict}" for conflict in conflicts))
-    training = {"batch_size": _global_batch(trainer)}
+    training = {"batch_size": global_batch(trainer)}
     return config.model_copy(
         update={
             "beta": args.beta,
@@ -377,179 +360,6 @@ def _explicit(config: SageConfig, setting: str) -> Any:
     return getattr(section, name) if name in section.model_fields_set else None
 
 
-def _measured_reference(
-    trainer: Any, pairs: PreferenceDataset, config: SageConfig, show_progress: bool | None
-) -> PairLogps:
-    """Measure log-probs under the model that the trainer would use as the reference."""
-    ref_model = trainer.ref_model
-    run = Run(config, pairs, pairs, show_progress=show_progress)
-    # A reference with adapters on is measured without the store, which turns adapters off.
-    if ref_model is not None and has_adapters(ref_model):
-        return run.reader(ref_model, pairs)
-    if ref_model is None and (adapter := _reference_adapter(trainer)) is not None:
-        with _with_adapter(trainer.model, adapter):
-            return run.reader(trainer.model, pairs)
-    store = run.store(trainer.model if ref_model is None else ref_model)
-    store.fill()
-    return store.take(pairs.index)
-
-
-def _reference_adapter(trainer: Any) -> str | None:
-    """Return the name of a PEFT policy's reference adapter; None if its base is the reference."""
-    if hasattr(trainer, "ref_adapter_name"):  # TRL before 0.29
-        name: str | None = trainer.ref_adapter_name
-        return name
-    return "ref" if "ref" in getattr(trainer.model, "peft_config", {}) else None
-
-
-@contextmanager
-def _with_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    """Activate an adapter inside the block; restore the active one and `requires_grad` after it."""
-    peft: Any = model
-    active = peft.active_adapter
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    peft.set_adapter(name)
-    try:
-        yield
-    finally:
-        peft.set_adapter(active)
-        model.requires_grad_(False)  # set_adapter makes the active adapter trainable
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _with_logps(dataset: Any, logps: PairLogps, rows: npt.NDArray[np.int64]) -> Any:
-    """Add the columns in which TRL expects reference log-probs to a dataset."""
-    for name, values in logps.columns(REFERENCE).items():
-        column = np.full(len(dataset), np.nan)  # NaN in rows that are never trained on
-        column[rows] = values
-        dataset = dataset.add_column(name, column)
-    return dataset
-
-
-def _evaluation_with_logps(trainer: Any, measured: Callable[[PreferenceDataset], PairLogps]) -> Any:
-    """Return the evaluation dataset or datasets with reference log-probs."""
-
-    def with_reference(name: str, dataset: Any) -> Any:
-        pairs = _tokens_of(trainer, dataset, keep_duplicates=True)
-        if pairs.set_aside.height:
-            warn(
-                f"attach: {pairs.set_aside.height} rows of the {name} dataset cannot be used and "
-                f"are not evaluated on: {_reasons(pairs)}",
-                stacklevel=4,
-            )
-            dataset = dataset.select(pairs.column("source_row").to_list())
-        return _with_logps(dataset, measured(pairs), np.arange(len(pairs)))
-
-    datasets = trainer.eval_dataset
-    if datasets is None:
-        return None
-    if isinstance(datasets, dict):
-        return {name: with_reference(name, dataset) for name, dataset in datasets.items()}
-    return with_reference("eval", datasets)
-
-
-def _use_precomputed_logps(trainer: Any) -> None:
-    """Make the trainer read reference log-probs from its datasets, and release its reference."""
-    if hasattr(trainer, "precompute_ref_logps"):
-        trainer.precompute_ref_logps = True
-    else:  # TRL before 0.29
-        trainer.precompute_ref_log_probs = True
-        trainer._precomputed_train_ref_log_probs = trainer._precomputed_eval_ref_log_probs = True
-    if trainer.ref_model is None:
-        return
-
-    def refuse_evaluation(*_: Any, **__: Any) -> None:
-        raise ValueError(
-            "evaluate: the reference model was released after it measured the trainer's datasets; "
-            "pass this dataset to the trainer in eval_dataset, before attach"
-        )
-
-    trainer.ref_model = None
-    # Without a reference model TRL would measure the policy as if it were the reference.
-    trainer.compute_ref_log_probs = refuse_evaluation
-
-
-def _precision(trainer: Any) -> torch.dtype | None:
-    """Return the accelerator's precision: a launcher may have overridden the arguments."""
-    return torch.bfloat16 if trainer.accelerator.mixed_precision == "bf16" else None
-
-
-def _global_batch(trainer: Any) -> int:
-    """Return the pairs per update over all processes."""
-    args = trainer.args
-    pairs: int = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return pairs * Processes.all().size
-
-
-def _check_fits(loader: SelectiveLoader, trainer: Any) -> None:
-    """Refuse an update that cannot be dealt evenly to processes and accumulation steps.
-
-    Raises:
-        Refused: If there is one.
-    """
-    refuse("attach", _batch_refusals(loader, trainer))
-
-
-def _batch_refusals(loader: SelectiveLoader, trainer: Any) -> Iterator[Refusal]:
-    size, batch = _global_batch(trainer), loader.timeline.batch_size
-    args, processes = trainer.args, Processes.all().size
-    if batch != size:
-        yield Refusal(
-            f"the loader has {batch} pairs per update, but the trainer takes "
-            f"per_device_train_batch_size x gradient_accumulation_steps x processes = "
-            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
-            f"{processes} = {size}",
-            "make the two equal",
-        )
-        return
-    share = args.gradient_accumulation_steps * processes
-    if (last := loader.timeline.total_kept % batch) % share:
-        yield Refusal(
-            f"the run's last update has {last} pairs, which processes x accumulation steps = "
-            f"{processes} x {args.gradient_accumulation_steps} cannot divide evenly",
-            f"keep multiples of {share}: selection.multiple={share} in the configuration, or "
-            f"multiple={share} for Timeline and Selector",
-        )
-
-
-def _check_loader(loader: SelectiveLoader, pairs: PreferenceDataset, trainer: Any) -> None:
-    """Refuse a loader that was made for other pairs or another precision than the trainer's."""
-    dataset = loader.dataset
-    all_present = np.isin(dataset.index, pairs.index).all()
-    if not all_present or not np.array_equal(
-        sequence_keys(dataset).sequences, sequence_keys(pairs.take(dataset.index)).sequences
-    ):
-        raise ValueError(
-            "attach: the loader's pairs do not have the same tokens as the trainer's; make the "
-            "loader on pairs_of(trainer), or on rows of it"
-        )
-    check_same_precision(loader.selector, _precision(trainer), "attach")
-
-
-def _check_collator(trainer: Any, pairs: PreferenceDataset) -> None:
-    """Refuse a collator that changes the tokens of a pair, tried on the longest one.
-
-    Raises:
-        ValueError: If its tokens are not those that are scored.
-    """
-    longest = pairs.take(pairs.index[[int(pairs.num_tokens.argmax())]])
-    row = trainer.train_dataset.with_format(None)[int(longest.column("source_row")[0])]
-    batch = trainer.data_collator([row])
-    if "completion_mask" not in batch:  # TRL before 0.29 joins prompt and response later
-        return
-    for i, (tokens, start) in enumerate(longest.sequences()):
-        attended = batch["attention_mask"][i].bool()
-        collated = batch["input_ids"][i][attended][: pairs.max_length]
-        mask = batch["completion_mask"][i][attended][: pairs.max_length]
-        if not np.array_equal(collated, tokens) or int(mask.argmax()) != start:
-            raise ValueError(
-                f"pairs_of: for pair {longest.ids[0]} the trainer's data_collator returns other "
-                "tokens than the dataset has, so scored and trained tokens would differ; leave "
-                "data_collator out, or make it truncate and mask as DataCollatorForPreference does"
-            )
-
-
 def _check_trainer(trainer: Any, *, attached: bool = False) -> None:
     """Refuse trainers and settings that are incompatible with selection.
 
@@ -562,4 +372,4 @@ def _check_trainer(trainer: Any, *, attached: bool = False) -> None:
     is_attached = isinstance(getattr(trainer.get_train_dataloader, "__self__", None), _Batches)
     if is_attached and not attached:
         raise ValueError("attach: SAGE is already attached to this trainer; build a new trainer")
-    refuse("attach", refusals_of(trainer, attached=attached))
+    refuse("attach", trainer_refusals(trainer, attached=attached))

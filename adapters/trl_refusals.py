@@ -3,11 +3,18 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import torch
 import trl
 from torch.distributed.fsdp import FSDPModule
 
+from sage_select.data.dataset import PreferenceDataset
+from sage_select.models.sequences import sequence_keys
 from sage_select.models.wrappers import is_sharded, resharded
-from sage_select.training.refusals import Refusal
+from sage_select.selecting.loader import SelectiveLoader
+from sage_select.selecting.selector import check_same_precision
+from sage_select.system.processes import Processes
+from sage_select.training.refusals import Refusal, refuse
 
 OLDEST, FIRST_UNSUPPORTED = (0, 24), (2, 0)
 
@@ -35,7 +42,7 @@ def check_host(trainer: Any) -> None:
         )
 
 
-def refusals_of(trainer: Any, *, attached: bool = False) -> Iterator[Refusal]:
+def trainer_refusals(trainer: Any, *, attached: bool = False) -> Iterator[Refusal]:
     """Yield everything about a trainer that is incompatible with selection.
 
     Args:
@@ -43,7 +50,13 @@ def refusals_of(trainer: Any, *, attached: bool = False) -> Iterator[Refusal]:
         attached: True if selection is attached already, as it is when training starts.
     """
     compatible = True
-    for checks in (_schedule, _processes, _pairs, _loss, *([] if attached else [_reference])):
+    for checks in (
+        _schedule,
+        _processes,
+        _pairs,
+        _loss,
+        *([] if attached else [_reference_checks]),
+    ):
         for applies, what, fix in checks(trainer):
             if applies:
                 compatible = False
@@ -217,7 +230,7 @@ def _loss(trainer: Any) -> Checks:
         yield (_setting(trainer, name), f"{name} {reason}", f"set {name}=False")
 
 
-def _reference(trainer: Any) -> Checks:
+def _reference_checks(trainer: Any) -> Checks:
     """Yield checks for reasons that the current reference log-probs or policy cannot be used."""
     args = trainer.args
     names = set(getattr(trainer.train_dataset, "column_names", None) or ())
@@ -234,3 +247,83 @@ def _reference(trainer: Any) -> Checks:
         "equal the reference",
         "attach before trainer.train(), in a resumed run as well",
     )
+
+
+def autocast_dtype(trainer: Any) -> torch.dtype | None:
+    """Return the accelerator's precision: a launcher may have overridden the arguments."""
+    return torch.bfloat16 if trainer.accelerator.mixed_precision == "bf16" else None
+
+
+def global_batch(trainer: Any) -> int:
+    """Return the pairs per update over all processes."""
+    args = trainer.args
+    pairs: int = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return pairs * Processes.all().size
+
+
+def check_batches(loader: SelectiveLoader, trainer: Any) -> None:
+    """Refuse an update that cannot be dealt evenly to processes and accumulation steps.
+
+    Raises:
+        Refused: If there is one.
+    """
+    refuse("attach", _batch_refusals(loader, trainer))
+
+
+def _batch_refusals(loader: SelectiveLoader, trainer: Any) -> Iterator[Refusal]:
+    size, batch = global_batch(trainer), loader.timeline.batch_size
+    args, processes = trainer.args, Processes.all().size
+    if batch != size:
+        yield Refusal(
+            f"the loader has {batch} pairs per update, but the trainer takes "
+            f"per_device_train_batch_size x gradient_accumulation_steps x processes = "
+            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
+            f"{processes} = {size}",
+            "make the two equal",
+        )
+        return
+    share = args.gradient_accumulation_steps * processes
+    if (last := loader.timeline.total_kept % batch) % share:
+        yield Refusal(
+            f"the run's last update has {last} pairs, which processes x accumulation steps = "
+            f"{processes} x {args.gradient_accumulation_steps} cannot divide evenly",
+            f"keep multiples of {share}: selection.multiple={share} in the configuration, or "
+            f"multiple={share} for Timeline and Selector",
+        )
+
+
+def check_loader(loader: SelectiveLoader, pairs: PreferenceDataset, trainer: Any) -> None:
+    """Refuse a loader that was made for other pairs or another precision than the trainer's."""
+    dataset = loader.dataset
+    all_present = np.isin(dataset.index, pairs.index).all()
+    if not all_present or not np.array_equal(
+        sequence_keys(dataset).sequences, sequence_keys(pairs.take(dataset.index)).sequences
+    ):
+        raise ValueError(
+            "attach: the loader's pairs do not have the same tokens as the trainer's; make the "
+            "loader on pairs_of(trainer), or on rows of it"
+        )
+    check_same_precision(loader.selector, autocast_dtype(trainer), "attach")
+
+
+def check_collator(trainer: Any, pairs: PreferenceDataset) -> None:
+    """Refuse a collator that changes the tokens of a pair, tried on the longest one.
+
+    Raises:
+        ValueError: If its tokens are not those that are scored.
+    """
+    longest = pairs.take(pairs.index[[int(pairs.num_tokens.argmax())]])
+    row = trainer.train_dataset.with_format(None)[int(longest.column("source_row")[0])]
+    batch = trainer.data_collator([row])
+    if "completion_mask" not in batch:  # TRL before 0.29 joins prompt and response later
+        return
+    for i, (tokens, start) in enumerate(longest.sequences()):
+        attended = batch["attention_mask"][i].bool()
+        collated = batch["input_ids"][i][attended][: pairs.max_length]
+        mask = batch["completion_mask"][i][attended][: pairs.max_length]
+        if not np.array_equal(collated, tokens) or int(mask.argmax()) != start:
+            raise ValueError(
+                f"pairs_of: for pair {longest.ids[0]} the trainer's data_collator returns other "
+                "tokens than the dataset has, so scored and trained tokens would differ; leave "
+                "data_collator out, or make it truncate and mask as DataCollatorForPreference does"
+            )

@@ -48,7 +48,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from sage_select import PairLogps, PreferenceDataset, ReferenceStore, measure
+from sage_select import PairLogps, PreferenceDataset, Reader, ReferenceStore
 
 Lengths = npt.NDArray[np.int64]
 
@@ -279,13 +279,14 @@ def main() -> None:
     for name, counts in ("prompts", lengths[:, 0]), ("responses", lengths[:, 1:]):
         percentiles = np.percentile(counts, [10, 50, 90, 100])
         print(f"{name:30}" + "".join(f"{value:10,.0f}" for value in percentiles), flush=True)
+    reader = Reader(show_progress=False)  # a call of it is `measure`
 
     def score(model: nn.Module) -> PairLogps:
-        return measure(model, dataset, show_progress=False)
+        return reader(model, dataset)
 
     with tempfile.TemporaryDirectory() as folder:
         reference = deepcopy(model)
-        store = ReferenceStore(reference, dataset, folder=folder, show_progress=False)
+        store = ReferenceStore(reference, dataset, folder=folder, reader=reader)
         store.fill()
         # also runs the checks that are made once per model; the store has done so for the reference
         ours = score(model)

@@ -81,7 +81,7 @@ class SageConfig(Settings):
             >>> SageConfig.paper().selection.keep_end
             0.4
         """
-        return cls(**_merged(TABLE_4, sections))
+        return cls(**_overridden(TABLE_4, sections))
 
     @classmethod
     def read(
@@ -114,7 +114,7 @@ class SageConfig(Settings):
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: cannot be read: {error}") from None
-        values = _parsed(text, str(file), as_json=file.suffix == ".json")
+        values = _parse(text, str(file), as_json=file.suffix == ".json")
         if not isinstance(values, dict):
             raise ConfigError(
                 f"{file}: a configuration must be a mapping of settings, as in 'beta: 0.1'"
@@ -122,7 +122,7 @@ class SageConfig(Settings):
         variables = os.environ if environment is None else environment
         changes = _from_environment(variables) | dict(overrides or {})
         for name, value in changes.items():
-            values = _merged(values, _nested(name, value))
+            values = _overridden(values, _nested(name, value))
         try:
             return cls(**{str(name): value for name, value in values.items()})
         except ConfigError as error:
@@ -197,7 +197,7 @@ def _flat(sections: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _overridden(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return base with the changes applied, section by section."""
     merged = dict(base)
     for name, value in changes.items():
@@ -205,7 +205,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
             # defaults of a section must not override settings that base has
             value = value.model_dump(exclude_unset=True)
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if both else value
+        merged[name] = _overridden(merged[name], value) if both else value
     return merged
 
 
@@ -249,10 +249,10 @@ def parsed_value(text: str, name: str) -> Any:
     Raises:
         ConfigError: If it is not valid YAML.
     """
-    return _parsed(text, name)
+    return _parse(text, name)
 
 
-def _parsed(text: str, origin: str, *, as_json: bool = False) -> Any:
+def _parse(text: str, origin: str, *, as_json: bool = False) -> Any:
     """Parse YAML or JSON; `origin` begins the error message."""
     try:
         if as_json:

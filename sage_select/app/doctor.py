@@ -74,21 +74,21 @@ def examine(
     """
     yield from _installation()
     yield from _devices()
-    yield from _checked("cache", lambda: _disk_space(cache_folder()))
+    yield from _findings("cache", lambda: _disk_space(cache_folder()))
     if config is None:
         return
     yield Finding("configuration", "ok", f"hash {config.hash}, run folder {config.run_folder}")
-    yield from _checked("functions", lambda: _functions(config))
-    yield from _checked("device", lambda: _device(config))
+    yield from _findings("functions", lambda: _functions(config))
+    yield from _findings("device", lambda: _device(config))
     loaded = _Loaded()
-    yield from _checked("tokenizer", lambda: _tokenizer(config, loaded))
-    yield from _checked("model", lambda: _model(config, loaded))
-    yield from _checked("data and plan", lambda: _data(config, loaded, show_progress))
-    yield from _checked("reference", lambda: _reference(config, loaded))
-    yield from _checked("run folder", lambda: _run_folder(config))
+    yield from _findings("tokenizer", lambda: _tokenizer(config, loaded))
+    yield from _findings("model", lambda: _model(config, loaded))
+    yield from _findings("data and plan", lambda: _data(config, loaded, show_progress))
+    yield from _findings("reference", lambda: _reference_findings(config, loaded))
+    yield from _findings("run folder", lambda: _run_folder(config))
     if thorough and loaded.run is not None:
         run = loaded.run
-        yield from _checked("largest batch", lambda: _largest_batch(run))
+        yield from _findings("largest batch", lambda: _largest_batch(run))
 
 
 @dataclass
@@ -99,7 +99,7 @@ class _Loaded:
     run: Run | None = None
 
 
-def _checked(about: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _findings(about: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """Run a check; an error becomes a finding, so that the other checks still run."""
     try:
         yield from check()
@@ -199,7 +199,7 @@ def _model(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
     settings = policy_config(config.model).get_text_config()
     parameters = num_parameters(config) or 0
     yield Finding("model", "ok", f"{config.model.name}, {parameters:,} parameters")
-    yield from _weights(config.model.name)
+    yield from _weight_findings(config.model.name)
     tokens, vocabulary = len(loaded.tokenizer or ()), settings.vocab_size
     if tokens > vocabulary:
         yield Finding(
@@ -255,7 +255,7 @@ def _model(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
         )
 
 
-def _weights(name: str | None) -> Iterator[Finding]:
+def _weight_findings(name: str | None) -> Iterator[Finding]:
     """Report a local model folder without weights; hub models are not looked up."""
     folder = Path(name or "")
     patterns = ("*.safetensors", "*.bin")
@@ -263,7 +263,7 @@ def _weights(name: str | None) -> Iterator[Finding]:
         yield Finding("model", "fail", f"{folder} has no weights ({', '.join(patterns)})")
 
 
-def _reference(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
+def _reference_findings(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
     reference = config.reference
     if reference.file is not None:
         if loaded.run is not None:
@@ -282,7 +282,7 @@ def _reference(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
                 f"the tokenizer has {tokens:,} tokens but {reference.model} {vocabulary:,}; they "
                 "do not match: use a reference with the policy's tokenizer",
             )
-        yield from _weights(reference.model)
+        yield from _weight_findings(reference.model)
     store = Path(reference.store) if reference.store is not None else default_store()
     yield from _disk_space(store, "reference")
 

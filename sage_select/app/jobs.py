@@ -350,11 +350,11 @@ def _train(run: Run, training: Training, folder: RunFolder, resume: bool) -> Tra
         resume=resume,
         show_progress=run.show_progress,
     )
-    _save(model, run.tokenizer, folder.model)
+    _save_with_tokenizer(model, run.tokenizer, folder.model)
     best = None
     if history.evaluations:
         best = load_best(model, folder.path)  # overwrites the last weights, which are saved by now
-        _save(model, run.tokenizer, folder.best_model)
+        _save_with_tokenizer(model, run.tokenizer, folder.best_model)
     records = history.evaluations or history.steps
     cost = compared(cost_of(run), history.costs)
     return TrainingResult(folder, history, records[0], records[-1], best, cost)
@@ -447,7 +447,7 @@ def _checked_output(job: str, path: str | Path, extensions: tuple[str, ...]) -> 
     return out
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save_with_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save model and tokenizer in a folder that other programs and users can read."""
     save_pretrained(model, folder)  # collective: every rank has a shard
     if Processes.all().rank != 0:

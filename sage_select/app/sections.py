@@ -111,7 +111,7 @@ class StrataSection(Section):
     @field_validator("shares")
     @classmethod
     def _sum_to_one(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
-        return _checked_shares(shares)
+        return _check_sum(shares)
 
 
 class SelectionSection(Section):
@@ -152,7 +152,7 @@ class SelectionSection(Section):
     @field_validator("mix_start", "mix_end")
     @classmethod
     def _sum_to_one(cls, mix: tuple[float, ...]) -> tuple[float, ...]:
-        return _checked_shares(mix)
+        return _check_sum(mix)
 
     @model_validator(mode="after")
     def _same_strata(self) -> Self:
@@ -206,7 +206,7 @@ class TrainingSection(UpdateSettings):
         return self
 
 
-def _checked_shares(shares: tuple[float, ...]) -> tuple[float, ...]:
+def _check_sum(shares: tuple[float, ...]) -> tuple[float, ...]:
     if abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"shares must sum to 1, but these sum to {sum(shares):g}")
     return shares

@@ -59,7 +59,7 @@ def checked_pair(row: Any) -> Pair:
     """
     if not isinstance(row, dict):
         raise BadRecord("not a record")
-    row, ranking = _normalised(row)
+    row, ranking = _with_our_fields(row)
     prompt = _checked("prompt", row.get("prompt"))
     responses = {name: _checked(name, row.get(name)) for name in ranking.names}
     for name, response in responses.items():
@@ -119,7 +119,7 @@ class _Ranking(NamedTuple):
     scores: tuple[float, ...] | None = None
 
 
-def _normalised(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
+def _with_our_fields(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
     """Return the record with the library's field names, and its ranking of responses."""
     for required, absent, rewrite in _SHAPES:
         if all(row.get(name) is not None for name in required) and row.get(absent) is None:

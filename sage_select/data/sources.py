@@ -196,7 +196,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
     with _open_text(path) as lines:
         for number, line in enumerate(lines):
             if line.strip():
-                yield _parsed(line, f"line {number + 1} of {path}")
+                yield _parse_json(line, f"line {number + 1} of {path}")
 
 
 def _json(path: Path) -> Iterator[Any]:
@@ -213,10 +213,10 @@ def _json(path: Path) -> Iterator[Any]:
             ) from None
         return
     with _open_text(path) as file:
-        yield from _parsed(file.read(), str(path))
+        yield from _parse_json(file.read(), str(path))
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -50,7 +50,7 @@ def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
             reasons[number] = str(bad)
     tokens = _tokenise(pairs, tokenizer, max_length, reasons)
     names = {n: (pair_id(pairs[n]), content_id(pairs[n].prompt)) for n in tokens}
-    return _table(rows, tokens, names, {n: pairs[n].scores for n in tokens}, reasons)
+    return _token_table(rows, tokens, names, {n: pairs[n].scores for n in tokens}, reasons)
 
 
 def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
@@ -75,10 +75,10 @@ def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
         except BadRecord:  # the text is gone or incomplete: tokens identify the pair
             pair = Pair(prompt, chosen, rejected)
         names[number] = (str(row.get("pair_id") or pair_id(pair)), content_id(pair.prompt))
-    return _table(rows, tokens, names, dict.fromkeys(tokens), reasons)
+    return _token_table(rows, tokens, names, dict.fromkeys(tokens), reasons)
 
 
-def _table(
+def _token_table(
     rows: list[Any],
     tokens: "dict[int, _Tokens]",
     names: dict[int, tuple[str, str]],

@@ -22,7 +22,7 @@ def model_digest(model: nn.Module) -> str:
     model has the same fingerprint as the whole one; all of its processes must call this function.
     """
     whole = hashlib.blake2b(digest_size=16)
-    whole.update(digest(_settings(model)).encode())
+    whole.update(digest(_logit_settings(model)).encode())
     for name, tensor in sorted(_base_weights(model), key=lambda named: named[0]):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole_tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -115,7 +115,7 @@ _IRRELEVANT_SETTINGS = (
 """Settings that change no log-prob, or that the weights determine."""
 
 
-def _settings(model: nn.Module) -> Any:
+def _logit_settings(model: nn.Module) -> Any:
     """Class and configuration of the base model, without `_IRRELEVANT_SETTINGS`."""
     base: Any = getattr(model, "_orig_mod", model)
     base = base.get_base_model() if has_adapters(base) else base

@@ -298,8 +298,8 @@ class ServerMeasure:
                 problem = f"{request}: {type(error).__name__} {error}".rstrip()
             else:
                 if answer.is_success:
-                    return _json(answer, request)
-                problem = f"{request}: HTTP {answer.status_code}: {_message(answer)}"
+                    return _json_of(answer, request)
+                problem = f"{request}: HTTP {answer.status_code}: {_error_message(answer)}"
                 if answer.status_code not in RETRYABLE:
                     raise ValueError(f"{problem}; {URL_HINT}" if path == "models" else problem)
                 if (requested_pause := _retry_after(answer)) > self.timeout:
@@ -400,7 +400,7 @@ def _pair_of(distinct: DistinctSequences, place: int) -> str:
     return f"pair {pairs.ids[i]} (row {pairs.index[i]}, {('chosen', 'rejected')[side]})"
 
 
-def _json(answer: httpx.Response, request: str) -> Any:
+def _json_of(answer: httpx.Response, request: str) -> Any:
     """Parse an answer, or refuse it with a hint that the URL may be wrong."""
     try:
         return answer.json()
@@ -410,7 +410,7 @@ def _json(answer: httpx.Response, request: str) -> Any:
         ) from None
 
 
-def _message(answer: httpx.Response) -> str:
+def _error_message(answer: httpx.Response) -> str:
     """Return a server's error message, from vLLM's format, SGLang's, or any text."""
     with suppress(AttributeError, KeyError, TypeError, ValueError):
         body = answer.json()

@@ -19,7 +19,7 @@ WRITE_EVERY = 5.0  # seconds between parts: the most work that a kill can lose
 MERGE_ABOVE = 32  # more parts than this are merged into one
 ABANDONED_AFTER = 24 * 3600.0  # seconds after which the writer of an unfinished part is dead
 
-_SCHEMA = pa.schema({"key": pa.binary(16), "logp": pa.float64()})
+_PART_SCHEMA = pa.schema({"key": pa.binary(16), "logp": pa.float64()})
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
         pa.binary(16), len(keys), [None, pa.py_buffer(keys.tobytes())]
     )
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, _SCHEMA) as writer:
-        writer.write_table(pa.table([column, pa.array(logps)], schema=_SCHEMA))
+    with pa.ipc.new_file(sink, _PART_SCHEMA) as writer:
+        writer.write_table(pa.table([column, pa.array(logps)], schema=_PART_SCHEMA))
     content = sink.getvalue().to_pybytes()
     path = folder / f"part-{_checksum(content)}.arrow"
     folder.mkdir(parents=True, exist_ok=True)  # another process may have evicted the reference

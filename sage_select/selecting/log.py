@@ -101,7 +101,7 @@ class SelectionLog:
         return pl.concat(tables)
 
 
-_SCHEMA: dict[str, pl.DataType] = {
+_COLUMNS: dict[str, pl.DataType] = {
     "schema_version": pl.Int32(),
     "run": pl.String(),
     "interval": pl.Int32(),
@@ -125,7 +125,7 @@ _SCHEMA: dict[str, pl.DataType] = {
 
 def _table(columns: dict[str, object]) -> pl.DataFrame:
     """Make a table of the log's schema; a missing column or None is null, as is NaN."""
-    return pl.DataFrame(columns, schema=_SCHEMA, nan_to_null=True)
+    return pl.DataFrame(columns, schema=_COLUMNS, nan_to_null=True)
 
 
 def _rows(interval: int, selection: Selection, ids: npt.ArrayLike, run: str) -> pl.DataFrame:
