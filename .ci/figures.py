@@ -27,8 +27,9 @@ def figures(root: Path) -> dict[str, object]:
         "files at the package's top": len(list((root / "sage_select").glob("*.py"))),
         "file lines, median / p90 / max": _spread(lines),
         "body lines, median / p90 / max": _spread(map(_body, functions)),
-        "arrows between folders": len(arrows),
-        "folders in circles": len(_in_circles(arrows)),
+        "rooms (folders, and modules at the top)": len({room for arrow in arrows for room in arrow}),
+        "arrows between rooms": len(arrows),
+        "rooms in circles": len(_in_circles(arrows)),
         "signatures with more than 6 parameters": sum(_parameters(f) > 6 for f in functions),
         "files with mixed_precision": len(with_precision),
         "occurrences of mixed_precision": sum(t.count("mixed_precision") for t in texts.values()),
@@ -87,10 +88,9 @@ def _repeated(trees: Iterable[ast.Module]) -> list[str]:
     return [name for name, count in counts.items() if count > 1]
 
 
-def _folder(module: str, root: Path) -> str:
-    """The folder of a module; the modules at the package's top are one."""
-    first = module.removeprefix("sage_select.").split(".")[0]
-    return first if first == "adapters" or (root / "sage_select" / first).is_dir() else "method"
+def _room(module: str) -> str:
+    """The folder of a module; a module at the package's top is a room by itself."""
+    return module.removeprefix("sage_select.").split(".")[0]
 
 
 def _arrows(root: Path, trees: dict[Path, ast.Module]) -> set[tuple[str, str]]:
@@ -99,15 +99,15 @@ def _arrows(root: Path, trees: dict[Path, ast.Module]) -> set[tuple[str, str]]:
         parts = path.relative_to(root).with_suffix("").parts
         if parts == ("sage_select", "__init__"):
             continue  # the exports name every folder
-        own = _folder(".".join(parts), root)
+        own = _room(".".join(parts))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sage_select."):
-                arrows.add((own, _folder(node.module, root)))
+                arrows.add((own, _room(node.module)))
     return {(a, b) for a, b in arrows if a != b}
 
 
 def _in_circles(arrows: set[tuple[str, str]]) -> set[str]:
-    """Folders from which arrows lead back to themselves."""
+    """Rooms from which arrows lead back to themselves."""
 
     def reachable(start: str) -> set[str]:
         seen, frontier = set(), {start}
@@ -116,7 +116,7 @@ def _in_circles(arrows: set[tuple[str, str]]) -> set[str]:
             seen |= frontier
         return seen
 
-    return {folder for folder in {a for a, _ in arrows} if folder in reachable(folder)}
+    return {room for room in {a for a, _ in arrows} if room in reachable(room)}
 
 
 if __name__ == "__main__":
