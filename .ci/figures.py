@@ -27,7 +27,7 @@ def figures(root: Path) -> dict[str, object]:
         "files at the package's top": len(list((root / "sage_select").glob("*.py"))),
         "file lines, median / p90 / max": _spread(lines),
         "body lines, median / p90 / max": _spread(map(_body, functions)),
-        "rooms (folders, and modules at the top)": len({room for arrow in arrows for room in arrow}),
+        "rooms (folders, and modules at the top)": len({r for arrow in arrows for r in arrow}),
         "arrows between rooms": len(arrows),
         "rooms in circles": len(_in_circles(arrows)),
         "signatures with more than 6 parameters": sum(_parameters(f) > 6 for f in functions),
