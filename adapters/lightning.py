@@ -144,8 +144,9 @@ class SageSelection(Callback):
             self._trainer = trainer
             refuse("SageSelection", refusals_of(trainer, pl_module, self.loader))
             precision = str(trainer.precision)
+            reader = Reader(mixed_precision=AUTOCASTS[precision])
             call = f"SageSelection: Trainer(precision={precision!r})"
-            check_same_precision(self.loader.selector, AUTOCASTS[precision], call)
+            check_same_precision(self.loader.selector, reader, call)
         if isinstance(self.loader.selector.reference, ReferenceStore):
             self.loader.selector.reference.fill()
 

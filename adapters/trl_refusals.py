@@ -9,6 +9,7 @@ import trl
 from torch.distributed.fsdp import FSDPModule
 
 from sage_select.data.dataset import PreferenceDataset
+from sage_select.models.reader import Reader
 from sage_select.models.sequences import sequence_keys
 from sage_select.models.wrappers import is_sharded, resharded
 from sage_select.selecting.loader import SelectiveLoader
@@ -303,7 +304,8 @@ def check_loader(loader: SelectiveLoader, pairs: PreferenceDataset, trainer: Any
             "attach: the loader's pairs do not have the same tokens as the trainer's; make the "
             "loader on pairs_of(trainer), or on rows of it"
         )
-    check_same_precision(loader.selector, autocast_dtype(trainer), "attach")
+    reader = Reader(mixed_precision=autocast_dtype(trainer))
+    check_same_precision(loader.selector, reader, "attach")
 
 
 def check_collator(trainer: Any, pairs: PreferenceDataset) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,8 +22,15 @@ from sage_select.models.measuring import (
 )
 from sage_select.models.sequences import DistinctSequences, as_pair_logps, distinct_sequences
 from sage_select.models.trials import Layout, check_head, packs_exactly
-from sage_select.models.wrappers import checked, is_sharded, resharded, uncompiled, unwrapped
-from sage_select.ops.token_logps import Implementation
+from sage_select.models.wrappers import (
+    checked,
+    computes_in,
+    is_sharded,
+    resharded,
+    uncompiled,
+    unwrapped,
+)
+from sage_select.ops.token_logps import Implementation, resolved
 from sage_select.pairs import PairLogps
 from sage_select.system.heartbeats import beat, monitored
 from sage_select.system.ledger import book, recording
@@ -251,6 +258,21 @@ class Reader:
         with resharded(model), self._precision(model):
             check_head(model, longest[0], self.impl, again=False)
             packs_exactly(model, longest, self.layout, self.impl)
+
+    def decides(self) -> dict[str, str]:
+        """Return the settings that decide a run's result, which a resumed run must share."""
+        return {"mixed_precision": repr(self.mixed_precision), "impl": repr(self.impl)}
+
+    def rounding(self, model: nn.Module) -> dict[str, str]:
+        """Return everything besides the weights that decides how a model's log-probs round."""
+        config: Any = getattr(model, "config", None)
+        return {
+            "dtype": str(computes_in(model)),
+            "mixed_precision": str(self.mixed_precision),
+            "device": next(model.parameters()).device.type,
+            "attention": str(getattr(config, "_attn_implementation", "")),
+            "head": resolved(self.impl),
+        }
 
     def _precision(self, model: nn.Module) -> AbstractContextManager[None]:
         """Autocast for updates; with mixed_precision=None, a host's autocast stays in effect."""

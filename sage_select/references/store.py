@@ -34,8 +34,6 @@ from sage_select.models.sequences import (
     distinct_sequences,
     sequence_keys,
 )
-from sage_select.models.wrappers import computes_in
-from sage_select.ops.token_logps import resolved
 from sage_select.pairs import PairLogps
 from sage_select.references.eviction import default_store, stored_references
 from sage_select.references.parts import PartWriter, merge_parts, read_parts
@@ -197,16 +195,9 @@ class ReferenceStore:
         return digest([model_digest(model), self._rounding_of(model)])
 
     def _rounding_of(self, model: nn.Module) -> dict[str, str]:
-        """Return the settings that decide how a log-prob rounds, besides the weights."""
-        weight = next(model.parameters())
-        config: Any = getattr(model, "config", None)
-        return {
-            "dtype": str(computes_in(model)),
-            "mixed_precision": str(self.reader.mixed_precision),
-            "device": weight.device.type,
-            "attention": str(getattr(config, "_attn_implementation", "")),
-            "head": f"{resolved(self.reader.impl)} {LOGPS_VERSION}",
-        }
+        """Return what decides how an entry rounds, with the version of the code that made it."""
+        rounding = self.reader.rounding(model)
+        return rounding | {"head": f"{rounding['head']} {LOGPS_VERSION}"}
 
     def _check_shared_folder(self, processes: Processes, num_missing: int) -> None:
         """Refuse a folder in which the ranks see different files."""

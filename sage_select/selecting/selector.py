@@ -239,23 +239,24 @@ class Selector:
         )
 
 
-def check_same_precision(selector: Selector, updates: torch.dtype | None, call: str) -> None:
+def check_same_precision(selector: Selector, reader: Reader, call: str) -> None:
     """Refuse updates and scoring in different precisions.
 
     The rounding would look like a change in the policy.
 
     Args:
         selector: The selector; checked only if it measures with a `Reader`.
-        updates: Autocast dtype of the updates.
+        reader: How updates read the policy.
         call: Name of the caller, for the error message.
 
     Raises:
         ValueError: If the precisions differ.
     """
-    if isinstance(selector.measure, Reader) and selector.mixed_precision != updates:
+    scoring, updates = selector.mixed_precision, reader.mixed_precision
+    if isinstance(selector.measure, Reader) and scoring != updates:
         raise ValueError(
             f"{call}: updates run in {updates or 'full precision'}, but the selector measures in "
-            f"{selector.mixed_precision or 'full precision'}, and the rounding would look like a "
+            f"{scoring or 'full precision'}, and the rounding would look like a "
             f"change in the policy; pass measure=Reader(mixed_precision={updates}) to the Selector "
             "and the same reader to the reference"
         )

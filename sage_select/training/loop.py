@@ -160,7 +160,7 @@ def _check_belongs(
             "train: the loader scores pools with a different model than the one to train; make it "
             "with SelectiveLoader(..., model=model)"
         )
-    check_same_precision(loader.selector, training.reader.mixed_precision, "train")
+    check_same_precision(loader.selector, training.reader, "train")
 
 
 class _Run:

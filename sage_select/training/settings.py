@@ -88,6 +88,5 @@ class Training(UpdateSettings, Settings):
         del values["reader"]  # of the reader, only precision and impl are compared
         return {name: value for name, value in values.items() if not self.is_free(name)} | {
             "loss": describe(self.loss),
-            "mixed_precision": repr(self.reader.mixed_precision),
-            "impl": repr(self.reader.impl),
+            **self.reader.decides(),
         }
