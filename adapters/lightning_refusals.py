@@ -51,7 +51,8 @@ def _strategy_refusals(trainer: Any) -> Iterator[Refusal]:
         )
     elif isinstance(strategy, DeepSpeedStrategy):
         yield Refusal(
-            f"{name} steps and accumulates by itself, and gathers weights module by module",
+            f"{name} runs optimizer steps and accumulation itself, and gathers weights module by "
+            "module",
             f"use strategy={fsdp2} (FSDP2), or 'ddp'",
         )
     elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):

@@ -206,8 +206,8 @@ class SelectionState(TrainerCallback, ExportableState):  # type: ignore[misc]
         if not state.global_step:
             if self.loader.step or self.loader.interval >= 0:
                 raise ValueError(
-                    "train: this selection has been trained already; build a new trainer and "
-                    "attach again, or resume with resume_from_checkpoint"
+                    "train: this loader has already been used for training; build a new trainer "
+                    "and attach again, or resume with resume_from_checkpoint"
                 )
         elif name in state.stateful_callbacks:
             self.loader.load_state_dict(state.stateful_callbacks[name]["attributes"]["saved"])

@@ -117,14 +117,15 @@ def _schedule(trainer: Any) -> Checks:
     yield (
         _setting(trainer, "auto_find_batch_size"),
         "auto_find_batch_size changes the number of pairs per update during the run",
-        "set per_device_train_batch_size to a value that fits in memory, and leave it out",
+        "set per_device_train_batch_size to a value that fits in memory, and remove "
+        "auto_find_batch_size",
     )
     yield (
         _setting(trainer, "group_by_length")
         or _setting(trainer, "train_sampling_strategy") not in (None, "random"),
         "group_by_length or train_sampling_strategy would reorder pairs, but the selection "
         "determines their order",
-        "leave it out",
+        "remove group_by_length and train_sampling_strategy",
     )
     yield (
         _setting(trainer, "include_tokens_per_second"),
@@ -156,7 +157,7 @@ def _processes(trainer: Any) -> Checks:
     # The argument as well: on CPUs it becomes DDP, and accelerate reports no FSDP.
     yield (
         trainer.is_fsdp_enabled or _setting(trainer, "fsdp"),
-        "accelerate's FSDP (fsdp=...) is not supported, and is silently DDP on CPUs",
+        "accelerate's FSDP (fsdp=...) is not supported, and silently falls back to DDP on CPUs",
         "use DDP, or FSDP2 with from_pretrained(..., "
         "distributed_config=DistributedConfig(fsdp_size=...))",
     )

@@ -75,12 +75,12 @@ def round_keeping_totals(
         int64 [K, C].
     """
     whole = np.rint(table)
-    table = np.where(np.abs(table - whole) < 1e-6, whole, table)  # 2.9999999 is a fitted 3
+    table = np.where(np.abs(table - whole) < 1e-6, whole, table)  # treat 2.9999999 as 3
     floor, ceiling = np.floor(table), np.ceil(table)
     cells = floor.astype(np.int64)
     missing = columns - cells.sum(axis=0)
     _diffuse(cells, table, ceiling, rows, missing)
-    # The pairs still missing require moving others. If the fit stopped before its totals were
+    # Placing the remaining pairs means moving others. If the fit stopped before its totals were
     # exact, neighbouring whole numbers may not suffice: the second round allows 0 to `most`.
     upper = np.broadcast_to(most.astype(np.float64), table.shape)
     for least, greatest in ((floor, ceiling), (np.zeros_like(table), upper)):

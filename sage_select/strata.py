@@ -45,12 +45,12 @@ def strata_from_judgments(clarity: npt.ArrayLike, rejected_score: npt.ArrayLike)
     for row in np.flatnonzero(~np.isin(labels, ["high", "medium", "low"]))[:1]:
         raise ValueError(
             f"strata_from_judgments: clarity of row {row} is {raw_labels[row]!r}, not high, medium "
-            "or low; judge the pair, or drop it before planning"
+            "or low; label the pair, or drop it before planning"
         )
     for row in np.flatnonzero(~np.isin(quality, [1, 2, 3, 4, 5]))[:1]:
         raise ValueError(
             f"strata_from_judgments: rejected_score of row {row} is {quality[row]}, not a whole "
-            "number from 1 to 5; judge the pair, or drop it before planning"
+            "number from 1 to 5; label the pair, or drop it before planning"
         )
     easy = (labels == "high") & (quality <= 2)
     medium = (labels == "medium") & ((quality == 2) | (quality == 3))

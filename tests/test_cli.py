@@ -81,7 +81,13 @@ def test_plan(config):
     assert scored[0] == 0
     assert sum(scored) == pytest.approx(tokens["scoring"] / 1e6)
     text = sage_select("plan", config).stdout
-    for word in ("60 rows read", "intervals", "TFLOP needed", "pays off below", plan["config"]):
+    for word in (
+        "60 rows read",
+        "intervals",
+        "TFLOP needed",
+        "saves compute below",
+        plan["config"],
+    ):
         assert word in text
     assert not (config.parent / "run").exists()  # planning writes nothing
 
@@ -360,9 +366,9 @@ WARNED = {
     "model.dtype=bfloat16": "rounds to no change in bfloat16 weights",
     "data.max_length=100000": "positions; longer pairs",
     "data.max_length=12": "cut at 12 tokens",
-    "data.held_out=0": "best weights are unknown",
+    "data.held_out=0": "no best weights will be saved",
     "training.learning_rate=50": "far too high to train",
-    "selection.refresh_steps=100": "nothing is selected",
+    "selection.refresh_steps=100": "selection has no effect",
 }
 
 

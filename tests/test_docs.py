@@ -80,9 +80,13 @@ def test_the_readme_shows_code_early_and_stays_short():
     assert len(re.findall("^```python", (ROOT / "README.md").read_text(), re.MULTILINE)) >= 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=[page.name for page in TEXTS])
 def test_paths_on_a_page_exist(page):
-    paths = re.findall(r"`((?:docs|examples|tests)/[\w./]+)`", page.read_text())
+    folders = "docs|examples|tests|adapters|sage_select"
+    paths = re.findall(rf"`((?:{folders})/[\w./]+)`", page.read_text())
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 

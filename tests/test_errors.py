@@ -50,7 +50,7 @@ ERRORS = [
     (lambda: Linear(1.0, (0.5, 0.5)), ValueError, "start and end must have the same shape"),
     # strata
     (lambda: strata_from_judgments(["great"], [1]), ValueError, "row 0 is 'great', not high"),
-    (lambda: strata_from_judgments([None], [1]), ValueError, "judge the pair, or drop it"),
+    (lambda: strata_from_judgments([None], [1]), ValueError, "label the pair, or drop it"),
     (lambda: strata_from_judgments(["high"], [6]), ValueError, "row 0 is 6.0, not a whole number"),
     (lambda: strata_from_judgments(["high"], [None]), ValueError, "rejected_score of row 0 is nan"),
     (lambda: strata_from_judgments(["high"], [1, 2]), ValueError, "1 clarity labels but 2 scores"),

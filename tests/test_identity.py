@@ -51,7 +51,7 @@ def test_bound_arrays_are_identified_by_their_bytes(one, other):
 
 def test_two_losses_whose_tensors_print_alike_are_two_runs():
     assert repr(ONE) == repr(OTHER)
-    one, other = (Training(loss=bound(weights)).decides() for weights in (ONE, OTHER))
+    one, other = (Training(loss=bound(weights)).resume_settings() for weights in (ONE, OTHER))
     assert one != other
     assert {name for name in one if one[name] != other[name]} == {"loss"}
 
@@ -72,7 +72,7 @@ def test_the_hash_of_a_run_does_not_change_with_the_version():
 def test_what_a_run_does_not_depend_on_changes_neither_hash_nor_identity():
     free = {"micro_batch_size": 1, "evaluate_every": 7, "keep_checkpoints": 9, "best_by": "margin"}
     assert SageConfig(training=free).hash == SageConfig().hash
-    assert Training(**free).decides() == Training().decides()
+    assert Training(**free).resume_settings() == Training().resume_settings()
     assert SageConfig().differences(SageConfig(training=free)) == []
     assert SageConfig().differences(SageConfig(seed=1, scoring={"impl": "fused"})) == [
         "scoring.impl was 'auto', is 'fused'", "seed was 0, is 1",

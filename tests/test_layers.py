@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -142,6 +143,17 @@ def test_the_test_above_can_fail_too():
 def test_the_package_and_the_command_line_start_without_torch():
     heavy = {"torch", "transformers", "numpy", "polars", "pydantic"}
     assert imported_by("import sage_select, sage_select.app.cli", heavy) == set()
+
+
+def test_every_folder_is_installed():
+    """An editable install finds a folder that a wheel would lack."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {
+        ".".join(path.relative_to(ROOT).parts[:-1])
+        for path in (ROOT / "sage_select").rglob("__init__.py")
+    }
+    packages = project["tool"]["setuptools"]["packages"]
+    assert sorted(packages) == sorted(folders | {"sage_select.adapters"})
 
 
 def test_every_module_imports():

@@ -335,7 +335,7 @@ REFUSED = [
     ("args.include_tokens_per_second", True, "reads all batches before the first update"),
     ("args._n_gpu", 2, "one process sees 2 GPUs"),
     ("accelerator", FP16, "set bf16=True, or neither bf16 nor fp16"),
-    ("args.fsdp", "full_shard", "silently DDP on CPUs"),
+    ("args.fsdp", "full_shard", "silently falls back to DDP on CPUs"),
     ("is_fsdp_enabled", True, "use DDP, or FSDP2 with from_pretrained"),
     ("is_deepspeed_enabled", True, "DeepSpeed is not supported"),
     ("model._tp_size", 2, "tensor parallelism (tp_size=2) is not supported"),
@@ -441,7 +441,7 @@ def test_truncation_at_the_start_is_refused(tmp_path):
 def test_changes_to_an_attached_trainer_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="already attached to this trainer"):
         attach(whole.trainer, CONFIG)
-    with pytest.raises(ValueError, match="has been trained already"):
+    with pytest.raises(ValueError, match="has already been used for training"):
         whole.trainer.train()
     trainer = make(tmp_path)
     attach(trainer, CONFIG)

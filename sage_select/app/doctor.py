@@ -188,8 +188,8 @@ def _tokenizer(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
         yield Finding(
             "tokenizer",
             "warn",
-            "no end token: pairs of plain text will be refused (chats will not); set "
-            "model.eos_token",
+            "no end token: pairs of plain text will be refused (conversations are not affected); "
+            "set model.eos_token",
         )
     template = "with" if tokenizer.chat_template else "without"
     yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens, {template} a chat template")
@@ -335,7 +335,9 @@ def _data(config: SageConfig, loaded: _Loaded, show_progress: bool | None) -> It
         yield Finding("plan", "warn", str(warning.message))
     yield Finding("plan", "ok", f"{plan}, {steps:,} steps")
     if run.held_out is None:
-        yield Finding("evaluation", "warn", "none: data.held_out is 0, so best weights are unknown")
+        yield Finding(
+            "evaluation", "warn", "none: data.held_out is 0, so no best weights will be saved"
+        )
 
 
 def _run_folder(config: SageConfig) -> Iterator[Finding]:

@@ -18,6 +18,9 @@ from sage_select.pairs import Score
 from sage_select.scores import SCORES
 from sage_select.system.settings import ConfigError
 
+CUSTOM_SCORE_SETTINGS = ("beta", "eps", "length_norm", "seed")
+"""The settings that a score of the user's own gets, if it has parameters of these names."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {None: "none"}
 """Name of each dtype in a configuration; None means no mixed precision."""
@@ -126,16 +129,19 @@ def function_named(
 
 
 def load_score(config: SageConfig) -> Score:
-    """Return the score, with beta, eps, length_norm and seed bound if it takes them."""
-    settings = {
-        "beta": config.beta,
-        "eps": config.selection.eps,
-        "length_norm": config.selection.length_norm,
-        "seed": config.seed,
-    }
-    score = function_named(config.selection.score, SCORES, "selection.score")
+    """Return the score, with the settings bound that it has parameters for.
+
+    A score of the library gets beta, the seed and any setting of the selection section; one of the
+    user's own only `CUSTOM_SCORE_SETTINGS`, so that a new setting never replaces its defaults.
+    """
+    name, section = config.selection.score, config.selection
+    score = function_named(name, SCORES, "selection.score")
+    selection = {field: getattr(section, field) for field in type(section).model_fields}
+    settings = {"beta": config.beta, **selection, "seed": config.seed}
+    allowed = settings.keys() if name in SCORES else CUSTOM_SCORE_SETTINGS
     parameters = signature(score).parameters
-    return partial(score, **{name: x for name, x in settings.items() if name in parameters})
+    bound = {key: x for key, x in settings.items() if key in parameters and key in allowed}
+    return partial(score, **bound)
 
 
 def load_loss(config: SageConfig) -> Callable[..., Tensor]:

@@ -325,7 +325,7 @@ def _check_kept_counts(timeline: Timeline) -> None:
             )
     if timeline.total_kept == sum(map(len, pools)):
         warn(
-            f"nothing is selected: the {len(pools)} pools are kept whole. With few pairs, lower "
-            "selection.refresh_steps to get more pools; otherwise lower selection.keep_end",
+            f"selection has no effect: the {len(pools)} pools are kept whole. With few pairs, "
+            "lower selection.refresh_steps to get more pools; otherwise lower selection.keep_end",
             stacklevel=3,
         )

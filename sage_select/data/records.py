@@ -121,9 +121,10 @@ class _Ranking(NamedTuple):
 
 def _with_our_fields(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
     """Return the record with the library's field names, and its ranking of responses."""
-    for required, absent, rewrite in _SHAPES:
-        if all(row.get(name) is not None for name in required) and row.get(absent) is None:
-            row = {**row, **rewrite(row)}
+    for shape in _SHAPES:
+        present = all(row.get(name) is not None for name in shape.required)
+        if present and row.get(shape.absent) is None:
+            row = {**row, **shape.rewrite(row)}
     if row.get("responses") is not None and row.get("chosen") is None:
         return _ranked(row)
     if row.get("chosen") is None and row.get("rejected") is None:
@@ -235,16 +236,23 @@ def _whole_conversations(row: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": row["chosen_messages"], "rejected": row["rejected_messages"]}
 
 
-_SHAPES: list[tuple[tuple[str, ...], str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
-    (("conversations",), "prompt", _sharegpt),
-    (("chosen_messages", "rejected_messages"), "chosen", _whole_conversations),
-    (("instruction",), "messages", _alpaca),
-    (("completions",), "chosen", _completions),
+class _Shape(NamedTuple):
+    """How records of another format are recognised and rewritten to the library's fields."""
+
+    required: tuple[str, ...]
+    absent: str
+    rewrite: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+_SHAPES = [
+    _Shape(("conversations",), "prompt", _sharegpt),
+    _Shape(("chosen_messages", "rejected_messages"), "chosen", _whole_conversations),
+    _Shape(("instruction",), "messages", _alpaca),
+    _Shape(("completions",), "chosen", _completions),
 ]
-"""Fields that identify a format, a field that must be absent, and the function that rewrites it."""
 
 TEXT_FIELDS = frozenset(
-    ["prompt", "chosen", "rejected", "responses", *(n for shape, *_ in _SHAPES for n in shape)]
+    ["prompt", "chosen", "rejected", "responses", *(n for shape in _SHAPES for n in shape.required)]
 )
 """Fields whose text becomes tokens; all other fields are annotations."""
 

@@ -25,7 +25,7 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     """Switch a model to packed attention for forward and backward passes of packed batches.
 
     Forward passes of this library switch it on by themselves. A backward pass needs it if
-    activation checkpointing recomputes layers. Other threads that use the model wait meanwhile.
+    activation checkpointing recomputes layers. Other threads block until it exits.
     """
     with attention_for(model, packed=True):
         yield

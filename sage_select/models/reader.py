@@ -259,7 +259,7 @@ class Reader:
             check_head(model, longest[0], self.impl, again=False)
             packs_exactly(model, longest, self.layout, self.impl)
 
-    def decides(self) -> dict[str, str]:
+    def resume_settings(self) -> dict[str, str]:
         """Return the settings that decide a run's result, which a resumed run must share."""
         return {"mixed_precision": repr(self.mixed_precision), "impl": repr(self.impl)}
 

@@ -167,7 +167,7 @@ def _reason_not_to_pack(
         before, after = (
             logps(first, *short[1:], packed=True)[1:] for first in (short[0], _changed(short[0]))
         )
-    except Exception as failure:  # models fail in any way on arguments that they do not expect
+    except Exception as failure:  # models may raise any exception on unexpected arguments
         if is_out_of_memory(failure):
             raise
         message = (str(failure) or repr(failure)).splitlines()[0]

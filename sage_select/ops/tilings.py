@@ -74,7 +74,7 @@ def key_of(weight_VH: Tensor) -> str:
     return f"{device}, Triton {triton.__version__}, {dtype}, {vocabulary} x {hidden}"
 
 
-@cache  # read once, so that tuning in another process does not change this one's bits midway
+@cache  # read once, so that tuning in another process cannot change results during this process
 def tuned_tilings() -> dict[str, Tiling]:
     """Tilings that `tune` has stored, by key."""
     path = tilings_path()

@@ -97,7 +97,8 @@ class SelectiveLoader:
         self._rows: Int64Array = np.empty(0, dtype=np.int64)  # selected rows, from step _rows_from
         self._rows_from = 0
         self.tokens_scored = 0
-        # covers all that decides which pairs are trained in which step; a state must match it
+        # covers everything that determines which pairs are trained in which step, and must match
+        # that of a state
         self._run = digest_arrays(
             *timeline.plan.pools,
             np.array([*timeline.kept_count, timeline.batch_size, seed]),

@@ -92,13 +92,13 @@ class SelectionLog:
             except (pl.exceptions.PolarsError, OSError) as error:
                 warn(f"SelectionLog: {path} cannot be read and is skipped: {error}", stacklevel=2)
                 continue
-            if (version := table["schema_version"][0]) not in (1, SCHEMA_VERSION):
+            if (version := table["schema_version"][0]) > SCHEMA_VERSION:
                 raise ValueError(
                     f"SelectionLog: {path} has schema version {version}, this version of "
                     f"sage-select reads 1 to {SCHEMA_VERSION}; update sage-select"
                 )
             tables.append(table.rename(VERSION_1_COLUMNS) if version == 1 else table)
-        return pl.concat(tables)
+        return pl.concat(tables, how="diagonal")  # a column that an older file lacks is null
 
 
 _COLUMNS: dict[str, pl.DataType] = {

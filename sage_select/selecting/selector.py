@@ -79,7 +79,7 @@ class Selector:
 
     @property
     def mixed_precision(self) -> torch.dtype | None:
-        """Autocast dtype of `measure`; None if it has none or does not tell."""
+        """Autocast dtype of `measure`; None if unset or unknown."""
         return getattr(self.measure, "mixed_precision", None)
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ class Selector:
     def _remedy(self, progress: float) -> str:
         """Return what would avoid the warning: at ratio 1.0 only rounding drops pairs."""
         if self.keep(progress) < 1:
-            return "Start the keep schedule at 1.0"
+            return "Start the keep schedule at 1.0 (selection.keep_start in a configuration)"
         return f"The keep ratio is 1.0, but counts are rounded down to multiples of {self.multiple}"
 
     def _count(self, progress: float, size: int) -> int:

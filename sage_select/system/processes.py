@@ -54,7 +54,7 @@ def leave() -> None:
         >>> leave()
     """
     if dist.is_available() and dist.is_initialized():
-        time.sleep(0.5)  # nothing reports when those threads are done; this is ample
+        time.sleep(0.5)  # nothing reports when those threads are done; this is enough
         dist.destroy_process_group()
 
 
@@ -111,22 +111,22 @@ class Processes(NamedTuple):
         counts = [count for (count,) in self.all_gather([len(x)])]
         return self.all_gather_rows(x.to(self.device), counts).to(x.device)
 
-    def all_gather(self, facts: list[int], device: torch.device | None = None) -> list[list[int]]:
+    def all_gather(self, values: list[int], device: torch.device | None = None) -> list[list[int]]:
         """Return the integers of every rank, in rank order; all ranks pass equally many."""
         if self.group is None:
-            return [facts]
-        local = torch.tensor(facts, device=device or self.device)
-        gathered = local.new_empty(self.size * len(facts))
+            return [values]
+        local = torch.tensor(values, device=device or self.device)
+        gathered = local.new_empty(self.size * len(values))
         gather(gathered, local, group=self.group)
-        by_rank: list[list[int]] = gathered.view(-1, len(facts)).tolist()
+        by_rank: list[list[int]] = gathered.view(-1, len(values)).tolist()
         return by_rank
 
-    def all_gather_object(self, thing: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return the objects of all ranks, in rank order."""
         if self.group is None:
-            return [thing]
+            return [value]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, thing, group=self.group)
+        dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def all_gather_rows(self, x: Tensor, counts: list[int]) -> Tensor:

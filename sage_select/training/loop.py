@@ -268,7 +268,7 @@ class _Run:
             {
                 "scheduler": self.scheduler.state_dict(),
                 "loader": self.loader.state_dict(),
-                "training": self.training.decides(),
+                "training": self.training.resume_settings(),
                 "tokens_trained": self.tokens_trained,
                 "steps": self.history.steps,
                 "evaluations": self.history.evaluations,
@@ -297,7 +297,7 @@ class _Run:
             self.writes.write_lines(self.writes.evaluations, self.history.evaluations)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        current = self.training.decides()
+        current = self.training.resume_settings()
         changes = [
             f"{name} was {value} and is now {current[name]}"
             for name, value in state["training"].items()

@@ -29,7 +29,7 @@ class Refused(ValueError, TypeError):
             super().__init__(f"{call}: {lines[0]}")
         else:
             listed = "".join(f"\n  {i}. {line}" for i, line in enumerate(lines, 1))
-            super().__init__(f"{call}: {len(lines)} things to change:{listed}")
+            super().__init__(f"{call}: {len(lines)} incompatible settings:{listed}")
         self.refusals = refusals
 
 

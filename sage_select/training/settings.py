@@ -82,11 +82,11 @@ class Training(UpdateSettings, Settings):
             )
         return reader
 
-    def decides(self) -> dict[str, str]:
+    def resume_settings(self) -> dict[str, str]:
         """Return the settings that a resumed run must share with the run it resumes."""
         values = {name: repr(getattr(self, name)) for name in type(self).model_fields}
         del values["reader"]  # of the reader, only precision and impl are compared
         return {name: value for name, value in values.items() if not self.is_free(name)} | {
             "loss": describe(self.loss),
-            **self.reader.decides(),
+            **self.reader.resume_settings(),
         }

@@ -71,8 +71,8 @@ def _print_forecast(forecast: dict[str, Any]) -> None:
         f"\n{forecast['pairs']:,} pairs to train on, {forecast['held_out']:,} held out\n"
         f"{forecast['plan']}\n{forecast['kept']:,} kept pairs in {forecast['steps']:,} steps; "
         f"{forecast['steps_without_selection']:,} steps without selection\n"
-        f"{cost['relative']:.2f} of the cost of training on everything; it keeps "
-        f"{cost['keep']:.2f} of its candidates, and pays off below {cost['break_even']:.2f}\n"
+        f"{cost['relative']:.2f} of the cost of training on everything; selection saves compute "
+        f"below a keep ratio of {cost['break_even']:.2f}, and this run keeps {cost['keep']:.2f}\n"
         f"configuration {forecast['config']}, run folder {forecast['run_folder']}"
     )
 
