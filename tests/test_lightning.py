@@ -34,6 +34,7 @@ from sage_select.adapters.lightning import (
 )
 from sage_select.adapters.plain import History, Training, train
 from sage_select.training.micro_batches import MicroBatch
+from sage_select.training.refusals import Refused
 
 WORKER = Path(__file__).with_name("lightning_worker.py")
 
@@ -256,6 +257,15 @@ def untouched():
 def test_refused_trainers_before_anything_is_scored(untouched, options, message):
     with pytest.raises(ValueError, match=message):
         fit(untouched, **options)
+
+
+def test_everything_that_does_not_fit_is_reported_at_once(untouched):
+    with pytest.raises(Refused, match="3 incompatible settings") as error:
+        fit(untouched, max_epochs=3, max_steps=5, precision="64-true")
+    assert isinstance(error.value, ValueError)
+    assert isinstance(error.value, TypeError)  # of settings and of objects alike
+    for fix in ("set max_epochs=1", "max_steps=5", "use 'bf16-mixed'"):
+        assert fix in str(error.value)
 
 
 @pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 4}), LearningRateFinder()])

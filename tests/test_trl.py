@@ -21,6 +21,7 @@ from arithmetic import make_problems
 from sage_select import PreferenceDataset, SageConfig, SelectionLog, build_loader, measure
 from sage_select.adapters.trl import attach, pairs_of
 from sage_select.system.settings import ConfigError
+from sage_select.training.refusals import Refused
 
 OLD = trl.__version__.startswith("0.")
 PAIRS = 24
@@ -367,6 +368,16 @@ def test_refusals_name_the_fix(untouched, monkeypatch, name, value, message):
     assert message in str(error.value)
     assert untouched.ref_model is not None
     assert "ref_chosen_logps" not in getattr(untouched.train_dataset, "column_names", ())
+
+
+def test_everything_that_does_not_fit_is_reported_at_once(untouched, monkeypatch):
+    for name, value in (("num_train_epochs", 3), ("sync_ref_model", True), ("fsdp", "full_shard")):
+        monkeypatch.setattr(untouched.args, name, value)
+    with pytest.raises(Refused) as error:
+        attach(untouched, CONFIG)
+    assert len(error.value.refusals) == 3
+    for fix in ("set num_train_epochs=1", "set sync_ref_model=False", "use DDP, or FSDP2"):
+        assert fix in str(error.value)
 
 
 CONTRADICTIONS = [
