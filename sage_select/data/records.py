@@ -237,7 +237,7 @@ def _whole_conversations(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Shape(NamedTuple):
-    """How records of another format are recognised and rewritten to the library's fields."""
+    """Rule that recognises records of another format and rewrites them to the library's fields."""
 
     required: tuple[str, ...]
     absent: str
