@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from sage_select.arguments import positive
 from sage_select.pairs import PairLogps, rewards
 
 
@@ -81,8 +82,7 @@ def nca_responses(
             "nca_responses: policy, reference and weights must all be [B, K], got "
             f"{list(policy.shape)}, {list(reference.shape)} and {list(weights.shape)}"
         )
-    if not beta > 0:
-        raise ValueError(f"nca_responses: beta must be positive, got {beta}")
+    beta = positive(beta, "nca_responses: beta")
     total = weights.sum(dim=1)
     if not bool((weights >= 0).all()) or not torch.allclose(total, torch.ones_like(total)):
         raise ValueError("nca_responses: weights must be >= 0 and sum to 1 for each prompt")
@@ -109,8 +109,7 @@ def response_weights(scores: Tensor, *, alpha: float | None = None) -> Tensor:
         >>> response_weights(torch.tensor([[1.0, 5.0, 3.0]])).tolist()
         [[0.0, 1.0, 0.0]]
     """
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"response_weights: alpha must be positive, got {alpha}")
+    alpha = None if alpha is None else positive(alpha, "response_weights: alpha")
     if scores.dim() != 2 or scores.shape[1] == 0 or not bool(scores.isfinite().all()):
         raise ValueError(
             f"response_weights: scores must be finite and [B, K], got {scores.tolist()}"

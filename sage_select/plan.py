@@ -7,6 +7,7 @@ from warnings import warn
 import numpy as np
 import numpy.typing as npt
 
+from sage_select.arguments import seed_number, shown, whole_number
 from sage_select.arrays import Float64Array, Int64Array, UInt64Array, all_different, checked_rows
 from sage_select.hashing import hash_order, id_words, keyed_hash
 from sage_select.pairs import Schedule
@@ -117,6 +118,10 @@ def plan_pools(
         [[4, 0], [2, 2]]
     """
     strata = _checked_strata(strata)
+    _check_mix(mix, "plan_pools")
+    seed = seed_number(seed, "plan_pools: seed")
+    num_pools = whole_number(num_pools, "plan_pools: num_pools")
+    copies = whole_number(copies, "plan_pools: copies")
     # hash strings once; every later shuffle then works on 64-bit words
     words = id_words(np.arange(len(strata)) if ids is None else ids)
     if len(words) != len(strata):
@@ -218,13 +223,13 @@ def plan_run(
         >>> plan_run([0] * 64, Constant((1.0,)), batch_size=4, refresh_steps=4, epochs=2)
         Plan(8 pools of 16, 64 pairs assigned 2 times, largest deviation 0.00 pairs)
     """
-    for name, value in (
-        ("batch_size", batch_size),
-        ("refresh_steps", refresh_steps),
-        ("epochs", epochs),
-    ):
-        if value < 1:
-            raise ValueError(f"plan_run: {name} must be at least 1, got {value}")
+    batch_size = whole_number(batch_size, "plan_run: batch_size")
+    refresh_steps = whole_number(refresh_steps, "plan_run: refresh_steps")
+    epochs = whole_number(epochs, "plan_run: epochs")
+    seed = seed_number(seed, "plan_run: seed")
+    _check_mix(mix, "plan_run")
+    if not isinstance(scope, str):
+        raise TypeError(f"plan_run: scope must be run, epoch or single_pass, got {shown(scope)}")
     traversals = {"run": epochs, "epoch": 1, "single_pass": 1}.get(scope)
     if traversals is None:
         raise ValueError(f"plan_run: scope must be run, epoch or single_pass, got {scope!r}")
@@ -264,11 +269,24 @@ def _checked_strata(strata: npt.ArrayLike) -> Int64Array:
             f"plan_pools: strata must be whole numbers from 0, got {array.dtype} with minimum "
             f"{array.min()}; use strata_from_judgments or strata_from_values"
         )
-    return array.astype(np.int64)
+    strata_numbers = array.astype(np.int64)
+    if strata_numbers.min() < 0:  # beyond int64
+        raise ValueError(f"plan_pools: strata must be numbered from 0, got {array.max()}")
+    return strata_numbers
+
+
+def _check_mix(mix: object, call: str) -> None:
+    if not callable(mix):
+        raise TypeError(
+            f"{call}: mix must be a schedule, such as Constant((0.6, 0.4)), got {shown(mix)}"
+        )
 
 
 def _checked_shares(value: object, num_strata: int) -> tuple[float, ...]:
-    shares = tuple(np.asarray(value, dtype=np.float64).reshape(-1).tolist())
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"plan_pools: the shares of the mix must be numbers, got {shown(value)}")
+    shares = tuple(array.astype(np.float64).reshape(-1).tolist())
     if len(shares) < num_strata:
         raise ValueError(
             f"plan_pools: the mix gives {len(shares)} shares for {num_strata} strata: {value}; "

@@ -1,6 +1,9 @@
 """Schedules: frozen, comparable functions of a run's progress in [0, 1]."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from sage_select.arguments import finite, fraction, shown
 
 Value = float | tuple[float, ...]
 """A keep ratio, or one share per stratum."""
@@ -9,6 +12,9 @@ Value = float | tuple[float, ...]
 @dataclass(frozen=True)
 class Constant:
     """A constant value.
+
+    Args:
+        value: A finite number, or a tuple with one share per stratum.
 
     Example:
         >>> Constant(0.4)(0.7)
@@ -32,7 +38,7 @@ class Linear:
     Both end values are returned exactly.
 
     Args:
-        start: Value at progress 0, a float or a tuple with one share per stratum.
+        start: Value at progress 0, a finite number or a tuple with one share per stratum.
         end: Value at progress 1, of the same shape.
 
     Example:
@@ -64,9 +70,17 @@ class Linear:
 
 
 def _freeze(schedule: object, *names: str) -> None:
-    """Turn lists into tuples, since a list would make the schedule unhashable."""
+    """Check values, and turn lists into tuples, since a list would make a schedule unhashable."""
+    call = type(schedule).__name__
     for name in names:
-        value = getattr(schedule, name)
+        value: Any = getattr(schedule, name)
+        if isinstance(value, list | tuple):
+            for share in value:
+                finite(share, f"{call}: a share of {name}")
+            if not value:
+                raise ValueError(f"{call}: {name} must have one share per stratum, got {value}")
+        else:
+            finite(value, f"{call}: {name}")
         # the dataclass is frozen, so its own __setattr__ would refuse
         object.__setattr__(schedule, name, tuple(value) if isinstance(value, list) else value)
 
@@ -81,5 +95,4 @@ def _length(value: Value) -> int | None:
 
 
 def _check_progress(schedule: object, progress: float) -> None:
-    if not 0 <= progress <= 1:
-        raise ValueError(f"{schedule}: progress must lie in [0, 1], got {progress}")
+    fraction(progress, f"{shown(schedule)}: progress")

@@ -9,7 +9,7 @@ h_z = p_z (1 - p_z) the curvature of -log sigmoid(u_z).
 """
 
 from collections.abc import Callable
-from math import inf, log
+from math import log
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from sage_select.arguments import not_negative, seed_number
 from sage_select.hashing import keyed_hash
 from sage_select.pairs import PairLogps, rewards
 
@@ -83,8 +84,7 @@ def log_sage(
     With q = 1 - p, g^2 / (h + eps) = 1 / (p/q + eps/q^2) = 1 / (e^u + eps (1 + e^u)^2), since
     p/q = e^u and 1/q = 1 + e^u. In this form nothing cancels, and every step is monotone in u.
     """
-    if not 0 <= eps < inf:
-        raise ValueError(f"sage: eps must be >= 0 and finite, got {eps}")
+    eps = not_negative(eps, "sage: eps")
     log_eps = torch.tensor(log(eps) if eps > 0 else -torch.inf, dtype=torch.float64)
     # -2 * logsigmoid(-u) is log((1 + e^u)^2) without overflow
     log_terms = [
@@ -103,6 +103,7 @@ def without_gradient(
     length_norm: LengthNorm = "total",
 ) -> Tensor:
     """Ablation "w/o g" of Table 2: (1 / L) * sum_z 1 / (h_z + eps). Lowest at p = 0.5."""
+    eps = not_negative(eps, "without_gradient: eps")
     # log h = logsigmoid(u) + logsigmoid(-u) keeps the tails, where 1 - p rounds to 0
     terms = [
         1 / ((logsigmoid(u) + logsigmoid(-u)).exp() + eps)
@@ -178,6 +179,7 @@ def random(policy: PairLogps, reference: PairLogps, *, seed: int = 0) -> Tensor:
         True
     """
     del reference
+    seed = seed_number(seed, "random: seed")
     words = keyed_hash(policy.index.numpy(force=True), "random", seed)
     upper_bits = words >> np.uint64(11)  # the 53 bits that a float64 in [0, 1) holds exactly
     return torch.from_numpy(upper_bits.astype(np.float64) / 2**53).to(policy.chosen.device)

@@ -6,6 +6,7 @@ from warnings import warn
 import numpy as np
 import numpy.typing as npt
 
+from sage_select.arguments import fraction, seed_number, shown
 from sage_select.arrays import Int64Array
 from sage_select.hashing import keyed_hash
 
@@ -84,7 +85,17 @@ def strata_from_values(
         >>> strata_from_values([0.9, 0.1, 0.5, 0.7], shares=(0.5, 0.5)).tolist()
         [0, 1, 1, 0]
     """
+    seed = seed_number(seed, "strata_from_values: seed")
+    given = list(shares) if np.iterable(shares) else []
+    if not given:
+        raise TypeError(
+            "strata_from_values: shares must be a sequence with one share per stratum, such as "
+            f"(0.5, 0.5), got {shown(shares)}"
+        )
+    shares = [fraction(share, "strata_from_values: a share") for share in given]
     raw_values = np.asarray(values)
+    if raw_values.ndim != 1:
+        raise ValueError(f"strata_from_values: values must be [N], got shape {raw_values.shape}")
     try:
         easiness = raw_values.astype(np.float64)
     except (TypeError, ValueError):
@@ -99,7 +110,7 @@ def strata_from_values(
         raise ValueError(
             f"strata_from_values: the value of row {row} is missing; drop the pair before planning"
         )
-    if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
+    if abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"strata_from_values: shares must be >= 0 and sum to 1, got {shares}")
     id_array = np.arange(len(easiness)) if ids is None else np.asarray(ids)
     order = np.lexsort((keyed_hash(id_array, "strata", seed), -easiness))

@@ -1,6 +1,5 @@
 """The timeline of a run: the number of pairs that each interval keeps, and its first step."""
 
-import operator
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +7,7 @@ from math import floor
 
 import numpy as np
 
+from sage_select.arguments import LARGEST_COUNT, fraction, shown, whole_number
 from sage_select.pairs import Schedule
 from sage_select.plan import Plan
 
@@ -18,16 +18,16 @@ def kept_count(ratio: float, size: int, multiple: int = 1) -> int:
     It is rounded down to a multiple of `multiple`, but is at least `multiple` and at most `size`.
 
     Raises:
+        TypeError: If the ratio is not a number, or a count is not a whole number.
         ValueError: If the ratio is not in [0, 1], or `multiple` is not positive.
 
     Example:
         >>> kept_count(0.7, 10), kept_count(0.7, 10, multiple=4), kept_count(0.0, 10)
         (7, 4, 1)
     """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"kept_count: a keep ratio must lie in [0, 1], got {ratio}")
-    if multiple < 1:
-        raise ValueError(f"kept_count: multiple must be at least 1, got {multiple}")
+    ratio = fraction(ratio, "kept_count: a keep ratio")
+    size = whole_number(size, "kept_count: size", least=0)
+    multiple = whole_number(multiple, "kept_count: multiple")
     count = floor(ratio * size + 1e-9)  # 0.7 * 10 is 7, despite binary rounding
     return min(size, max(count - count % multiple, multiple))
 
@@ -61,13 +61,23 @@ class Timeline:
     kept_count: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if operator.index(self.batch_size) < 1:
-            raise ValueError(f"Timeline: batch_size must be at least 1, got {self.batch_size}")
+        if not isinstance(self.plan, Plan):
+            raise TypeError(
+                f"Timeline: plan must be a Plan, as plan_run returns it, got {shown(self.plan)}"
+            )
+        if not callable(self.keep):
+            raise TypeError(
+                "Timeline: keep must be a schedule, such as Constant(0.4) or Linear(1.0, 0.4), got "
+                f"{shown(self.keep)}"
+            )
+        # the dataclass is frozen, so its own __setattr__ would refuse
+        for name in ("batch_size", "multiple"):
+            number = whole_number(getattr(self, name), f"Timeline: {name}")
+            object.__setattr__(self, name, number)
         counts = tuple(
             kept_count(self.keep(t), len(pool), self.multiple)
             for t, pool in zip(self.plan.progress, self.plan.pools, strict=True)
         )
-        # the dataclass is frozen, so its own __setattr__ would refuse
         object.__setattr__(self, "kept_count", counts)
 
     @cached_property
@@ -92,10 +102,9 @@ class Timeline:
 
     def interval_at(self, step: int) -> int:
         """Return the number, from 0, of the active interval after `step` optimizer steps."""
-        if not 0 <= step <= self.total_steps:
-            raise ValueError(
-                f"Timeline.interval_at: step must lie in [0, {self.total_steps}], got {step}"
-            )
+        name = "Timeline.interval_at: step"
+        if not 0 <= whole_number(step, name, least=-LARGEST_COUNT) <= self.total_steps:
+            raise ValueError(f"{name} must lie in [0, {self.total_steps}], got {step}")
         return bisect_right(self.first_step, step) - 1
 
     def progress(self, step: int) -> float:

@@ -1,15 +1,21 @@
 """Tests of the command line, with the demo's policy and real files."""
 
+import errno
 import gzip
 import json
 import os
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import jinja2
 import polars as pl
 import pytest
+import typer
 import yaml
 from conftest import ROOT, launched
 from typer.testing import CliRunner
@@ -17,6 +23,7 @@ from worlds import arithmetic_pairs
 
 from sage_select import PreferenceDataset, SageConfig, SelectionLog
 from sage_select.app.cli import app
+from sage_select.app.cli.output import reported
 from sage_select.app.run import Run
 from sage_select.data.exports import as_llamafactory, as_trl
 from sage_select.data.records import checked_pair
@@ -504,6 +511,12 @@ WRONG = [
     (["train", "CONFIG", "--set", "model.name=none/there"], 3, "cannot be loaded"),
     (["train", "CONFIG", "--set", "model.device=gpu"], 2, "'gpu' cannot be used here"),
     (["train", "CONFIG", "--set", "training.loss=none:loss"], 2, "cannot be imported"),
+    (["train", "CONFIG", "--set", "training.loss=json:dumpz"], 2, "has no function 'dumpz'"),
+    (["plan", "CONFIG", "--set", "training.epochs='1'"], 2, "should be a whole number, got '1'"),
+    (["plan", "CONFIG", "--set", "training.learning_rate=nan"], 2, "should be a number, got 'nan'"),
+    (["plan", "CONFIG", "--set", "beta=" + "[" * 50], 2, "--set beta: cannot be read: it nests"),
+    (["plan", "CONFIG", "--set", "." * 30 + "=1"], 2, "there is no setting ''"),
+    (["plan", "CONFIG", "--set", "training.epochs.x=1"], 2, "there is no setting 'epochs.x'"),
     (["store", "evict"], 2, "give --identity, --older-than or --max-size"),
     (["store", "evict", "--older-than", "soon"], 2, "give a number and one of m, h, d, w"),
     (["store", "evict", "--max-size", "2 gigs"], 2, "give a number and one of B, kB, MB, GB"),
@@ -520,6 +533,152 @@ def test_messages(arguments, code, words, config):
     arguments = [config if argument == "CONFIG" else argument for argument in arguments]
     result = sage_select(*arguments, code=code)
     assert words in " ".join(result.stderr.replace("│", " ").split())
+
+
+class CheckpointException(Exception):
+    """As torch.distributed's, which collects the errors of the ranks."""
+
+    def __init__(self, failures):
+        super().__init__("CheckpointException ranks:dict_keys([1])")
+        self.failures = failures
+
+
+def caused_by(cause):
+    error = RuntimeError("the file could not be written")
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "run/checkpoint")
+RAISED = {
+    "No space left on device": FULL,
+    "Disk quota exceeded": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "No space left on device: 'run/checkpoint' (the file could not be written)": caused_by(FULL),
+    "No space left on device: 'run/checkpoint' (CheckpointException": CheckpointException(
+        {1: (FULL, None)}
+    ),
+    "something is nested too deeply": RecursionError("maximum recursion depth exceeded"),
+    "can't decode byte 0xff": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    "OverflowError": OverflowError(),
+    "division by zero": ZeroDivisionError("division by zero"),
+    "unpack requires a buffer of 8 bytes": struct.error("unpack requires a buffer of 8 bytes"),
+    "incorrect header check": zlib.error("Error -3: incorrect header check"),
+    "no rows": pl.exceptions.ComputeError("no rows"),
+    "'loop' is undefined": jinja2.UndefinedError("'loop' is undefined"),
+    "invalid tokenizer.json": Exception("invalid tokenizer.json"),
+    "the file ends early": EOFError("the file ends early"),
+}
+
+
+@pytest.mark.parametrize("words", RAISED)
+def test_errors_of_the_input_are_messages(words, capsys):
+    with pytest.raises(typer.Exit) as exit, reported():
+        raise RAISED[words]
+    assert exit.value.exit_code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+BUGS = (AssertionError("x"), AttributeError("x"), RuntimeError("x"), caused_by(RuntimeError("x")))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_keep_their_traceback(bug):
+    with pytest.raises(type(bug)) as raised, reported():
+        raise bug
+    assert raised.value is bug
+
+
+def script(*arguments, cwd):
+    """Run the console script, with SIGINT handled as on a terminal."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("sage-select"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=cwd,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+STRAY = ("statistics", "typing", "numbers", "torch", "numpy", "yaml", "pydantic", "tokenizers")
+
+
+@pytest.mark.slow
+def test_files_in_the_current_folder_are_not_imported_unasked(config):
+    for name in STRAY:
+        Path(f"{name}.py").write_text(f"open('ran-{name}', 'w').close()")
+    Path("mine.py").write_text("open('ran-mine', 'w').close()\nfrom sage_select import sage\n")
+    options = ["--out", "scores.csv", "--set", "selection.score=mine:sage"]
+    done = script("score", config, *options, cwd=config.parent)
+    assert done.returncode == 0, done.stderr
+    assert list(Path().glob("ran-*")) == [Path("ran-mine")]
+
+
+def test_a_file_that_an_installed_module_hides_is_named(config):
+    Path("statistics.py").write_text("def loss(policy, reference): ...")
+    done = sage_select("train", config, "--set", "training.loss=statistics:loss", code=2)
+    assert "has no function 'loss'; if you mean another file, rename it" in done.stderr
+
+
+SWALLOWS = """
+import os, time
+for _ in range({times}):
+    try:
+        os.kill(os.getpid(), 2)
+        time.sleep(1)
+    except BaseException:
+        pass
+time.sleep({seconds})
+{last}
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_that_becomes_another_error_ends_the_command_as_one(config):
+    broken = SWALLOWS.format(times=1, seconds=0, last="raise RuntimeError('broken')")
+    Path("mine.py").write_text(broken)
+    done = script("train", config, "--set", "selection.score=mine:score", cwd=config.parent)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.count("interrupted; finished work is kept") == 1
+
+
+FINISHES = """
+try:
+    SIGINT
+finally:
+    time.sleep(1)  # longer than it takes to notice a lost interrupt
+    open("finished", "w").close()
+"""
+INTERRUPTED = {
+    "swallowed": SWALLOWS.format(times=1, seconds=60, last=""),
+    "swallowed three times": SWALLOWS.format(times=3, seconds=60, last=""),
+    "swallowed at the very end": SWALLOWS.format(times=1, seconds=0, last=""),
+    "in a destructor": "import gc\nclass A:\n    def __del__(self): SIGINT\nA()\ntime.sleep(60)",
+    "in a finally block": FINISHES,
+    "as it should be": "SIGINT",
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_an_interrupt_always_ends_a_command(where, tmp_path):
+    body = INTERRUPTED[where].replace("SIGINT", "os.kill(os.getpid(), 2), time.sleep(60)")
+    (tmp_path / "mine.py").write_text(f"import os, time\n{body}")
+    code = "from sage_select.app.cli.interrupts import interruptible\nwith interruptible():\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}    import mine"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.count("interrupted; finished work is kept") == 1
+    assert (tmp_path / "finished").exists() == ("finally" in where)
 
 
 def test_errors_are_printed_as_json_too(config):

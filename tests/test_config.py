@@ -129,7 +129,9 @@ ERRORS = {
     "training: there is no setting 'lr'; there are loss, learning_rate": {"training": {"lr": 1}},
     "training.learning_rate: should be greater than 0, got 0": {"training": {"learning_rate": 0}},
     "training.epochs: should be greater than or equal to 1, got 0": {"training": {"epochs": 0}},
-    "training.epochs: should be a valid integer": {"training": {"epochs": "many"}},
+    "training.epochs: should be a whole number, got 'many'": {"training": {"epochs": "many"}},
+    "model.revision: should be a valid string, got 1234; put quotes": {"model": {"revision": 1234}},
+    "there is no setting 'bbb": {"b" * 10_000: 1},
     "training.loss: there is no function 'ncaa'; did you mean 'nca'?": {
         "training": {"loss": "ncaa"}
     },
@@ -189,7 +191,78 @@ FILES = {
     "'seed' is set twice; keep one of them": '{"seed": 1, "seed": 2}',
     "run.yaml: cannot be read: 'utf-8' codec": b"\xff",
     "run.yaml: beta: should be greater than 0, got 0": "beta: 0",
+    "a configuration must be a mapping of settings": "",
+    "has more than 100,000 characters, which is no configuration": "# " + "x" * 100_000,
+    "with aliases expanded": "a0: &a0 [1]\n"
+    + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(20)),
+    "expanded": "".join(
+        f"a{i + 1}: &a{i + 1} {{{', '.join(f'k{j}: *a{i}' for j in range(9))}}}\n" for i in range(9)
+    ).replace("*a0", "1"),
+    "it nests more than 20 levels; sections contain settings": "beta: &a [*a]",
+    "it nests more than 20 levels": "beta: " + "[" * 40_000,
+    "it nests more than": "{a: " * 20_000,
+    "more than 20 levels; sections": '{"seed": ' + "[" * 40_000,
+    "line 1: the name of a setting must be a text, got a sequence": "? [1, 2]\n: 3",
+    "the name of a setting must be a text, got a mapping": "training:\n  ? {a: b}\n  : 3",
+    "the name of a setting must be a text, got '5'": "5: 6",
+    "could not determine a constructor for the tag": "beta: !!python/object/apply:os.getcwd []",
+    "could not determine a constructor for the tag 'tag:yaml.org,2002:binary'": "beta: !!binary aA",
+    "run.yaml: cannot be read: string index out of range": "beta: !!int ''",
+    "seed: should be less than or equal to 9223372036854775807": "seed: 9223372036854775808",
+    "run.yaml: cannot be read: Exceeds the limit": "seed: " + "9" * 5000,
+    "training.epochs: should be a whole number, got '010'": "training: {epochs: 010}",
+    "training.epochs: should be a whole number, got '1:30'": "training: {epochs: 1:30}",
+    "training.epochs: should be a whole number, got True": "training: {epochs: yes}",
+    "training.epochs: should be a whole number, got 2.0": "training: {epochs: 2.0}",
+    "training.learning_rate: should be a number, got '1e-6'": "training: {learning_rate: '1e-6'}",
+    "training.learning_rate: should be a finite number, got nan": "training: {learning_rate: .nan}",
+    "beta: should be a finite number, got inf": "beta: 1e999",
+    "model.name: should be a valid string, got False; put quotes around it": "model: {name: no}",
+    "special characters are not allowed": "beta: \0",
+    "run.yaml: cannot be read: 'utf-8' codec can't decode byte": "beta: 1".encode("utf-16"),
 }
+
+
+def test_values_of_yaml_are_what_they_look_like(tmp_path):
+    text = (
+        "\ufefftraining: {learning_rate: 5e-7, weight_decay: 1E-2, epochs: 1_0, warmup_share: .5}\n"
+        "model: {name: 12e4567, revision: 2024-01-01, tokenizer: 0123}\nseed: -0x10\n"
+    ).replace("-0x10", "0x10")
+    (tmp_path / "run.yaml").write_text(text)
+    config = SageConfig.read(tmp_path / "run.yaml", environment={})
+    assert (config.training.learning_rate, config.training.weight_decay) == (5e-7, 1e-2)
+    assert (config.training.epochs, config.training.warmup_share, config.seed) == (10, 0.5, 16)
+    model = config.model
+    assert (model.name, model.revision, model.tokenizer) == ("12e4567", "2024-01-01", "0123")
+
+
+@given(st.sampled_from(["1e5", "5e-7", "0123", "0x1F", "1_0", "1:30", "no", "~", "", "null", ".nan",
+                        "2024-01-01", "a: b", "- x", "=", "<<", "*a", "&a", "%x", "\ufeff", "\x85"])
+       | st.text(max_size=5))  # fmt: skip
+def test_every_text_survives_a_file(tmp_path_factory, text):
+    config = SageConfig(model={"name": text}, data={"columns": {text: text}})
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert SageConfig.read(file, environment={}) == config
+
+
+JSON_FILES = {
+    "NaN is no number of JSON": '{"beta": NaN}',
+    "'seed' is set twice": '{"seed": 1, "seed": 1}',
+    "it nests more than 20 levels": "[" * 40_000,
+    "it nests more than": '{"a":' * 40 + "1" + "}" * 40,
+    "beta: should be a finite number, got inf": '{"beta": 1e999}',
+    "run.json: cannot be read: Exceeds the limit": '{"seed": ' + "9" * 5000 + "}",
+    "must be a mapping": "[]",
+}
+
+
+@pytest.mark.parametrize("message", JSON_FILES)
+def test_messages_about_json_files(message, tmp_path):
+    (tmp_path / "run.json").write_text(JSON_FILES[message])
+    with pytest.raises(ConfigError) as error:
+        SageConfig.read(tmp_path / "run.json", environment={})
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("message", FILES)
@@ -203,11 +276,50 @@ def test_messages_about_files(message, tmp_path):
 
 ENVIRONMENTS = {
     "there is no setting 'lr'": {"SAGE_SELECT__TRAINING__LR": "1"},
-    "training.epochs: should be a valid integer": {"SAGE_SELECT__TRAINING__EPOCHS": "x"},
+    "training.epochs: should be a whole number": {"SAGE_SELECT__TRAINING__EPOCHS": "x"},
+    "SAGE_SELECT__TRAINING__EPOCH: training: there is no setting 'epoch'; did you mean 'epochs'?": {
+        "SAGE_SELECT__TRAINING__EPOCH": "1"
+    },
+    "the setting seed is set twice": {"SAGE_SELECT__SEED": "1", "SAGE_SELECT__seed": "2"},
     "SAGE_SELECT__BETA: cannot be read": {"SAGE_SELECT__BETA": "["},
     "SAGE_SELECT__BETA: beta: should be greater than 0": {"SAGE_SELECT__BETA": "0"},
-    "two underscores between its parts": {"SAGE_SELECT_TRAINING_EPOCHS": "1"},
+    "with aliases": {"SAGE_SELECT__DATA__COLUMNS": "[&a [1, 1], &b [" + "*a, " * 9999 + "]]"},
 }
+MISSPELT = {
+    "SAGE_SELECT__TRAINING__EPOCHS": [
+        "SAGE_SELECT_TRAINING_EPOCHS", "SAGE_SELECT_TRAINING__EPOCHS",
+        "SAGE_SELECT__TRAINING_EPOCHS", "SAGESELECT__TRAINING__EPOCHS",
+        "SAGE_SELECT___TRAINING__EPOCHS", "sage_select__training__epochs",
+        "SAGE__SELECT__TRAINING__EPOCHS", "_SAGE_SELECT__TRAINING__EPOCHS",
+        "SAGE_SELCT__TRAINING__EPOCHS", "SAGE_SELECT_TRAINING_EPOCH",
+    ],
+    "SAGE_SELECT__TRAINING__LEARNING_RATE": [
+        "SAGE_SELECT__TRAINING_LEARNING_RATE", "SAGE_SELECT_TRAINING__LEARNING_RATE",
+        "SAGE_SELECT__LEARNING_RATE",
+    ],
+    "SAGE_SELECT__SEED": ["SAGE_SELECT_SEED", "Sage_Select__Seed"],
+    "SAGE_SELECT_CACHE": ["SAGE_SELECT__CACHE", "SAGE_SELECT_CACH", "SAGESELECT_CACHE"],
+    "SAGE_SELECT_PATIENCE": ["sage_select_patience", "SAGE_SELECT_PATIENTE"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [(r, w) for r, names in MISSPELT.items() for w in names]
+)
+def test_a_misspelt_variable_is_refused_with_the_right_one(right, wrong, tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    with pytest.raises(ConfigError, match=rf"^{wrong}: there is no such .* did you mean {right}\?"):
+        SageConfig.read(tmp_path / "run.yaml", environment={wrong: "1"})
+
+
+def test_an_unknown_variable_that_looks_like_ours_is_a_warning(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    others = dict.fromkeys(("SAGEMAKER_DIR", "SAGE_ROOT", "SAGE_SELECT_DATA", "MY_SEED"), "1")
+    with pytest.warns(UserWarning, match="SAGE_SELECT_LAUNCHER: there is no such") as warned:
+        SageConfig.read(
+            tmp_path / "run.yaml", environment={**others, "SAGE_SELECT_LAUNCHER": "slurm"}
+        )
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("message", ENVIRONMENTS)

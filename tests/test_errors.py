@@ -70,7 +70,7 @@ ERRORS = [
     (lambda: plan_run([0], ONE, batch_size=1, scope="x"), ValueError, "run, epoch or single_pass"),
     (lambda: PLAN.on_rows([7] * 8), ValueError, "needs 8 different rows"),
     (lambda: plan_pools([0, 0], ONE, 1, ids=["a", "a"]), ValueError, "ids occur more than once"),
-    (lambda: plan_pools([0], Constant((np.nan,)), 1), ValueError, "sum to 1, got (nan,)"),
+    (lambda: plan_pools([0], lambda t: (np.nan,), 1), ValueError, "sum to 1, got (nan,)"),
     (lambda: PLAN.on_rows([1]), ValueError, "needs 8 different rows >= 0"),
     (lambda: kept_count(1.2, 10), ValueError, "a keep ratio must lie in [0, 1], got 1.2"),
     (lambda: kept_count(0.5, 10, 0), ValueError, "multiple must be at least 1, got 0"),
@@ -89,7 +89,7 @@ ERRORS = [
     ),
     (lambda: nca_responses(H, H, W), ValueError, "must all be [B, K], got [2, 3], [2, 3] and"),
     (lambda: nca_responses(H, H, H), ValueError, "must be >= 0 and sum to 1 for each prompt"),
-    (lambda: response_weights(H, alpha=0), ValueError, "alpha must be positive, got 0"),
+    (lambda: response_weights(H, alpha=0), ValueError, "alpha must be positive and finite, got 0"),
     (lambda: dpo(POLICY._replace(chosen=H), REFERENCE), ValueError, "PairLogps must be [P], got"),
     (lambda: response_weights(H * np.nan), ValueError, "scores must be finite and [B, K]"),
     # ranking and selecting
@@ -174,7 +174,7 @@ DATASET_ERRORS = [
     (lambda: dataset().take([[0]]), ValueError, "rows must be [P], got shape (1, 1)"),
     (lambda: dataset().split(1.5), ValueError, "fraction must lie in (0, 1), got 1.5"),
     (lambda: dataset().split(0.5), ValueError, "pass a smaller fraction"),
-    (lambda: ShuffledLoader(dataset(), batch_size=0), ValueError, "at least 1, got 0 and 1"),
+    (lambda: ShuffledLoader(dataset(), batch_size=0), ValueError, "must be at least 1, got 0"),
 ]
 
 
@@ -193,7 +193,7 @@ FILES = [
     ("pairs.parquet", "not a table", "cannot be read as parquet"),
     ("pairs.arrow", "not a table", "cannot be read as arrow"),
     ("pairs.csv", 'chosen,rejected\n"1', "pairs.csv is not CSV"),
-    ("pairs.jsonl", b'{"prompt": "\xff"}', "cannot be read as jsonl: 'utf-8' codec can't decode"),
+    ("pairs.jsonl", b'{"prompt": "\xff"}', "cannot be read as jsonl: line 1 is not UTF-8"),
 ]
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 METHOD = "the method"  # the modules at the top of the package
 FOLDERS: dict[str, tuple[set[str], set[str]]] = {
     METHOD: (set(), {"numpy", "torch"}),
-    "system": (set(), {"numpy", "pydantic", "torch", "tqdm"}),
+    "system": ({METHOD}, {"numpy", "pydantic", "torch", "tqdm"}),
     "ops": ({"system"}, {"torch", "triton"}),
     "data": ({METHOD, "system"}, {"datasets", "jinja2", "numpy", "polars", "pyarrow"}),
     "models": ({METHOD, "system", "ops", "data"}, {"httpx", "numpy", "torch", "transformers"}),

@@ -32,7 +32,7 @@ from sage_select.app.run import Run
 from sage_select.pairs import PairLogps
 from sage_select.references.eviction import default_store
 from sage_select.references.logp_tables import read_reference
-from sage_select.system.files import cache_folder
+from sage_select.system.files import cache_folder, user_path
 from sage_select.system.processes import Processes
 from sage_select.system.settings import ConfigError
 from sage_select.training.micro_batches import dealt
@@ -257,7 +257,7 @@ def _model(config: SageConfig, loaded: _Loaded) -> Iterator[Finding]:
 
 def _weight_findings(name: str | None) -> Iterator[Finding]:
     """Report a local model folder without weights; hub models are not looked up."""
-    folder = Path(name or "")
+    folder = user_path(name or "")
     patterns = ("*.safetensors", "*.bin")
     if folder.is_dir() and not any(file for pattern in patterns for file in folder.glob(pattern)):
         yield Finding("model", "fail", f"{folder} has no weights ({', '.join(patterns)})")
@@ -283,7 +283,7 @@ def _reference_findings(config: SageConfig, loaded: _Loaded) -> Iterator[Finding
                 "do not match: use a reference with the policy's tokenizer",
             )
         yield from _weight_findings(reference.model)
-    store = Path(reference.store) if reference.store is not None else default_store()
+    store = user_path(reference.store) if reference.store is not None else default_store()
     yield from _disk_space(store, "reference")
 
 

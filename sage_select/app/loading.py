@@ -1,6 +1,7 @@
 """Load the tokenizers, models, devices and functions that a configuration names."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -16,6 +17,7 @@ from sage_select.app.sections import ModelSection, ReferenceSection
 from sage_select.losses import LOSSES
 from sage_select.pairs import Score
 from sage_select.scores import SCORES
+from sage_select.system.files import user_path
 from sage_select.system.settings import ConfigError
 
 CUSTOM_SCORE_SETTINGS = ("beta", "eps", "length_norm", "seed")
@@ -46,7 +48,7 @@ def load_tokenizer(model: ModelSection) -> Any:
             )
         tokenizer.eos_token = model.eos_token
     if model.chat_template is not None:
-        file = Path(model.chat_template)
+        file = user_path(model.chat_template)
         if not file.is_file():
             raise ConfigError(f"model.chat_template: there is no file {file}")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
@@ -115,16 +117,30 @@ def function_named(
 ) -> Callable[..., Any]:
     """Return a function of the library by name, or import a custom one, `module:function`.
 
+    A custom one may be in the current folder, which is searched last: a file there never takes the
+    place of an installed module.
+
     Raises:
         ConfigError: If it cannot be imported.
     """
     if name in table:
         return table[name]
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
+    # a console script starts without the current folder on the path, unlike `python -m`
+    if not {"", folder := str(Path.cwd())}.intersection(sys.path):
+        sys.path.append(folder)
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{setting}: {name!r} cannot be imported: {error}") from None
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{setting}: {name!r} cannot be imported: {reason}") from error
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(function):
+        place = getattr(module, "__file__", None) or "Python itself"
+        raise ConfigError(
+            f"{setting}: {name!r} cannot be imported: module {module_name!r}, from {place}, has no "
+            f"function {attribute!r}; if you mean another file, rename it"
+        )
     return function
 
 
@@ -169,6 +185,8 @@ def _load_model(model: ModelSection, name: str, setting: str, revision: str | No
 
 def _from_pretrained(kind: Any, name: str, setting: str, **options: Any) -> Any:
     # transformers would take a missing folder or a file for a hub name and report a failed download
+    if name.startswith("~"):
+        name = str(user_path(name))
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{setting}: there is no folder {name}")
     if Path(name).is_file():

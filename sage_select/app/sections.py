@@ -1,10 +1,12 @@
 """Sections of a configuration: every setting with its default and its meaning."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from sage_select.arguments import LARGEST_COUNT
 from sage_select.data.dataset import OnBad
+from sage_select.data.tokenising import SpecialTokens
 from sage_select.losses import LOSSES
 from sage_select.models.trials import Layout
 from sage_select.plan import OnInfeasible, ProgressRule, Scope
@@ -13,6 +15,8 @@ from sage_select.selecting.selector import NoSignal
 from sage_select.system.settings import (
     FREE,
     LATER,
+    NUMBER,
+    WHOLE,
     Count,
     NotNegative,
     Section,
@@ -79,15 +83,19 @@ class DataSection(Section):
     """Revision of a hub dataset."""
     columns: dict[str, str] = Field(default={})
     """Names of fields in the data, by the names expected here, as in `{prompt: question}`."""
-    max_length: Annotated[int, Field(ge=2)] = 32_768
+    max_length: Annotated[int, Field(ge=2, le=LARGEST_COUNT), WHOLE] = 32_768
     """Maximum tokens of prompt and response together; longer sequences are cut at the end."""
     limit: Count | None = None
     """Number of pairs to use, the first usable ones; by default all."""
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    held_out: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), NUMBER] = 0.0
     """Share of the prompts held out for evaluation; with 0 nothing is evaluated."""
     on_bad: OnBad = "set_aside"
     """Unusable rows are set aside with a reason, or stop the run with an error."""
-    num_workers: Annotated[int, Field(ge=0), FREE] = 0
+    chat_template_kwargs: Annotated[dict[str, Any], LATER] = Field(default={})
+    """Options of the chat template for all rows, as in `{enable_thinking: false}`."""
+    special_tokens: Annotated[SpecialTokens, LATER] = "allow"
+    """Texts that contain a special token, such as `<|im_end|>`: allow, or set_aside the row."""
+    num_workers: Annotated[int, Field(ge=0, le=1024), WHOLE, FREE] = 0
     """Worker processes that check and tokenise; 0 uses the main process."""
 
 

@@ -7,6 +7,7 @@ where, and exits.
 """
 
 import json
+import math
 import os
 import select
 import signal
@@ -31,8 +32,15 @@ def timeout() -> float:
     """Return the seconds without a heartbeat, or without progress on any rank, that end a run.
 
     From the environment variable `SAGE_SELECT_PATIENCE`; 600 by default.
+
+    Raises:
+        ValueError: If it is not a positive number.
     """
-    return float(os.environ.get("SAGE_SELECT_PATIENCE", "600"))
+    text = os.environ.get("SAGE_SELECT_PATIENCE", "600")
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise ValueError(f"SAGE_SELECT_PATIENCE must be a number of seconds, such as 600, got {text!r}")
 
 
 @contextmanager
@@ -66,6 +74,7 @@ def monitored(processes: Processes) -> Iterator[None]:
     if processes.group is None or _monitor.get() is not None:
         yield
         return
+    timeout()  # refuse a wrong value here, and not in the thread
     monitor = _Monitor(processes)
     token = _monitor.set(monitor)
     monitor.start()

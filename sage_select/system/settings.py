@@ -4,12 +4,47 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from sage_select.arguments import LARGEST_COUNT, SEEDS, is_number, is_whole, scalar, shown
+
+
+def _whole(value: Any) -> Any:
+    if not is_whole(number := scalar(value)):  # pydantic would convert True, 2.0 and "2"
+        raise ValueError(f"should be a whole number, got {shown(value)}")
+    return number
+
+
+def _number(value: Any) -> Any:
+    if not is_number(number := scalar(value)):
+        raise ValueError(f"should be a number, got {shown(value)}")
+    return number
+
+
+def _switch(value: Any) -> Any:
+    flag = scalar(value)
+    if not isinstance(flag, bool):
+        raise ValueError(f"should be true or false, got {shown(value)}")
+    return flag
+
+
+# The same rules as for arguments in Python, see `sage_select.arguments`. They stand behind the
+# bounds, which otherwise would not reach the JSON schema.
+WHOLE, NUMBER = BeforeValidator(_whole), BeforeValidator(_number)
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), NUMBER]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT), WHOLE]
+Seed = Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1]), WHOLE]
 
 FREE = "free"
 """Marks a setting that does not change results beyond rounding: where and how fast they are
@@ -94,9 +129,9 @@ def unknown_name(name: str, known: list[str], what: str = "setting") -> str:
         >>> unknown_name("epoch", ["epochs", "batch_size"])
         "there is no setting 'epoch'; did you mean 'epochs'?"
     """
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:100], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-    return f"there is no {what} {name!r}; {hint}"
+    return f"there is no {what} {shown(name)}; {hint}"
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
@@ -107,8 +142,12 @@ def problems_of(error: ValidationError) -> list[Problem]:
         if problem["type"] in ("model_type", "model_attributes_type"):
             reason = "should be a mapping of settings"  # pydantic's message names internal classes
         # messages of our own validators contain the value already
-        got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-        problems.append((".".join(map(str, problem["loc"])), reason + got))
+        got = "" if problem["type"] == "value_error" else f", got {shown(problem['input'])}"
+        if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+            got += "; put quotes around it"
+        # a union of types, such as `int | None`, adds the name of the branch that was tried
+        names = [str(name) for name in problem["loc"] if not str(name).startswith("function-")]
+        problems.append((".".join(names), reason + got))
     return problems
 
 

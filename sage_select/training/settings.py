@@ -10,7 +10,16 @@ from torch import Tensor
 from sage_select.losses import nca
 from sage_select.models.reader import Reader
 from sage_select.system.identity import describe
-from sage_select.system.settings import FREE, Count, NotNegative, Positive, Section, Settings, Share
+from sage_select.system.settings import (
+    FREE,
+    Count,
+    NotNegative,
+    Positive,
+    Section,
+    Settings,
+    Share,
+    Switch,
+)
 
 LearningRateSchedule = Literal["linear", "cosine", "constant_with_warmup"]
 Metric = Literal["loss", "accuracy", "margin"]
@@ -37,9 +46,9 @@ class UpdateSettings(Section):
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    activation_checkpointing: Annotated[bool, FREE] = False
+    activation_checkpointing: Annotated[Switch, FREE] = False
     """Recompute each layer in the backward pass, to save memory."""
-    compile_model: Annotated[bool, FREE] = False
+    compile_model: Annotated[Switch, FREE] = False
     """Compile the model's body with torch.compile."""
     evaluate_every: Annotated[Count, FREE] = 50
     """Steps between evaluations on held-out pairs; also at the start and at the end."""

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from sage_select.app.cli import configs, runs, stores
+from sage_select.app.cli.interrupts import interruptible
 from sage_select.app.cli.output import BROKEN_PIPE
 
 app = typer.Typer(
@@ -26,9 +27,20 @@ app.add_typer(configs.app, name="config")
 
 def main() -> None:
     """Run the command line."""
-    try:
-        app(prog_name="sage-select")
-    except BrokenPipeError:
-        # the reader of stdout, such as `head`, has closed it; flushing at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+    with interruptible():
+        _search_current_folder_last()
+        try:
+            app(prog_name="sage-select")
+        except BrokenPipeError:
+            # the reader of stdout, such as `head`, has closed it; flushing at exit must not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(BROKEN_PIPE)
+
+
+def _search_current_folder_last() -> None:
+    """Move the current folder, which `python -m` and `-c` put first, to the end of the path.
+
+    Otherwise a stray statistics.py or torch.py in it would be run in place of the real one.
+    """
+    if sys.path and sys.path[0] in ("", os.getcwd()):  # noqa: PTH109
+        sys.path.append(sys.path.pop(0))

@@ -1,6 +1,5 @@
 """Options that several commands share."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,10 +37,7 @@ StoreFolder = Annotated[
 
 
 def read_config(path: Path, overrides: list[str] | None) -> "SageConfig":
-    """Read a configuration with the overrides of the command line.
-
-    The current folder is added to the import path, for custom scores and losses.
-    """
+    """Read a configuration with the overrides of the command line."""
     from sage_select.app.config import SageConfig, parsed_value
     from sage_select.system.settings import ConfigError
 
@@ -53,9 +49,6 @@ def read_config(path: Path, overrides: list[str] | None) -> "SageConfig":
                 f"--set {text}: give a name and a value, as in --set training.epochs=1"
             )
         changes[name] = parsed_value(value, f"--set {name}")
-    # a console script starts without the current folder on the path, unlike `python -m`
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
     return SageConfig.read(path, overrides=changes)
 
 

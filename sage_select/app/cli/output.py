@@ -12,11 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sage_select.app.cli.interrupts import acknowledge, was_interrupted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-WRONG_USE, BAD_INPUT, DOCTOR_FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
+WRONG_USE, BAD_INPUT, DOCTOR_FAILED, BROKEN_PIPE = 2, 3, 4, 141
+
+INPUT_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions that are about data, files, settings or models, and no bug of the library."""
+
+FILE_LIBRARIES = {
+    "_lzma", "_pickle", "binascii", "jinja2", "polars", "pyarrow", "pyo3_runtime", "safetensors",
+    "safetensors_rust", "struct", "tokenizers", "xml", "yaml", "zipfile", "zlib",
+}  # fmt: skip
+"""Modules whose own exceptions are about the content of a file or a template; `pyo3_runtime` is
+the panic of a library in Rust."""
 
 
 @contextmanager
@@ -30,28 +52,50 @@ def reported(as_json: bool = False) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
-    except BrokenPipeError:  # an OSError, but not one of the input; `main` handles it
+    # an exit is none of them, and a broken pipe is no error of the input: `main` handles it
+    except (SystemExit, GeneratorExit, BrokenPipeError, typer.Exit, typer.Abort):
         raise
-    except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if isinstance(error, KeyboardInterrupt) or was_interrupted():
+            raise typer.Exit(acknowledge()) from None
+        if (cause := _input_error(error)) is None:
+            raise
         from sage_select.system.settings import ConfigError
 
-        # str() of a KeyError would put the message in quotes
-        message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-        if os.environ.get("SAGE_SELECT_DEBUG"):
+        message = _message(error) if cause is error else f"{_message(cause)} ({_message(error)})"
+        if os.environ.get("SAGE_SELECT_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         typer.echo(f"error: {message}", err=True)
         if as_json:
             typer.echo(json.dumps({"error": message}))
         raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else BAD_INPUT) from None
-    except (FloatingPointError, MemoryError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo(
-            "interrupted; finished work is kept, run the same command to resume (train: --resume)",
-            err=True,
-        )
-        raise typer.Exit(INTERRUPTED) from None
+
+
+def _input_error(error: BaseException) -> BaseException | None:
+    """Return the error that is about the input, this one or a cause of it; None if it is a bug."""
+    library = type(error).__module__.partition(".")[0]
+    if (
+        isinstance(error, INPUT_ERRORS)
+        or library in FILE_LIBRARIES
+        or type(error) is Exception  # tokenizers raises these
+        or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here
+    ):
+        return error
+    # torch.distributed collects the errors of a checkpoint: by rank, each with its traceback
+    failures = getattr(error, "failures", None)
+    by_rank = list(failures.values()) if isinstance(failures, dict) else []
+    causes = [error.__cause__, *(part[0] if isinstance(part, tuple) else part for part in by_rank)]
+    inputs = (_input_error(cause) for cause in causes if isinstance(cause, BaseException))
+    return next((cause for cause in inputs if cause is not None), None)
+
+
+def _message(error: BaseException) -> str:
+    """Return an error's message, or its type if it has none."""
+    if isinstance(error, KeyError) and error.args:  # str() would put the message in quotes
+        return str(error.args[0])
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply: {error}"
+    return str(error) or type(error).__name__
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

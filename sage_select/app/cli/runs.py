@@ -257,3 +257,6 @@ def flips(
         rows = flipped_by_interval.rows()
         console().print(table("kept by one run and not by the other", *headings, rows=rows))
         typer.echo(f"{flipped:,} of {kept:,} kept pairs flipped")
+        unknown = flipped_by_interval.filter(flipped_by_interval["kept"].is_null())["interval"]
+        if len(unknown):
+            typer.echo(f"not compared, as a log cannot be read: intervals {unknown.to_list()}")

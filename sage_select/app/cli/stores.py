@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="List, fill and clear the reference
 def list_references(store: StoreFolder = None, as_json: AsJson = False) -> None:
     """List the references in the store, the most recently used first, and the cached tokens."""
     with reported(as_json):
-        from sage_select.data.token_cache import tokens_folder
+        from sage_select.data.token_cache import cached_files
         from sage_select.references.eviction import default_store, stored_references
 
         if store is not None and not store.is_dir():
@@ -32,7 +32,7 @@ def list_references(store: StoreFolder = None, as_json: AsJson = False) -> None:
                 f"--store {store}: there is no such folder; without --store the default is listed"
             )
         references = stored_references(store)
-        tokens = sum(f.stat().st_size for f in tokens_folder().glob("*") if f.is_file())
+        tokens = sum(file.lstat().st_size for file in cached_files())
         total = sum(reference.size for reference in references)
         if as_json:
             listed = [asdict(reference) for reference in references]
