@@ -19,7 +19,10 @@ Shape = Literal["vllm", "sglang", "echo"]
 
 
 class Reply(NamedTuple):
-    """A reply: a string body is sent unchanged, anything else as JSON."""
+    """A reply: text and bytes are sent unchanged, an iterator's parts one by one, the rest as JSON.
+
+    An iterator's parts are sent without a Content-Length, as they come.
+    """
 
     body: Any
     status: int = 200
@@ -43,7 +46,8 @@ def completion(model: Any, request: dict[str, Any], shape: Shape) -> dict[str, A
         pairs = zip(tokens[1:], logps[1:], strict=True)
         choice["prompt_logprobs"] = [None, *({str(t): {"logprob": p}} for t, p in pairs)]
     usage = {"prompt_tokens": len(tokens), "completion_tokens": 1}
-    return {"object": "text_completion", "choices": [choice], "usage": usage}
+    answer = {"object": "text_completion", "model": request["model"], "choices": [choice]}
+    return {**answer, "usage": usage}
 
 
 @contextmanager
@@ -85,13 +89,19 @@ def serving(
             authorized = api_key is None or self.headers["Authorization"] == f"Bearer {api_key}"
             reply = Reply(body) if authorized else Reply({"error": "Unauthorized"}, 401)
             body, status, headers = alter(self.path, request, reply)
-            text = (body if isinstance(body, str) else json.dumps(body)).encode()
+            self.close_connection = isinstance(body, Iterator)
+            if not isinstance(body, Iterator):
+                text = body if isinstance(body, str | bytes) else json.dumps(body)
+                content = text.encode() if isinstance(text, str) else text
+                headers = {**headers, "Content-Length": str(len(content))}
+                body = iter([content])
             with suppress(ConnectionError):  # the client may have closed the connection
                 self.send_response(status)
-                for header, value in {**headers, "Content-Length": str(len(text))}.items():
+                for header, value in headers.items():
                     self.send_header(header, value)
                 self.end_headers()
-                self.wfile.write(text)
+                for part in body:
+                    self.wfile.write(part)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Print nothing; the base class would log each request."""

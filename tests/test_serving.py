@@ -1,15 +1,19 @@
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,6 +285,168 @@ def test_the_message_names_the_pair(still, pool):
     assert_fails(still, pool.take([4, 9, 2]), message, Recorder(change_one))
 
 
+CHOICE = ("choices", 0)
+
+
+def altered(path, value):
+    """A change that puts a value at a path in the answer, such as ("choices", 0, "index")."""
+
+    def change(request, reply, number):
+        *parents, last = path
+        place = reply.body
+        for key in parents:
+            place = place[key]
+        place[last] = value(place[last]) if callable(value) else value
+        return reply
+
+    return change
+
+
+def altered_ids(change):
+    """A change of the ids that the answer repeats."""
+    return altered((*CHOICE, "prompt_token_ids"), change)
+
+
+def of_the_first(change):
+    """A change of the entry of the second token in vLLM's list."""
+
+    def at(request, reply, number):
+        entries = reply.body["choices"][0]["prompt_logprobs"]
+        entries[1] = change(entries[1])
+        return reply
+
+    return at
+
+
+MALFORMED = "the answer has no prompt log-probs"
+HOSTILE = {
+    "no choice": (altered(("choices",), []), MALFORMED),
+    "two choices": (altered(("choices",), lambda choices: choices * 2), MALFORMED),
+    "choices that are no list": (altered(("choices",), {"0": {}}), MALFORMED),
+    "another request's choice": (altered((*CHOICE, "index"), 1), MALFORMED),
+    "an index that is no number": (altered((*CHOICE, "index"), False), MALFORMED),
+    "another model": (altered(("model",), "base"), "is from model 'base', but 'policy' was asked"),
+    "a model that is no text": (altered(("model",), ["policy"]), "is from model"),
+    "short ids": (altered_ids(lambda ids: ids[:-1]), r"is for \d+ tok"),
+    "long ids": (altered_ids(lambda ids: [*ids, 0]), r"is for \d+ tok"),
+    "no ids": (altered_ids([]), "is for 0 tokens"),
+    "ids as text": (altered_ids(lambda ids: [*map(str, ids)]), MALFORMED),
+    "ids as floats": (
+        altered_ids(lambda ids: [*map(float, ids)]),
+        MALFORMED,
+    ),
+    "no tokens used": (altered(("usage", "prompt_tokens"), 0), "is for 0 tokens"),
+    "tokens used as text": (altered(("usage", "prompt_tokens"), str), MALFORMED),
+    "tokens used as a truth value": (altered(("usage", "prompt_tokens"), True), MALFORMED),
+    "usage that is no mapping": (altered(("usage",), [1]), MALFORMED),
+    "a missing entry": (of_the_first(lambda entry: None), MALFORMED),
+    "an empty entry": (of_the_first(lambda entry: {}), MALFORMED),
+    "an entry that is a number": (of_the_first(lambda entry: -1.0), MALFORMED),
+    "an entry without number": (of_the_first(lambda entry: {key: {} for key in entry}), MALFORMED),
+    "false for a log-prob": (last_logp(False), "has False for the token"),
+    "true for a log-prob": (last_logp(True), "has True for the token"),
+    "text for a log-prob": (last_logp("-1.0"), "has -1.0 for the token"),
+    "a list for a log-prob": (last_logp([-1.0]), "for the token"),
+    "a huge integer for a log-prob": (last_logp(-(10**4000)), "for the token"),
+    "just above rounding": (last_logp(0.011), "has 0.011 for the token"),
+    "a list": (lambda *_: Reply([]), MALFORMED),
+    "a number": (lambda *_: Reply(7), MALFORMED),
+    "nothing": (lambda *_: Reply(b""), "returned no JSON but ''"),
+    "no UTF-8": (lambda *_: Reply(b"\xff\xfe"), "returned no JSON"),
+    "deep nesting": (lambda *_: Reply(b"[" * 100_000), "returned no JSON"),
+    "a name that occurs twice": (lambda *_: Reply(b'{"choices": [], "choices": []}'), "no JSON"),
+    "thousands of digits": (lambda *_: Reply(b'{"a": ' + b"9" * 9000 + b"}"), "no JSON"),
+    "a redirect": (
+        lambda *_: Reply(b"", 307, {"Location": "http://127.0.0.1:9/elsewhere"}),
+        r"HTTP 307: .* \(redirected to 'http://127.0.0.1:9/elsewhere', which is not followed\)",
+    ),
+    "a deeply nested error": (lambda *_: Reply(b"[" * 100_000, 400), r"HTTP 400: \[\["),
+    "an endless error": (lambda *_: Reply(iter(lambda: b"x" * 9999, b""), 400), "HTTP 400: xxx"),
+    "a large answer": (
+        lambda *_: Reply(iter(lambda: b" " * 99_999, b"")),
+        r"has more than 1,\d+,\d+ bytes, too many for the tokens that were sent",
+    ),
+    "a compressed answer": (
+        lambda *_: Reply(zlib.compress(b" " * 10_000_000), 200, {"Content-Encoding": "deflate"}),
+        r"is compressed \(deflate\), which was not asked for",
+    ),
+    "an answer compressed twice": (
+        lambda *_: Reply(b"", 200, {"Content-Encoding": "identity, gzip"}),
+        r"is compressed \(identity, gzip\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", HOSTILE)
+def test_hostile_answers_are_refused_with_the_pair(reply, still, few):
+    change, message = HOSTILE[reply]
+    assert_fails(still, few, f"{PAIR}.*{message}", Recorder(change))
+
+
+def test_a_log_prob_above_zero_by_rounding_counts_as_zero(still, few):
+    change = Recorder(altered((*CHOICE, "logprobs"), just_above_zero))
+    with serving(still.model, shape="echo", alter=change) as url:
+        logps = unchecked(url)(None, few.take([0]))
+    assert logps.chosen.tolist() == logps.rejected.tolist() == [0.0]
+
+
+def just_above_zero(logprobs):
+    return {**logprobs, "token_logprobs": [1e-3 for _ in logprobs["token_logprobs"]]}
+
+
+def dripping(request, reply, number):
+    """An answer of which a byte arrives every 0.1 seconds, so that no read takes long."""
+
+    def parts():
+        yield b"{"
+        for _ in range(600):
+            time.sleep(0.1)
+            yield b" "
+
+    return Reply(parts())
+
+
+def test_the_deadline_is_that_of_the_whole_answer(still, few):
+    message = PAIR + r"POST .*/completions: no complete answer within timeout=1 seconds"
+    start = time.monotonic()
+    settings = {"timeout": 1.0, "retries": 0}
+    assert_fails(still, few, message, Recorder(dripping), ConnectionError, settings=settings)
+    assert time.monotonic() - start < 30  # not the 60 seconds of the answer
+
+
+def test_headers_that_never_end_have_the_same_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                for i in range(600):
+                    time.sleep(0.1)
+                    connection.sendall(f"X-{i}: x\r\n".encode())
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(ConnectionError, match=r"GET .*/models: no complete answer"):
+            unchecked(url, timeout=0.5, retries=0)(None, few_pairs())
+
+
+def few_pairs():
+    from arithmetic import build_tokenizer
+
+    records = [{"prompt": "1?", "chosen": "2", "rejected": "3"}]
+    return PreferenceDataset.from_records(records, tokenizer=build_tokenizer(), max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("header", "pause"), [("nan", 0), ("-5", 0), ("inf", np.inf), ("1e999", np.inf), ("soon", 0),
+                          ("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("Mon, 99 Foo 99999", 0), ("", 0)]
+)  # fmt: skip
+def test_a_retry_after_of_any_kind_is_a_pause(header, pause):
+    answer = SimpleNamespace(headers={"retry-after": header})
+    assert serving_module._retry_after(answer) == pause
+
+
 def test_a_client_error_is_shown_and_not_retried(still, few):
     body = {"error": {"message": "This model's maximum context length is 8 tokens", "code": 400}}
     recorder = Recorder(lambda request, reply, number: Reply(body, 400))
@@ -376,7 +542,7 @@ def test_an_unreachable_server_is_an_error(few):
 
 def test_an_answer_that_takes_too_long_is_an_error(still, few):
     slow = Recorder(lambda request, reply, number: time.sleep(2.0) or reply)
-    message = PAIR + r"POST .*/completions: ReadTimeout \(attempt 2 of 2\); .* a longer timeout"
+    message = PAIR + r"POST .*: no complete answer .* \(attempt 2 of 2\); .* a longer timeout"
     settings = {"timeout": 1.0, "retries": 1}
     assert_fails(still, few, message, slow, ConnectionError, settings=settings)
 
@@ -412,16 +578,40 @@ def test_ctrl_c_leaves_no_threads(still, few, interruptible):
     ("options", "message"),
     [
         ({"url": "localhost:8000/v1"}, "url must start with http:// or https://, got 'localhost"),
-        ({"check_responses": -1}, "check_responses must be 0 or more, got -1"),
-        ({"retries": -1}, "retries must be 0 or more"),
-        ({"concurrency": 0}, "concurrency must be 1 or more, got 0"),
-        ({"tolerance": float("nan")}, "tolerance must be positive, got nan"),
-        ({"timeout": 0}, "timeout must be positive, got 0"),
+        ({"url": "http://"}, "url must be a host, a port"),
+        ({"url": "http://host:port/v1"}, "url 'http://host:port/v1' is invalid"),
+        ({"url": "http://user:secret@host/v1"}, "must have no user and password; pass api_key"),
+        ({"url": "http://host/v1?key=1"}, "without \\? and #, got"),
+        ({"url": "http://host/v1#x"}, "without \\? and #, got"),
+        ({"url": "http://host/v1\n"}, "no blanks and control characters"),
+        ({"url": "http://host:99999999/v1"}, "url must be a host, a port and a path"),
+        ({"url": b"http://host/v1"}, "url must be a text"),
+        ({"url": None}, "url must be a text"),
+        ({"name": ""}, "name must be the model's name"),
+        ({"name": None}, "name must be the model's name"),
+        ({"api_key": "key\n"}, "pass key.strip"),
+        ({"api_key": "sch\xfcssel"}, "printable ASCII"),
+        ({"api_key": b"key"}, "printable ASCII"),
+        ({"sync": "push"}, "sync must be a function of the model, got 'push'"),
+        ({"reader": None}, "reader must be a Reader, got None"),
+        ({"show_progress": "no"}, "show_progress must be True, False or None, got 'no'"),
+        ({"check_responses": -1}, "check_responses must be at least 0, got -1"),
+        ({"check_responses": True}, "check_responses must be a whole number, got True"),
+        ({"retries": -1}, "retries must be at least 0, got -1"),
+        ({"retries": 10**30}, "retries must be at most"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
+        ({"concurrency": 1.5}, "concurrency must be a whole number, got 1.5"),
+        ({"tolerance": float("nan")}, "tolerance must be positive and finite, got nan"),
+        ({"tolerance": float("inf")}, "tolerance must be positive and finite, got inf"),
+        ({"timeout": 0}, "timeout must be positive and finite, got 0"),
+        ({"timeout": "5"}, "timeout must be a number, got '5'"),
+        ({"timeout": None}, "timeout must be a number, got None"),
     ],
 )
 def test_invalid_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         ServerMeasure(**{"url": "http://host/v1", "name": "policy", **options})
+    assert "secret" not in str(error.value)
 
 
 def test_a_pass_inside_a_running_event_loop_as_in_a_notebook(still, few):
