@@ -13,16 +13,18 @@ import random
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import polars as pl
 import torch
 from worlds import arithmetic_pairs, arithmetic_world
 
 from sage_select import SelectionLog, SelectiveLoader
 from sage_select.adapters.plain import Training, train
 from sage_select.models import measuring
+from sage_select.selecting import log
+from sage_select.training import checkpoints
 
 
 def run(folder: Path) -> None:
@@ -45,10 +47,10 @@ def run(folder: Path) -> None:
         folder=folder,
         resume=True,
     )
-    weights, log = world.model.state_dict(), SelectionLog(folder / "selection").read()
+    weights, table = world.model.state_dict(), SelectionLog(folder / "selection").read()
     results = {
         "weights": b"".join(weights[name].numpy().tobytes() for name in sorted(weights)),
-        "kept": json.dumps(log.select("interval", "pair_id", "kept", "score").rows()).encode(),
+        "kept": json.dumps(table.select("interval", "pair_id", "kept", "score").rows()).encode(),
         "metrics": (folder / "metrics.jsonl").read_bytes(),
         "evaluations": (folder / "evaluations.jsonl").read_bytes(),
     }
@@ -61,31 +63,32 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_torch_save(nth: int) -> None:
+def die_in_checkpoint(nth: int) -> None:
     """Make the n-th write of a checkpoint leave half a file and die."""
-    real, calls = torch.save, iter(range(1000))
+    real, calls = checkpoints.save, iter(range(1000))
 
     def save(state: object, path: Path) -> None:
         real(state, path)
-        # a path only: torch.distributed.checkpoint also calls torch.save, on streams
-        if isinstance(path, Path) and next(calls) == nth:
-            os.truncate(path, path.stat().st_size // 2)
-            die()
-
-    torch.save = save
-
-
-def die_in_write_parquet(nth: int) -> None:
-    """Make the n-th write of the selection log leave half a file and die."""
-    real, calls = pl.DataFrame.write_parquet, iter(range(1000))
-
-    def write(table: pl.DataFrame, path: Path) -> None:
-        real(table, path)
         if next(calls) == nth:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    pl.DataFrame.write_parquet = write  # type: ignore[method-assign, assignment]
+    checkpoints.save = save
+
+
+def die_in_log(nth: int) -> None:
+    """Make the n-th write of the selection log leave half a file and die."""
+    real, calls = log.written_whole, iter(range(1000))
+
+    @contextmanager
+    def written(path: Path, **options: bool) -> Iterator[Path]:
+        with real(path, **options) as partial:
+            yield partial
+            if next(calls) == nth:
+                os.truncate(partial, partial.stat().st_size // 2)
+                die()
+
+    log.written_whole = written
 
 
 def die_while_scoring(nth: int) -> None:
@@ -101,8 +104,8 @@ def die_while_scoring(nth: int) -> None:
 
 
 PLACES: dict[str, Callable[[int], None]] = {
-    "checkpoint write": die_in_torch_save,
-    "log write": die_in_write_parquet,
+    "checkpoint write": die_in_checkpoint,
+    "log write": die_in_log,
     "scoring": die_while_scoring,
 }
 

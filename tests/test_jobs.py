@@ -55,8 +55,14 @@ def test_a_run_from_its_plan_to_its_end(config, tmp_path):
         train(config, show_progress=False)
     with pytest.raises(ConfigError, match="started with different settings: seed was 0, is 1"):
         train(config.replace(seed=1), resume=True, show_progress=False)
-    again = train(config, resume=True, show_progress=False)
+    result.folder.best.write_bytes(b"damaged")
+    with pytest.warns(
+        UserWarning, match=r"best\.pt cannot be used: .* from step \d+ on replace it"
+    ):
+        again = train(config, resume=True, show_progress=False)
     assert again.history.steps == result.history.steps
+    assert again.best is None
+    assert (result.folder.best_model / "model.safetensors").exists()  # as it was
 
 
 def test_scores_and_selections(config, tmp_path):

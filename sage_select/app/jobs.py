@@ -9,12 +9,13 @@ jobs.train(config)
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import warn
 
 import numpy as np
 import polars as pl
@@ -35,6 +36,15 @@ from sage_select.selecting.loader import training_order
 from sage_select.selecting.log import SelectionLog
 from sage_select.selecting.tables import decisions, flips_of_logs
 from sage_select.selection import Selection
+from sage_select.system.files import (
+    SpoiledFile,
+    check_content,
+    named_on_failure,
+    partial_path,
+    replace_durably,
+    user_path,
+    written_whole,
+)
 from sage_select.system.ledger import Ledger, append_costs, side_by_side
 from sage_select.system.processes import Processes, join
 from sage_select.system.settings import ConfigError
@@ -152,7 +162,7 @@ def score(
         }
     )
     if out is not None:
-        table.write_parquet(out) if out.suffix == ".parquet" else table.write_csv(out)
+        _write_table(table, out)
     return Scores(table, preference_metrics(logps, reference, beta=config.beta))
 
 
@@ -244,12 +254,31 @@ def _write_selection(run: Run, selection: Selection, out: Path, format: str, int
     kept = run.dataset.take(selection.indices)
     order = training_order(kept, run.config.seed, interval)
     records = read_records(
-        str(data.path), split=data.split, subset=data.subset, revision=data.revision
+        str(data.path),
+        mapped=frozenset((data.columns or {}).values()),
+        split=data.split,
+        subset=data.subset,
+        revision=data.revision,
     )
     # records are looked up in the source, since the dataset keeps tokens, not records
-    rows = run.dataset.take(order).column("source_row").to_numpy()
-    write_pairs(out, records, rows, format=format, columns=data.columns)
-    decisions(selection, run.dataset).write_parquet(decisions_path(out))
+    written = run.dataset.take(order)
+    rows = written.column("source_row").to_numpy()
+    write_pairs(
+        out,
+        records,
+        rows,
+        format=format,
+        columns=data.columns,
+        ids=written.ids.tolist(),
+        chat_template_kwargs=data.chat_template_kwargs or None,
+    )
+    _write_table(decisions(selection, run.dataset), decisions_path(out))
+
+
+def _write_table(table: pl.DataFrame, path: Path) -> None:
+    # opened here: polars expands "*" and "~" in a path, and leaves half a file on a full disk
+    with written_whole(path) as partial, partial.open("wb") as file:
+        table.write_parquet(file) if path.suffix == ".parquet" else table.write_csv(file)
 
 
 def decisions_path(out: Path) -> Path:
@@ -316,12 +345,14 @@ def train(
     run = Run.prepare(config, show_progress=show_progress if first else False)
     training = run.training  # a loss that cannot be imported must fail before hours of measuring
     folder = RunFolder(config.run_folder)
-    if first:
-        _write_config(config, folder, resume)
-    with folder.hold() if first else nullcontext():
-        if first and say is not None:
-            say(f"{run.dataset.waterfall()}\n{run.timeline.plan}")
-            say(f"{run.timeline.total_steps:,} steps, {_starting_point(folder)}")
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ConfigError(f"folder: {folder.path} is a file; give the name of a folder")
+    with folder.hold():
+        if first:
+            _write_config(config, folder, resume)
+            if say is not None:
+                say(f"{run.dataset.waterfall()}\n{run.timeline.plan}")
+                say(f"{run.timeline.total_steps:,} steps, {_starting_point(folder)}")
         processes.barrier()  # no rank starts before rank 0 has written the configuration
         return _train(run, training, folder, resume)
 
@@ -353,8 +384,12 @@ def _train(run: Run, training: Training, folder: RunFolder, resume: bool) -> Tra
     _save_with_tokenizer(model, run.tokenizer, folder.model)
     best = None
     if history.evaluations:
-        best = load_best(model, folder.path)  # overwrites the last weights, which are saved by now
-        _save_with_tokenizer(model, run.tokenizer, folder.best_model)
+        try:
+            best = load_best(model, folder.path)  # overwrites the last weights, saved by now
+        except (SpoiledFile, FileNotFoundError) as error:
+            warn(f"train: {error}; {folder.best_model} is not written", stacklevel=3)
+        else:
+            _save_with_tokenizer(model, run.tokenizer, folder.best_model)
     records = history.evaluations or history.steps
     cost = compared(cost_of(run), history.costs)
     return TrainingResult(folder, history, records[0], records[-1], best, cost)
@@ -433,7 +468,7 @@ def _checked_output(job: str, path: str | Path, extensions: tuple[str, ...]) -> 
 
     The check comes before the scoring, which may take hours.
     """
-    out = Path(path)
+    out = user_path(path)
     if out.suffix not in extensions:
         raise ConfigError(
             f"{job}: out (--out) {out}: the file name must end in {', '.join(extensions)}"
@@ -449,14 +484,22 @@ def _checked_output(job: str, path: str | Path, extensions: tuple[str, ...]) -> 
 
 def _save_with_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save model and tokenizer in a folder that other programs and users can read."""
-    save_pretrained(model, folder)  # collective: every rank has a shard
-    if Processes.all().rank != 0:
-        return
-    tokenizer.save_pretrained(folder)
-    mask = os.umask(0)  # the umask can only be read by setting it
-    os.umask(mask)
-    for file in folder.iterdir():  # some are created with permissions for the owner only
-        file.chmod(0o666 & ~mask)
+    partial = partial_path(folder)
+    try:
+        with named_on_failure(folder):
+            save_pretrained(model, partial)  # collective: every rank has a shard
+            if Processes.all().rank != 0:
+                return
+            tokenizer.save_pretrained(partial)
+            mask = os.umask(0)  # the umask can only be read by setting it
+            os.umask(mask)
+            folder.mkdir(exist_ok=True)
+            for file in partial.iterdir():  # some are created with permissions for the owner only
+                file.chmod(0o666 & ~mask)
+                # one by one: other files in the folder are the user's, such as a converted model
+                replace_durably(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _starting_point(folder: RunFolder) -> str:
@@ -466,22 +509,37 @@ def _starting_point(folder: RunFolder) -> str:
 
 
 def _write_config(config: SageConfig, folder: RunFolder, resume: bool) -> None:
-    """Write the configuration into the run folder; if it has one, refuse a different one."""
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ConfigError(f"folder: {folder.path} is a file; give the name of a folder")
+    """Write the configuration into the run folder; if it has one, refuse a different one.
+
+    A damaged one is named and replaced by the given configuration: what the run was trained with
+    is in its checkpoints too, and they refuse other settings.
+    """
+    text = config.to_yaml()
     if folder.config.exists():
-        # as it was saved: environment variables of this process do not belong to that run
-        earlier = SageConfig.read(folder.config, environment={})
         if not resume:
             raise FileExistsError(
                 f"train: {folder.path} already has a run; pass resume=True (--resume) to resume "
                 "it, or set another folder"
             )
-        if differences := earlier.differences(config):
-            raise ConfigError(
-                f"train: {folder.path} was started with different settings: "
-                f"{', '.join(differences)}; to resume it, set them as they were; otherwise set "
-                "another folder"
+        try:
+            # as it was saved: environment variables of this process do not belong to that run
+            check_content(folder.config)
+            earlier = SageConfig.read(folder.config, environment={})
+        except (OSError, ValueError) as error:
+            reason = str(error).removeprefix(f"{folder.config} is spoiled: ")
+            warn(
+                f"train: {folder.config} cannot be used and is written again from the given "
+                f"configuration: {reason}",
+                stacklevel=3,
             )
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(config.to_yaml(), encoding="utf-8")
+        else:
+            if differences := earlier.differences(config):
+                raise ConfigError(
+                    f"train: {folder.path} was started with different settings: "
+                    f"{', '.join(differences)}; to resume it, set them as they were; otherwise set "
+                    "another folder"
+                )
+            if folder.config.read_text(encoding="utf-8") == text:
+                return
+    with written_whole(folder.config, checked=True) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -96,6 +96,8 @@ class Run:
             revision=data.revision,
             num_workers=data.num_workers,
             show_progress=show_progress,
+            chat_template_kwargs=data.chat_template_kwargs or None,
+            special_tokens=data.special_tokens,
         )
         pairs, held_out = dataset.take(range(len(dataset))[: data.limit]), None
         if data.held_out:
@@ -259,6 +261,11 @@ def build_loader(
     Raises:
         ConfigError: If a setting does not fit the data.
     """
+    if mixed_precision not in DTYPE_NAMES:
+        raise ConfigError(
+            "build_loader: mixed_precision must be None or one of "
+            f"{', '.join(map(str, filter(None, DTYPE_NAMES)))}, got {mixed_precision!r}"
+        )
     update = {"batch_size": batch_size, "mixed_precision": DTYPE_NAMES[mixed_precision]}
     training = config.training.model_copy(update=update)
     config = config.model_copy(update={"training": training})

@@ -13,12 +13,20 @@ from sage_select.data.records import TEXT_FIELDS, TOKEN_FIELDS
 VALUE_PREFIX = "input."
 JSON_PREFIX = "json."
 
+MAX_LEVELS = 50  # of nested types; Arrow files may have 64
+
 
 def annotation_series(rows: list[dict[str, Any]]) -> list[pl.Series]:
     """Return one series per input field that does not become tokens."""
     tokenised_fields = {*TEXT_FIELDS, *TOKEN_FIELDS}
     names = dict.fromkeys(name for row in rows for name in row if name not in tokenised_fields)
-    return [_series(str(name), [row.get(name) for row in rows]) for name in names]
+    return [_series(_as_text(name), [row.get(name) for row in rows]) for name in names]
+
+
+def _as_text(name: Any) -> str:
+    """Return a field's name as text that every library can encode."""
+    # JSON can spell half a character, which is in no encoding
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def _series(name: str, values: list[Any]) -> pl.Series:
@@ -29,14 +37,27 @@ def _series(name: str, values: list[Any]) -> pl.Series:
         series = pl.Series(
             f"{VALUE_PREFIX}{name}", values, dtype=pl.Float64 if mixed else None, strict=not mixed
         )
-    except (TypeError, OverflowError, UnicodeError, pl.exceptions.PolarsError):
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
         return _json_series(name, values)
-    if series.dtype in (pl.Object, pl.Int128):
+    if not _can_be_stored(series.dtype):
         return _json_series(name, values)
     # polars infers a nested type from the first few values and drops what does not fit it
     if series.dtype.is_nested() and series.to_list() != values:
         return _json_series(name, values)
     return series
+
+
+# Later versions of polars have a second type of 128 bits
+_NOT_IN_ARROW = (pl.Object, pl.Int128, getattr(pl, "UInt128", pl.Int128))
+
+
+def _can_be_stored(dtype: Any, levels: int = MAX_LEVELS) -> bool:
+    """Return whether an Arrow file can hold a polars type."""
+    if isinstance(dtype, pl.Struct):
+        return levels > 0 and all(_can_be_stored(f.dtype, levels - 1) for f in dtype.fields)
+    if isinstance(dtype, pl.List | pl.Array):
+        return levels > 0 and _can_be_stored(dtype.inner, levels - 1)
+    return not isinstance(dtype, _NOT_IN_ARROW)
 
 
 def _is_exact(value: Any) -> bool:

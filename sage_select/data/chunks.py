@@ -14,13 +14,13 @@ from warnings import warn
 
 import pyarrow as pa
 
-from sage_select.data.tokenising import make_table
+from sage_select.data.cache_files import read_table, write_table
+from sage_select.data.tokenising import Tokenising, make_table
 from sage_select.data.tokenizers import writes_the_date
-from sage_select.system.files import mark_as_used, partial_path, replace_durably
 from sage_select.system.progress_bars import progress_bar
 
 # Part of every cache name: increase it when the content or the meaning of the tables changes
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 
 # A chunk ends at the first of these limits; bytes are those of the records as JSON
 CHUNK_ROWS = 4096
@@ -29,8 +29,7 @@ CHUNK_BYTES = 1 << 25
 
 def tokenised(
     records: Iterable[Any],
-    tokenizer: Any,
-    max_length: int,
+    tokenising: Tokenising,
     *,
     identity: str,
     cache: Path | None,
@@ -41,45 +40,36 @@ def tokenised(
     """Yield chunks of records as tables of tokens, each with its name in the cache.
 
     A table has one row per usable pair: `pair_id`, `prompt_id`, `row` (in the chunk), `truncated`,
-    `prompt`, `chosen`, `rejected` (lists of tokens), `between` (a list of such lists), `scores`,
-    and the annotations as `input.*` or `json.*`. Its metadata holds the number of records in the
-    chunk, and the rows that were set aside, with their reasons.
+    `prompt`, `chosen`, `rejected` (lists of tokens), `between` (a list of such lists), `skipped`
+    (of each response a list of ranges that are not scored), `scores`, and the annotations as
+    `input.*` or `json.*`. Its metadata holds the number of records in the chunk, the rows that were
+    set aside, with their reasons, and notes on the others.
 
     Args:
         records: The records.
-        tokenizer: The model's tokenizer.
-        max_length: Maximum number of tokens in prompt and response together.
-        identity: Fingerprint of the tokenizer, part of a chunk's name.
+        tokenising: Tokenizer and settings.
+        identity: Fingerprint of tokenizer and settings, part of a chunk's name.
         cache: Folder of the tables, which are then memory-mapped; None keeps them in memory.
         num_workers: Processes that check and tokenise chunks; with 0 this process does it, and
             only the tokenizer's threads run in parallel.
         total: Number of records, if known.
         show_progress: False to hide the progress bar.
     """
-    if writes_the_date(tokenizer):
+    if writes_the_date(tokenising.tokenizer):
         warn(
             "PreferenceDataset: the tokenizer's chat template writes today's date into every "
             "prompt (strftime_now), so tokens, log-probs and caches change every day; "
             "set tokenizer.chat_template to a template with a fixed date",
             stacklevel=2,
         )
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
     with progress_bar(total, "tokenising", "rows", show=show_progress) as bar:
         for name, size, table in _in_order(
-            _chunks(records, f"{TABLE_VERSION} {identity} {max_length}"),
-            _ChunkMaker(tokenizer, max_length, cache),
+            _chunks(records, f"{TABLE_VERSION} {identity}"),
+            _ChunkMaker(tokenising, cache),
             num_workers,
         ):
             bar.update(size)
             yield name, table
-
-
-def read_table(path: Path) -> pa.Table:
-    """Memory-map a table of tokens: only the pages that are read take memory."""
-    mark_as_used(path)
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
 
 
 def chunk_path(cache: Path, name: str) -> Path:
@@ -117,7 +107,7 @@ class _ContentHash:
         """Add a record to the hash and return its size in bytes."""
         try:
             text = json.dumps(record, default=_as_json_value).encode()
-        except TypeError:
+        except (TypeError, ValueError, RecursionError):  # no JSON form, circular, or too deep
             self._hashable = False
             return 1000  # a guess: only the chunk's size depends on it
         # the length separates records: differently divided texts must not have equal hashes
@@ -142,40 +132,54 @@ def _as_json_value(value: Any) -> Any:
 class _ChunkMaker:
     """Maker of chunk tables, picklable so that worker processes can use it."""
 
-    def __init__(self, tokenizer: Any, max_length: int, cache: Path | None) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
+    def __init__(self, tokenising: Tokenising, cache: Path | None) -> None:
+        self.tokenising = tokenising
         self.cache = cache
 
     def cached(self, chunk: _Chunk) -> pa.Table | None:
-        """Return the table from the cache, or None if it is not there or not readable."""
+        """Return the table from the cache, or None if it is not there or not as it was written."""
         if self.cache is None or chunk.name is None:
             return None
         path = chunk_path(self.cache, chunk.name)
         try:
-            return read_table(path) if path.exists() else None
-        except (pa.ArrowException, OSError):
-            return None  # a damaged file is made again
+            return read_table(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            warn(
+                f"PreferenceDataset: {path} is spoiled and is made again: {error}; "
+                "if this repeats, check the disk",
+                stacklevel=2,
+            )
+            return None
 
     def make(self, chunk: _Chunk) -> pa.Table:
         """Make the table, and write it to the cache if there is one."""
-        table = make_table(chunk.rows, self.tokenizer, self.max_length)
+        table = make_table(chunk.rows, self.tokenising)
+        on_disk = self.cached(chunk) if self._write(chunk, table) else None
+        return table if on_disk is None else on_disk
+
+    def make_in_worker(self, chunk: _Chunk) -> pa.Table | None:
+        """Make the table; return it only if it is not in the cache."""
+        table = make_table(chunk.rows, self.tokenising)
+        # the parent memory-maps the cached file: cheaper than sending the table between processes
+        return None if self._write(chunk, table) else table
+
+    def _write(self, chunk: _Chunk, table: pa.Table) -> bool:
+        """Write the table to the cache; return False if there is none, or it is not writable."""
         if self.cache is None or chunk.name is None:
-            return table
-        path = chunk_path(self.cache, chunk.name)
-        partial = partial_path(path)
+            return False
         try:
-            with (
-                pa.OSFile(str(partial), "wb") as file,
-                pa.ipc.new_file(file, table.schema) as writer,
-            ):
-                writer.write_table(table)
-            replace_durably(partial, path)
+            write_table(table, chunk_path(self.cache, chunk.name))
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            warn(f"tokens stay in memory, because {path} cannot be written: {error}", stacklevel=2)
-            return table
-        return read_table(path)
+            warn(
+                f"PreferenceDataset: tokens stay in memory, because {self.cache} cannot be "
+                f"written: {error.strerror or error}; pass cache=..., or set SAGE_SELECT_CACHE to "
+                "a writable folder",
+                stacklevel=2,
+            )
+            return False
+        return True
 
 
 _worker_maker: _ChunkMaker | None = None
@@ -187,39 +191,37 @@ def _start_worker(maker: _ChunkMaker) -> None:
 
 
 def _make_in_worker(chunk: _Chunk) -> pa.Table | None:
-    """Make a chunk's table; return it only if it is not in the cache."""
     assert _worker_maker is not None
-    table = _worker_maker.make(chunk)
-    # the parent memory-maps the cached file: cheaper than sending the table between processes
-    return table if _worker_maker.cached(chunk) is None else None
+    return _worker_maker.make_in_worker(chunk)
 
 
 def _in_order(
     chunks: Iterator[_Chunk], maker: _ChunkMaker, num_workers: int
 ) -> Iterator[tuple[str, int, pa.Table]]:
     """Yield the name, size and table of each chunk, in the order of the input."""
-
-    def table_of(chunk: _Chunk, future: "Future[pa.Table | None] | None") -> pa.Table:
-        for table in (future.result() if future is not None else None, maker.cached(chunk)):
-            if table is not None:
-                return table
-        return maker.make(chunk)
-
     if num_workers == 0:
         for chunk in chunks:
-            yield chunk.name or "", len(chunk.rows), table_of(chunk, None)
+            table = maker.cached(chunk)
+            yield chunk.name or "", len(chunk.rows), maker.make(chunk) if table is None else table
         return
-    waiting: deque[tuple[_Chunk, Future[pa.Table | None] | None]] = deque()
+
+    def finished(chunk: _Chunk, table: "pa.Table | Future[pa.Table | None]") -> pa.Table:
+        result = table.result() if isinstance(table, Future) else table
+        if result is None:  # the worker has written it to the cache
+            result = maker.cached(chunk)
+        return maker.make(chunk) if result is None else result
+
+    waiting: deque[tuple[_Chunk, pa.Table | Future[pa.Table | None]]] = deque()
     # spawned, not forked: a fork would copy locks held by threads of other libraries
     with ProcessPoolExecutor(
         num_workers, get_context("spawn"), initializer=_start_worker, initargs=(maker,)
     ) as pool:
         for chunk in chunks:
-            is_cached = maker.cached(chunk) is not None
-            waiting.append((chunk, None if is_cached else pool.submit(_make_in_worker, chunk)))
+            table = maker.cached(chunk)
+            waiting.append((chunk, pool.submit(_make_in_worker, chunk) if table is None else table))
             # a bounded queue: keeps the workers busy without holding the whole source in memory
             if len(waiting) > 2 * num_workers:
-                chunk, future = waiting.popleft()
-                yield chunk.name or "", len(chunk.rows), table_of(chunk, future)
-        for chunk, future in waiting:
-            yield chunk.name or "", len(chunk.rows), table_of(chunk, future)
+                chunk, entry = waiting.popleft()
+                yield chunk.name or "", len(chunk.rows), finished(chunk, entry)
+        for chunk, entry in waiting:
+            yield chunk.name or "", len(chunk.rows), finished(chunk, entry)

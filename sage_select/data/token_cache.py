@@ -1,10 +1,9 @@
 """The token cache: its folder, manifests of files already read, and eviction."""
 
 import hashlib
-import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from warnings import warn
 
 import pyarrow as pa
 
-from sage_select.data.chunks import chunk_path, read_table
-from sage_select.system.files import cache_folder, mark_as_used, partial_path, replace_durably
+from sage_select.data.cache_files import read_names, read_table, write_names
+from sage_select.data.chunks import chunk_path
+from sage_select.system.files import cache_folder, user_path
 from sage_select.system.identity import digest
 
 
@@ -32,17 +32,26 @@ def evict_tokens(unused_for: float, folder: str | Path | None = None) -> tuple[i
     Returns:
         Number of files and of bytes that were deleted.
     """
-    cache = Path(folder) if folder is not None else tokens_folder()
     count = freed = 0
-    for file in cache.iterdir() if cache.is_dir() else ():
-        if not _TOKEN_FILE.fullmatch(file.name):
-            continue  # not written by this library
+    for file in cached_files(folder):
         with suppress(FileNotFoundError):  # another process may be evicting as well
-            status = file.stat()
+            status = file.lstat()
             if time.time() - status.st_mtime > unused_for:
                 file.unlink()
                 count, freed = count + 1, freed + status.st_size
     return count, freed
+
+
+def cached_files(folder: str | Path | None = None) -> Iterator[Path]:
+    """Yield the files of the cache that this library has written.
+
+    Args:
+        folder: Folder of the cache; by default `tokens_folder()`.
+    """
+    cache = user_path(folder) if folder is not None else tokens_folder()
+    for file in cache.iterdir() if cache.is_dir() else ():
+        if _TOKEN_FILE.fullmatch(file.name) and not file.is_dir():
+            yield file
 
 
 # Tables, manifests, and partial files of both that a killed process left
@@ -70,23 +79,29 @@ class Manifest(NamedTuple):
         return cls(folder, folder / f"{name}.json", files, state)
 
     def read(self) -> list[tuple[str, pa.Table]] | None:
-        """Return the chunks if all of them are still in the cache, otherwise None."""
+        """Return the chunks if all of them are still in the cache as they were written."""
         try:
-            names = json.loads(self.path.read_text())
-            mark_as_used(self.path)
-            return [(name, read_table(chunk_path(self.folder, name))) for name in names] or None
-        except (OSError, ValueError, TypeError, pa.ArrowException):
+            names = read_names(self.path)
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            warn(
+                f"PreferenceDataset.read: {self.path} is spoiled and is made again: {error}; "
+                "if this repeats, check the disk",
+                stacklevel=3,
+            )
+            return None
+        try:
+            return [(name, read_table(chunk_path(self.folder, name))) for name in names] or None
+        except OSError:
+            return None  # reading the records again comes to the chunk, and says what is wrong
 
     def write(self, names: Iterable[str]) -> None:
         """Save the chunk names, if every chunk has one and no file has changed since hashing."""
         names = list(names)
-        if not all(names) or _state(self.files) != self.state:
-            return
         with suppress(OSError):  # without a manifest the files are parsed again, nothing worse
-            partial = partial_path(self.path)
-            partial.write_text(json.dumps(names))
-            replace_durably(partial, self.path)
+            if all(names) and _state(self.files) == self.state:
+                write_names(names, self.path)
 
 
 def _state(files: Sequence[Path]) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """List the references of a store, and delete those that are no longer needed."""
 
-import json
 import re
 import time
 from contextlib import suppress
@@ -8,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage_select.references.parts import read_parts
-from sage_select.system.files import cache_folder
+from sage_select.references.parts import PART, PARTIAL, read_description, read_parts
+from sage_select.system.files import cache_folder, checksum_path, user_path
 
 
 def default_store() -> Path:
@@ -39,22 +38,19 @@ class StoredReference:
 
 def stored_references(folder: str | Path | None = None) -> list[StoredReference]:
     """Return the references of a store, the most recently used first."""
-    root = Path(folder) if folder is not None else default_store()
+    root = user_path(folder) if folder is not None else default_store()
     references = []
     for place in root.iterdir() if root.is_dir() else ():
         if not _IDENTITY.fullmatch(place.name) or not place.is_dir():
             continue  # not written by this library
         stats = []
         for file in place.iterdir():
-            with suppress(FileNotFoundError):  # another process merged or renamed it meanwhile
-                stats.append(file.stat())
-        description = {}
-        with suppress(OSError, ValueError):  # nothing depends on the description
-            description = json.loads((place / "reference.json").read_text())
+            with suppress(OSError):  # another process merged or renamed it meanwhile
+                stats.append(file.lstat())
         references.append(
             StoredReference(
                 identity=place.name,
-                description=description,
+                description=read_description(place),
                 sequences=len(read_parts(place).keys),
                 size=sum(stat.st_size for stat in stats),
                 used=max((stat.st_mtime for stat in stats), default=0.0),
@@ -64,6 +60,8 @@ def stored_references(folder: str | Path | None = None) -> list[StoredReference]
 
 
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
+_DESCRIPTION = ("reference.json", checksum_path(Path("reference.json")).name)
+_OWN_FILE = re.compile("|".join([PART.pattern, PARTIAL.pattern, *map(re.escape, _DESCRIPTION)]))
 
 
 def evict(
@@ -91,7 +89,7 @@ def evict(
         raise ValueError(
             "evict: nothing to delete was given; pass identity, unused_for or max_size"
         )
-    root = Path(folder) if folder is not None else default_store()
+    root = user_path(folder) if folder is not None else default_store()
     references = stored_references(root)
     if identity is not None and identity not in {r.identity for r in references}:
         raise ValueError(
@@ -107,8 +105,8 @@ def evict(
     for reference in evicted:
         place = root / reference.identity
         # delete only the files this library writes; users may keep files of their own beside them
-        for pattern in ("part-*.arrow", ".*.partial", "reference.json"):
-            for file in place.glob(pattern):
+        for file in place.iterdir():
+            if _OWN_FILE.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: it contains files of the user
             place.rmdir()

@@ -1,10 +1,14 @@
 """Part files of a stored reference: written atomically, never modified, merged if many."""
 
 import hashlib
+import json
+import re
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from warnings import warn
 
 import numpy as np
@@ -13,11 +17,22 @@ from torch import Tensor
 
 from sage_select.arrays import Float64Array
 from sage_select.models.sequences import Keys
-from sage_select.system.files import mark_as_used, partial_path, replace_durably
+from sage_select.system.files import (
+    mark_as_used,
+    named_on_failure,
+    partial_path,
+    read_checked,
+    replace_durably,
+    written_whole,
+)
 
 WRITE_EVERY = 5.0  # seconds between parts: the most work that a kill can lose
 MERGE_ABOVE = 32  # more parts than this are merged into one
 ABANDONED_AFTER = 24 * 3600.0  # seconds after which the writer of an unfinished part is dead
+
+# The names of this library's files; others, such as copies, are the user's
+PART = re.compile(r"part-[0-9a-f]{32}\.arrow")
+PARTIAL = re.compile(r"\.(part-.+\.arrow|reference\.json(\.crc32)?)\.[0-9a-f]+\.partial")
 
 _PART_SCHEMA = pa.schema({"key": pa.binary(16), "logp": pa.float64()})
 
@@ -79,21 +94,29 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
     path = folder / f"part-{_checksum(content)}.arrow"
     folder.mkdir(parents=True, exist_ok=True)  # another process may have evicted the reference
     partial = partial_path(path)
-    partial.write_bytes(content)
-    replace_durably(partial, path)
+    try:
+        with named_on_failure(path):
+            partial.write_bytes(content)
+            replace_durably(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
 def _read_part(path: Path) -> tuple[Keys, Float64Array] | None:
     """Read a part's entries; None if another process merged it away, or if it is corrupted."""
+    reason = "its content does not match the checksum in its name"
     try:
-        content = path.read_bytes()
+        # opening a pipe would wait for its writer
+        content = path.read_bytes() if stat.S_ISREG(path.stat().st_mode) else b""
     except FileNotFoundError:
         return None
+    except OSError as error:  # an unreadable sector, a loop of links, a missing permission
+        content, reason = b"", str(error)
     if path.stem != f"part-{_checksum(content)}":
         warn(
-            f"ReferenceStore: {path} is corrupted (its content does not match the checksum in its "
-            "name) and is skipped; its pairs are measured again. Delete the file",
+            f"ReferenceStore: {path} is corrupted ({reason}) and is skipped; its pairs are "
+            "measured again. Delete the file",
             stacklevel=2,
         )
         return None
@@ -116,7 +139,7 @@ def read_parts(folder: Path) -> Entries:
     parts, seen = [], set[Path]()
     # list the folder again until it has no new part: entries of a part that another process merged
     # away between listing and reading are in a new one
-    while unread := sorted(set(folder.glob("part-*.arrow")) - seen):
+    while unread := sorted(set(_named(folder, PART)) - seen):
         seen |= set(unread)
         parts += [part for part in map(_read_part, unread) if part is not None]
     if not parts:
@@ -129,13 +152,18 @@ def read_parts(folder: Path) -> Entries:
     return Entries(keys[order][first], logps[order][first])
 
 
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in entries if pattern.fullmatch(path.name)]
+
+
 def merge_parts(folder: Path) -> None:
     """Merge the parts of a reference if there are many; delete leftovers of killed processes."""
-    for path in folder.glob(".*.partial"):
+    for path in _named(folder, PARTIAL):
         with suppress(FileNotFoundError):  # another process has just renamed it
             if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
                 path.unlink()
-    parts = list(folder.glob("part-*.arrow"))
+    parts = _named(folder, PART)
     if len(parts) > MERGE_ABOVE:
         entries = read_parts(folder)
         merged = _write_part(folder, entries.keys, entries.logps)
@@ -143,3 +171,30 @@ def merge_parts(folder: Path) -> None:
         for path in parts:
             if path != merged:  # a name follows from the content, so the two can be the same file
                 path.unlink(missing_ok=True)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the content of `reference.json`; empty, with a warning if it is there but spoiled."""
+    path = folder / "reference.json"
+    try:
+        description = json.loads(read_checked(path))
+        if isinstance(description, dict):
+            return description
+        reason = "it is not a mapping"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    warn(
+        f"ReferenceStore: {path} is spoiled ({reason}), so the model and the precision of this "
+        "reference are unknown until it is filled again, which writes the file anew; its log-probs "
+        "have checksums of their own",
+        stacklevel=3,
+    )
+    return {}
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Write `reference.json` with its checksum beside it."""
+    with written_whole(folder / "reference.json", checked=True) as partial:
+        partial.write_text(json.dumps(description))

@@ -1,12 +1,18 @@
 """The selection log: every decision on disk before the first update that uses it.
 
-One Parquet file per interval, written atomically. A file that cannot be read, because of a crash or
-a failing disk, is skipped on reading. A run that resumes from before an interval selects its pairs
-again and replaces its file, so the log always contains the pairs that the weights were trained on.
+One Parquet file per interval, written atomically, with a checksum beside it. A file that was
+damaged, by a failing disk or another program, is named and skipped on reading: its decision cannot
+be made again, as the weights have moved on. A run that resumes from before an interval selects its
+pairs again and replaces its file, so the log always contains the pairs that the weights were
+trained on.
 """
 
+import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from warnings import warn
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +20,7 @@ import polars as pl
 
 from sage_select.pairs import CHOSEN, REFERENCE, REJECTED
 from sage_select.selection import Selection
-from sage_select.system.files import replace_durably
+from sage_select.system.files import Lock, read_checked, user_path, written_whole
 
 SCHEMA_VERSION = 2
 VERSION_1_COLUMNS = {
@@ -24,6 +30,13 @@ VERSION_1_COLUMNS = {
     "reference_rejected": REFERENCE + REJECTED,
 }
 """Columns that version 1 named differently; its files are read with the current names."""
+
+_FILE = re.compile(r"interval-(\d{6,})\.parquet")
+# Partial files of killed runs
+_LEFT_BEHIND = re.compile(rf"\.{_FILE.pattern}(\.crc32)?\.[0-9a-f]{{32}}\.partial")
+
+_locks: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
+"""Locks that this process holds, by folder; shared by all logs of a folder, and freed with them."""
 
 
 class SelectionLog:
@@ -36,7 +49,8 @@ class SelectionLog:
     reproduced from these.
 
     Args:
-        folder: The folder of the log; created if it does not exist.
+        folder: The folder of the log; created if it does not exist. `~` is the home folder, all
+            else is literal. A process that writes locks it until it drops the log or ends.
 
     Example:
         >>> import tempfile
@@ -45,9 +59,10 @@ class SelectionLog:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._run: str | None = None  # the run that the files belong to, read at the first write
+        self._lock: Lock | None = None  # taken at the first write
 
     def write(
         self, interval: int, selection: Selection, ids: npt.ArrayLike, *, run: str = ""
@@ -61,19 +76,38 @@ class SelectionLog:
             run: An identifier of the run, such as a digest of its plan.
 
         Raises:
-            FileExistsError: If the folder contains decisions of another run.
+            FileExistsError: If the folder contains decisions of another run, or another process
+                writes there.
+            OSError: If the file cannot be written, such as for a full disk.
         """
+        self._hold()
         self._check_run(run)
-        path = self.folder / f"interval-{interval:06d}.parquet"
-        partial = path.with_suffix(".partial")  # ignored by `read` if a crash leaves it behind
-        _rows(interval, selection, ids, run).write_parquet(partial)
-        replace_durably(partial, path)
+        content = io.BytesIO()  # a path would be expanded: a "*" or "~" in it is meant literally
+        _rows(interval, selection, ids, run).write_parquet(content)
+        with written_whole(self.folder / f"interval-{interval:06d}.parquet", checked=True) as file:
+            file.write_bytes(content.getbuffer())
+
+    def _hold(self) -> None:
+        """Lock the folder against other processes; the system releases a killed one's lock."""
+        if self._lock is not None:
+            return
+        folder = self.folder.resolve()
+        self._lock = _locks.get(folder) or Lock.taken(folder / "lock")
+        if self._lock is None:
+            raise FileExistsError(
+                f"SelectionLog: another process is writing to {self.folder}; wait until it ends, "
+                "or use another folder"
+            )
+        _locks[folder] = self._lock
+        for path in self.folder.iterdir():
+            if _LEFT_BEHIND.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _check_run(self, run: str) -> None:
         """Refuse to mix the decisions of two runs in one folder."""
-        if self._run is None:  # once: reading all files at every write would be quadratic
-            runs = self.read()["run"].unique().to_list()
-            self._run = runs[0] if runs else run
+        if self._run is None:  # once, from one file: all belong to one run, and they may be many
+            tables = (table for _, table in self._tables(["run", *_IDENTITY]))
+            self._run = next((table["run"][0] for table in tables), run)
         if self._run != run:
             raise FileExistsError(
                 f"SelectionLog: {self.folder} contains the decisions of another run (the pairs, "
@@ -81,25 +115,71 @@ class SelectionLog:
                 "each run (with TRL, another output_dir)"
             )
 
+    def intervals(self) -> list[int]:
+        """Return the intervals that the log has a file of, readable or not, in their order.
+
+        Example:
+            >>> import tempfile
+            >>> SelectionLog(tempfile.mkdtemp()).intervals()
+            []
+        """
+        # names of others, such as of a copy, are no part of the log
+        matches = (_FILE.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
     def read(self) -> pl.DataFrame:
-        """Read all decisions, in the order of the intervals."""
-        tables = [_table({})]  # an empty log still has its columns
-        for path in sorted(self.folder.glob("interval-*.parquet")):
-            try:
-                table = pl.read_parquet(path)
-                if table["schema_version"].n_unique() != 1:  # skipped like an unreadable file
-                    raise pl.exceptions.ComputeError("mixed schema versions")
-            except (pl.exceptions.PolarsError, OSError) as error:
-                warn(f"SelectionLog: {path} cannot be read and is skipped: {error}", stacklevel=2)
-                continue
-            if (version := table["schema_version"][0]) > SCHEMA_VERSION:
-                raise ValueError(
-                    f"SelectionLog: {path} has schema version {version}, this version of "
-                    f"sage-select reads 1 to {SCHEMA_VERSION}; update sage-select"
-                )
-            tables.append(table.rename(VERSION_1_COLUMNS) if version == 1 else table)
+        """Read all decisions, in the order of the intervals.
+
+        A damaged file is skipped with a warning that names it; `intervals` counts it. Files of
+        older versions have no checksum and are read as they are.
+
+        Raises:
+            ValueError: If a file was written by a later version.
+        """
+        tables = [_table({}), *(table for _, table in self._tables())]
         return pl.concat(tables, how="diagonal")  # a column that an older file lacks is null
 
+    def _tables(self, columns: list[str] | None = None) -> Iterator[tuple[int, pl.DataFrame]]:
+        """Yield the readable intervals and their tables, with all columns or only these."""
+        for interval in self.intervals():
+            path = self.folder / f"interval-{interval:06d}.parquet"
+            try:
+                table = _parsed(read_checked(path), interval, columns)
+            except _LaterVersion as error:
+                raise ValueError(
+                    f"SelectionLog: {path} has schema version {error.args[0]}, this version of "
+                    f"sage-select reads 1 to {SCHEMA_VERSION}; update sage-select"
+                ) from None
+            # parsers of damaged bytes raise errors of any class; the panic of one is no Exception
+            except (Exception, pl.exceptions.PanicException) as error:
+                reason = str(error).removeprefix(f"{path} is spoiled: ")
+                warn(f"SelectionLog: {path} cannot be read and is skipped: {reason}", stacklevel=3)
+                continue
+            yield interval, table
+
+
+class _LaterVersion(Exception):
+    """A file of a later schema version, which is its argument."""
+
+
+def _parsed(content: bytes, interval: int, columns: list[str] | None) -> pl.DataFrame:
+    """Parse the file of an interval, with the current names, and check what it claims to be."""
+    table = pl.read_parquet(io.BytesIO(content), columns=columns)
+    if any(table[name].n_unique() != 1 for name in _IDENTITY):
+        raise ValueError("it mixes intervals or schema versions, or has no rows")
+    if (version := table["schema_version"][0]) > SCHEMA_VERSION:
+        raise _LaterVersion(version)
+    if table["interval"][0] != interval:
+        raise ValueError(f"it contains interval {table['interval'][0]}")
+    if version == 1:
+        table = table.rename(VERSION_1_COLUMNS, strict=columns is None)
+    for name, kind in table.schema.items():
+        if name in _COLUMNS and kind != _COLUMNS[name]:
+            raise ValueError(f"its column {name} has the type {kind}, not {_COLUMNS[name]}")
+    return table
+
+
+_IDENTITY = ["schema_version", "interval"]
 
 _COLUMNS: dict[str, pl.DataType] = {
     "schema_version": pl.Int32(),

@@ -46,7 +46,8 @@ def flips_of_logs(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
         One row per interval that both logs contain: `interval`, `kept`, `flipped` (pairs that `one`
         kept and `other` dropped; the same number flipped in the opposite direction), and
         `distance`, the largest distance of a flipped pair's score in `one` from the cut, relative
-        to the cut; null if no pair flipped or the scores did not decide.
+        to the cut; null if no pair flipped or the scores did not decide. All three are null for an
+        interval whose file cannot be read in one of the logs: nothing is known of its pairs.
 
     Raises:
         ValueError: If an interval has different candidates in the two logs.
@@ -60,6 +61,7 @@ def flips_of_logs(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
     first, second = one.read(), other.read()
     # a run may not have reached the other's last intervals yet
     shared = set(first["interval"]) & set(second["interval"])
+    unreadable = sorted((set(one.intervals()) & set(other.intervals())) - shared)
     first, second = (table.filter(pl.col("interval").is_in(shared)) for table in (first, second))
     keys = ["interval", "pair_id"]
     both = first.join(second, on=keys, how="full", coalesce=True, suffix="_other")
@@ -74,15 +76,10 @@ def flips_of_logs(one: SelectionLog, other: SelectionLog) -> pl.DataFrame:
     cut = pl.col("score").filter(pl.col("kept") & by_score).min()
     only_first = pl.col("kept") & ~pl.col("kept_other")
     flipped = pl.col("kept") != pl.col("kept_other")
-    return (
-        both.group_by("interval")
-        .agg(
-            pl.col("kept").sum(),
-            only_first.sum().alias("flipped"),
-            ((pl.col("score").filter(flipped & by_score) - cut) / cut)
-            .abs()
-            .max()
-            .alias("distance"),
-        )
-        .sort("interval")
+    counts = both.group_by("interval").agg(
+        pl.col("kept").sum(),
+        only_first.sum().alias("flipped"),
+        ((pl.col("score").filter(flipped & by_score) - cut) / cut).abs().max().alias("distance"),
     )
+    unknown = pl.DataFrame({"interval": unreadable}, schema_overrides={"interval": pl.Int32})
+    return pl.concat([counts, unknown], how="diagonal").sort("interval")

@@ -11,14 +11,20 @@ A ledger records the passes that run inside it, each under the phase it runs in:
 
 import json
 import math
+import os
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+from warnings import warn
 
 import torch
+
+from sage_select.system.files import named_on_failure
 
 
 @dataclass(frozen=True)
@@ -93,24 +99,48 @@ def side_by_side(ledgers: list[Ledger]) -> Ledger:
 
 
 def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> None:
-    """Append a line for each phase to a file of costs; an interval may have several."""
-    complete = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-    with path.open("a") as file:
-        file.write("" if complete else "\n")  # the run was killed while writing the last line
-        for name, work in ledger.items():
-            line = {"interval": interval, "phase": name, **asdict(work)}
-            file.write(json.dumps(line) + "\n")
+    """Append a line for each phase to a file of costs; an interval may have several.
+
+    Raises:
+        OSError: If the line cannot be written, such as for a full disk.
+    """
+    lines = [{"interval": interval, "phase": name, **asdict(work)} for name, work in ledger.items()]
+    with named_on_failure(path), path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # the run was killed while writing the last line
+                file.write(b"\n")
+        for line in lines:
+            file.write(json.dumps(line | {"crc32": _checksum(line)}).encode() + b"\n")
 
 
 def read_costs(path: Path) -> Ledger:
-    """Sum a file of costs; steps repeated after a resume count again, as they cost again."""
-    ledger = Ledger()
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # a line that a killed run left incomplete
-            record = json.loads(line)
+    """Sum a file of costs; steps repeated after a resume count again, as they cost again.
+
+    A line that a killed run left incomplete, or that was damaged, is not counted; a warning says
+    how many there are. Lines of older versions have no checksum and are counted as they are.
+    """
+    ledger, bad = Ledger(), 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line.decode())
+            if record.pop("crc32", None) not in (None, _checksum(record)):
+                raise ValueError("the checksum differs")
             del record["interval"]
             ledger.add(record.pop("phase"), Work(**record))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            bad += line != b""
+    if bad:
+        warn(
+            f"train: {bad} damaged or incomplete lines of {path} (a kill can leave one) are not "
+            "counted",
+            stacklevel=2,
+        )
     return ledger
+
+
+def _checksum(line: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(line).encode()):08x}"
 
 
 _ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("ledgers", default=())

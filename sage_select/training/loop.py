@@ -9,18 +9,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from warnings import warn
 
-import torch
 from torch import nn
 
 from sage_select.arrays import Int64Array
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
-from sage_select.models.wrappers import is_spread, unwrapped
+from sage_select.models.wrappers import check_spread, unwrapped
 from sage_select.pairs import Reference
 from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.selector import check_same_precision
-from sage_select.system.files import partial_path, replace_durably
+from sage_select.system.files import check_content
 from sage_select.system.heartbeats import beat, during, monitored
 from sage_select.system.ledger import Ledger, append_costs, phase, read_costs, side_by_side
 from sage_select.system.processes import Processes
@@ -28,6 +28,7 @@ from sage_select.system.progress_bars import progress_bar
 from sage_select.training.checkpoints import (
     drop_old,
     load_newest,
+    save_best,
     save_checkpoint,
     whole_weights,
 )
@@ -103,7 +104,7 @@ def fit(
     """
     _check_belongs(model, loader, training, held_out)
     run = _Run(model, loader, training, None if folder is None else RunFolder.of(folder))
-    with nullcontext() if run.writes is None else run.writes.hold():
+    with nullcontext() if run.folder is None else run.folder.hold():
         run.start(resume)
         make_ready(model, training)
         training.reader.check(model, dataset)
@@ -139,13 +140,7 @@ def fit(
 def _check_belongs(
     model: nn.Module, loader: Loader, training: Training, held_out: PreferenceDataset | None
 ) -> None:
-    size = Processes.all().size
-    if size > 1 and not is_spread(model):
-        raise TypeError(
-            f"train: torch.distributed has {size} processes, but the model is neither "
-            "replicated nor sharded, so its copies would drift apart; pass shard(model) or "
-            "DistributedDataParallel(model)"
-        )
+    check_spread("train", model)
     if held_out is not None and len(held_out) == 0:
         raise ValueError("train: held_out has no pairs; pass None to train without evaluation")
     if loader.step:
@@ -178,6 +173,7 @@ class _Run:
         self.interval = 0
         self.unwritten = Ledger()  # costs of the interval that are not yet on disk
         self.tokens_trained = 0
+        self.best_since = 0  # evaluations before this one have no best weights on disk
         self.optimizer, self.scheduler = optimizer_of(model, training, len(loader))
 
     @property
@@ -219,16 +215,14 @@ class _Run:
             "loss": losses.mean().item(),
             **preference_metrics(policy, reference_logps, beta=training.beta),
         }
-        earlier = [self._merit(e) for e in self.history.evaluations]
+        earlier = [self._merit(e) for e in self.history.evaluations[self.best_since :]]
         self.history.evaluations.append(evaluation)
         if self.writes is not None:
             self.writes.append_line(self.writes.evaluations, evaluation)
         if self.folder is not None and self._merit(evaluation) > max(earlier, default=-math.inf):
             weights = whole_weights(self.model)  # a collective call, so not only on rank 0
             if self.writes is not None:
-                partial = partial_path(self.writes.best)
-                torch.save({"model": weights, "evaluation": evaluation}, partial)
-                replace_durably(partial, self.writes.best)
+                save_best(self.writes, weights, evaluation)
 
     def record(self, metrics: dict[str, float]) -> None:
         """Add a step's metrics to the history and to the file."""
@@ -275,26 +269,46 @@ class _Run:
             },
         )
         if self.writes is not None:
-            drop_old(self.writes, self.training.keep_checkpoints)
+            drop_old(self.writes, self.training.keep_checkpoints, self.loader.step)
 
     def start(self, resume: bool) -> None:
-        """Start in an empty folder, or from the newest readable checkpoint."""
+        """Start in an empty folder, or from the newest whole checkpoint; the folder is locked."""
         if self.folder is None:
             return
-        if not resume and self.folder.holds_a_run():
+        # rank 0's view for all: another machine may see the folder in another state
+        if not resume and self.processes.all_gather_object(self.folder.holds_a_run())[0]:
             raise FileExistsError(
                 f"train: {self.folder.path} already has a run; pass resume=True to resume it, or "
                 "another folder"
             )
-        self.processes.barrier()  # every rank checks the folder before rank 0 writes to it
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        self.history.costs.update(read_costs(self.folder.costs))
+        costs = Ledger() if self.writes is None else read_costs(self.writes.costs)
+        self.history.costs.update(self.processes.all_gather_object(costs)[0])
         if (state := load_newest(self.folder, self.model, self.optimizer)) is not None:
             self._restore(state)
+        if self.processes.all_gather_object(self._best_is_lost())[0]:
+            self.best_since = len(self.history.evaluations)
         if self.writes is not None:
+            self.writes.remove_left_behind()
             # Drop the lines of steps after the checkpoint: those steps are taken again.
             self.writes.write_lines(self.writes.metrics, self.history.steps)
             self.writes.write_lines(self.writes.evaluations, self.history.evaluations)
+
+    def _best_is_lost(self) -> bool:
+        """Return, on rank 0, whether the best weights so far are missing or spoiled, and warn."""
+        if self.writes is None or not self.history.evaluations:
+            return False
+        try:
+            check_content(self.writes.best)
+            reason = "" if self.writes.best.exists() else "it is missing"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        if reason:
+            warn(
+                f"train: {self.writes.best} cannot be used: {reason}; the best weights from step "
+                f"{self.loader.step} on replace it",
+                stacklevel=4,
+            )
+        return bool(reason)
 
     def _restore(self, state: dict[str, Any]) -> None:
         current = self.training.resume_settings()

@@ -2,21 +2,25 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sage_select.system.files import partial_path, replace_durably
+from sage_select.system.files import Lock, named_on_failure, user_path, written_whole
+from sage_select.system.processes import Processes
 
-CHECKPOINT = re.compile(r"checkpoint-(\d{8,})")  # excludes the .partial folders of killed runs
+CHECKPOINT = re.compile(r"checkpoint-(\d{8,})")
+# What killed runs leave: unfinished checkpoints, half-deleted ones, and partial files
+LEFT_BEHIND = re.compile(r"checkpoint-\d{8,}\.(partial|deleted)|\..+\.[0-9a-f]{32}\.partial")
 
 
 class RunFolder:
     """The files and folders of a run.
 
     Args:
-        path: The folder; it need not exist yet.
+        path: The folder; it need not exist yet. `~` is the home folder, all else is literal.
 
     Example:
         >>> RunFolder("runs/one").checkpoint(50).as_posix()
@@ -24,8 +28,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._held = 0
+        self.path = user_path(path)
+        self._holders = 0
+        self._lock: Lock | None = None
 
     @classmethod
     def of(cls, folder: "str | Path | RunFolder") -> "RunFolder":
@@ -84,11 +89,26 @@ class RunFolder:
         """Return the path of the checkpoint after `step` updates."""
         return self.path / f"checkpoint-{step:08d}"
 
+    def partial_checkpoint(self, step: int) -> Path:
+        """Return the path at which this checkpoint is written, before it is renamed."""
+        return self.path / f"checkpoint-{step:08d}.partial"
+
     def checkpoints(self) -> list[Path]:
-        """Return the existing checkpoints, the newest first; files with other names are ignored."""
-        entries = (self.path.iterdir()) if self.path.is_dir() else ()
-        checkpoints = [path for path in entries if CHECKPOINT.fullmatch(path.name)]
+        """Return the existing checkpoints, the newest first; other names are ignored."""
+        checkpoints = [path for path in self._named(CHECKPOINT) if path.is_dir()]
         return sorted(checkpoints, key=checkpoint_step, reverse=True)
+
+    def remove_left_behind(self) -> None:
+        """Delete unfinished files of killed runs; the caller holds the lock."""
+        for path in self._named(LEFT_BEHIND):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _named(self, pattern: re.Pattern[str]) -> list[Path]:
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        return [path for path in entries if pattern.fullmatch(path.name)]
 
     def holds_a_run(self) -> bool:
         """Return whether a run was started here."""
@@ -96,47 +116,52 @@ class RunFolder:
 
     def write_lines(self, path: Path, records: list[dict[str, Any]]) -> None:
         """Replace a file of JSON lines, whole or not at all."""
-        partial = partial_path(path)
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        replace_durably(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def append_line(self, path: Path, record: dict[str, Any]) -> None:
         """Append a record to a file of JSON lines."""
-        with path.open("a") as file:
+        with named_on_failure(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Lock the folder for this process; the lock is released on exit, even if it is killed.
+        """Make and lock the folder for this run (a collective call; rank 0 locks).
 
-        The same object may lock it again inside the block.
+        The lock is released on exit, even if the process is killed. The same object may lock it
+        again inside the block.
 
         Raises:
-            FileExistsError: If another process holds the lock.
+            FileExistsError: If another process, or another loop of this one, holds the lock; on all
+                ranks.
+            OSError: If the folder cannot be made; on all ranks.
         """
-        if self._held:
+        if self._holders == 0:
+            self._take()
+        self._holders += 1
+        try:
             yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.lock.open("w") as file:
-            # flock, since the system releases it however the process ends: no stale lock remains.
-            with suppress(ImportError):  # no fcntl on this operating system: train without a lock
-                import fcntl
+        finally:
+            self._holders -= 1
+            if self._holders == 0 and self._lock is not None:
+                self._lock.release()
 
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+    def _take(self) -> None:
+        processes, refusal = Processes.all(), None
+        if processes.rank == 0:
+            try:
+                with named_on_failure(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                if (lock := Lock.taken(self.lock)) is None:
                     raise FileExistsError(
                         f"train: another process is training in {self.path}; wait until it ends, "
                         "or use another folder"
-                    ) from None
-                except OSError:
-                    pass  # the file system has no locks: train without one
-            self._held += 1
-            try:
-                yield
-            finally:
-                self._held -= 1
+                    )
+                self._lock = lock
+            except OSError as error:
+                refusal = error
+        if (refusal := processes.all_gather_object(refusal)[0]) is not None:
+            raise refusal  # on all ranks, so that none waits for rank 0
 
 
 def checkpoint_step(path: Path) -> int:
