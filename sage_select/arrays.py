@@ -27,7 +27,10 @@ def checked_rows(rows: Any, call: str) -> Int64Array:
         >>> checked_rows(range(3), "take").tolist()
         [0, 1, 2]
     """
-    array = np.asarray(rows)
+    try:
+        array = np.asarray(rows)
+    except ValueError:  # rows of rows of different lengths
+        raise ValueError(f"{call}: rows must be [P], got a sequence of sequences") from None
     if array.ndim != 1:
         raise ValueError(f"{call}: rows must be [P], got shape {array.shape}")
     # NumPy makes an empty list float64, which is no mistake of the caller

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sage_select.arguments import positive
 from sage_select.arrays import Float64Array, checked_rows
 
 NOISE_FLOOR = 1e-3
@@ -15,17 +16,27 @@ NOISE_FLOOR = 1e-3
 few training steps change them by more."""
 
 
+HALF = torch.bfloat16
+"""The coarsest dtype in which language models compute."""
+
+MAX_LOGP = 1e-2
+"""Nats by which rounding may put a summed log-prob above 0."""
+
+
 def noise_floor(precision: torch.dtype) -> float:
     """Return the noise floor for a dtype of the forward pass: 1e-3 nats in fp32, 0.2 in bfloat16.
 
     Measured: equal weights in two different batchings differ by 5 units in the last place of the
     dtype for responses of 300 tokens, and the difference grows with the square root of the length.
+    Integers and floats of one byte are storage of quantised weights; the pass itself computes in
+    half precision.
 
     Example:
         >>> noise_floor(torch.float32), round(noise_floor(torch.bfloat16), 1)
         (0.001, 0.2)
     """
-    return max(NOISE_FLOOR, 25 * torch.finfo(precision).eps)
+    quantised = not precision.is_floating_point or precision.itemsize < HALF.itemsize
+    return max(NOISE_FLOOR, 25 * torch.finfo(HALF if quantised else precision).eps)
 
 
 CHOSEN, REJECTED = "chosen_logps", "rejected_logps"
@@ -34,11 +45,25 @@ REFERENCE = "ref_"
 reference, as in TRL."""
 
 
-class PairLogps(NamedTuple):
+class _Fields(NamedTuple):
+    """The fields of `PairLogps`, apart so that it can have attributes that are no fields."""
+
+    index: Tensor  # type: ignore[assignment]  # int64: the pair's row in the dataset
+    chosen: Tensor  # float64
+    rejected: Tensor  # float64
+    chosen_tokens: Tensor  # int64
+    rejected_tokens: Tensor  # int64
+
+
+class PairLogps(_Fields):
     """Log-probs of P pairs under one model. Every field has shape [P].
 
     Log-probs are natural logarithms (nats), summed over the response's tokens. The token counts are
     those of exactly the tokens that were summed: after truncation, with the end token.
+
+    Attributes:
+        precision: Dtype of the forward pass that measured them; None if unknown. A `Reader` and a
+            `ReferenceStore` set it, `measured_in` does for log-probs from elsewhere.
 
     Example:
         >>> policy = PairLogps(
@@ -52,16 +77,38 @@ class PairLogps(NamedTuple):
         -20.5
     """
 
-    index: Tensor  # type: ignore[assignment]  # int64: the pair's row in the dataset
-    chosen: Tensor  # float64
-    rejected: Tensor  # float64
-    chosen_tokens: Tensor  # int64
-    rejected_tokens: Tensor  # int64
+    precision: torch.dtype | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"precision": self.precision}  # without the lookup table, which is made again
 
     @property
     def tokens(self) -> Tensor:
         """Response tokens of both sides together, L in Eq. 8, int64 [P]."""
         return self.chosen_tokens + self.rejected_tokens
+
+    def measured_in(self, precision: torch.dtype | None) -> "PairLogps":
+        """Return these log-probs with the dtype of the forward pass that measured them.
+
+        The `Selector` compares it with the policy's, since rounding in half precision can look like
+        a change in the policy.
+
+        Raises:
+            TypeError: If it is not a dtype, or None.
+
+        Example:
+            >>> logps = PairLogps(*(torch.zeros(1) for _ in range(5)))
+            >>> logps.measured_in(torch.bfloat16).take([0]).precision
+            torch.bfloat16
+        """
+        if precision is not None and not isinstance(precision, torch.dtype):
+            raise TypeError(
+                "PairLogps.measured_in: precision must be a dtype such as torch.bfloat16, or None, "
+                f"got {precision!r}"
+            )
+        logps = PairLogps(*self)
+        logps.precision = precision
+        return logps
 
     def take(self, index: npt.ArrayLike | Tensor) -> "PairLogps":
         """Return the pairs with these dataset rows, in the order of `index`.
@@ -72,12 +119,12 @@ class PairLogps(NamedTuple):
         """
         rows = index.numpy(force=True) if isinstance(index, Tensor) else index
         wanted = torch.from_numpy(checked_rows(rows, "PairLogps.take")).to(self.index.device)
-        positions = _positions(self.index, wanted)
-        return PairLogps(*(field[positions] for field in self))
+        positions = self._positions(wanted)
+        return PairLogps(*(field[positions] for field in self)).measured_in(self.precision)
 
     def to(self, device: torch.device | str) -> "PairLogps":
         """Return these log-probs on another device."""
-        return PairLogps(*(field.to(device) for field in self))
+        return PairLogps(*(field.to(device) for field in self)).measured_in(self.precision)
 
     def columns(self, prefix: str = "") -> dict[str, Float64Array]:
         """Return the log-probs as table columns, under the names that all tables use.
@@ -97,18 +144,53 @@ class PairLogps(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: "list[PairLogps]") -> "PairLogps":
-        """Join the pairs of all parts, in order."""
-        return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        """Join the pairs of all parts, in order; the precision is that of the coarsest part.
+
+        Raises:
+            ValueError: If there are no parts.
+        """
+        if not parts:
+            raise ValueError("PairLogps.concatenate: there must be at least one part, got none")
+        precisions = [part.precision for part in parts]
+        known = [precision for precision in precisions if precision is not None]
+        joined = cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        return joined.measured_in(max(known, key=noise_floor) if known == precisions else None)
+
+    def _positions(self, wanted: Tensor) -> Tensor:
+        """Position of each wanted row in `index`."""
+        size, lookup = len(self.index), self._lookup()
+        if lookup is None:  # the usual case: the whole dataset, in row order
+            order, missing = wanted, wanted[(wanted < 0) | (wanted >= size)]
+        else:
+            positions, ascending = lookup
+            # `size` stands for a row beyond the last; clamp it, and the comparison rejects it
+            places = torch.searchsorted(ascending, wanted).clamp(max=size - 1)
+            order, missing = positions[places], wanted[ascending[places] != wanted]
+        if len(missing):
+            raise KeyError(
+                f"PairLogps.take: {len(missing)} of {len(wanted)} rows were never measured, "
+                f"the first is row {missing[0].item()}; measure them before selecting "
+                f"(these log-probs cover {size} rows)"
+            )
+        return order
+
+    def _lookup(self) -> tuple[Tensor, Tensor] | None:
+        """Return positions by ascending row, and the rows; None if row i is at position i.
+
+        It is kept, since a table of N rows in each of a run's many calls would cost time, and
+        memory, too: what is kept of each call would be allocated in the gaps that tables leave.
+        """
+        version = 0 if self.index.is_inference() else self.index._version
+        kept: tuple[int, tuple[Tensor, Tensor] | None] | None = self.__dict__.get("_kept_lookup")
+        if kept is None or kept[0] != version:  # the index was changed in place
+            kept = version, _lookup_of(self.index)
+            self.__dict__["_kept_lookup"] = kept
+        return kept[1]
 
 
-def _positions(index: Tensor, wanted: Tensor) -> Tensor:
-    """Position of each wanted row in `index`."""
-    size = len(index)
-    if len(wanted) == 0:
-        return wanted
-    inside = int(wanted.min()) >= 0 and int(wanted.max()) < size
-    if inside and torch.equal(index, torch.arange(size, device=index.device)):
-        return wanted  # the usual case: the whole dataset, in row order
+def _lookup_of(index: Tensor) -> tuple[Tensor, Tensor] | None:
+    if torch.equal(index, torch.arange(len(index), device=index.device)):
+        return None
     order = index.argsort()
     ascending = index[order]
     if bool((ascending.diff() == 0).any()):
@@ -117,16 +199,34 @@ def _positions(index: Tensor, wanted: Tensor) -> Tensor:
             f"PairLogps.take: these log-probs contain row {duplicate} more than once; "
             "measure or concatenate each row once"
         )
-    # searchsorted gives `size` for a row beyond the last; clamp it, and the comparison rejects it
-    places = torch.searchsorted(ascending, wanted).clamp(max=max(size - 1, 0))
-    missing = wanted[ascending[places] != wanted] if size else wanted
-    if len(missing):
-        raise KeyError(
-            f"PairLogps.take: {len(missing)} of {len(wanted)} rows were never measured, "
-            f"the first is row {missing[0].item()}; measure them before selecting "
-            f"(these log-probs cover {size} rows)"
-        )
-    return order[places]
+    return order, ascending
+
+
+def storage_noise(logps: PairLogps) -> float:
+    """Return the rounding, in nats, of log-probs that were saved in half precision; 0 otherwise.
+
+    A sum of 300 nats is saved to within 1 nat in bfloat16, whatever it was measured in. Values that
+    are all exact in a half precision were saved in it; fewer than 16 may be round by hand.
+
+    Example:
+        >>> sums = -torch.linspace(100.0, 300.0, 32, dtype=torch.float64)
+        >>> counts = torch.full((32,), 200)
+        >>> logps = PairLogps(torch.arange(32), sums, sums, counts, counts)
+        >>> saved = logps._replace(chosen=sums.bfloat16(), rejected=sums.bfloat16())
+        >>> storage_noise(logps), round(storage_noise(saved), 1)
+        (0.0, 1.6)
+    """
+    values = torch.cat([logps.chosen, logps.rejected])
+    for dtype in (torch.bfloat16, torch.float16):
+        # a few first: values in full precision are then told at once
+        for part in (values[:64], values):
+            if not torch.equal(part.to(dtype).to(part.dtype), part):
+                break
+        else:
+            if len(torch.unique(values)) < 16:
+                return 0.0
+            return torch.finfo(dtype).eps * float(values.double().square().mean().sqrt())
+    return 0.0
 
 
 class Rewards(NamedTuple):
@@ -152,8 +252,8 @@ def rewards(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Re
     Raises:
         ValueError: If beta is not positive, or policy and reference contain different pairs.
     """
-    if not 0 < beta < inf:
-        raise ValueError(f"rewards: beta must be positive and finite, got {beta}")
+    if not (isinstance(beta, float) and 0 < beta < inf):  # the usual case needs no call
+        beta = positive(beta, "rewards: beta")
     for logps in (policy, reference):
         if {field.shape for field in logps} != {logps.index.shape} or logps.index.dim() != 1:
             raise ValueError(

@@ -22,7 +22,8 @@ def top(
         key: Key of the hash that breaks ties, such as a seed and a step.
 
     Raises:
-        ValueError: If a score is NaN, or `count` is not between 0 and P.
+        ValueError: If a score is NaN, there is not one id per score, or `count` is not between 0
+            and P.
 
     Example:
         >>> top(np.array([0.1, 0.9, 0.5]), 2, ids=[10, 11, 12]).tolist()
@@ -34,6 +35,11 @@ def top(
             f"[0, {len(scores)}]"
         )
     id_array = np.asarray(ids)
+    if id_array.shape != (len(scores),):
+        raise ValueError(
+            f"top: {len(scores)} scores need ids of shape [{len(scores)}], got "
+            f"{list(id_array.shape)}"
+        )
     for position in np.flatnonzero(np.isnan(scores))[:1]:
         raise ValueError(f"top: the score of pair {id_array[position]} is NaN; check its log-probs")
     if count == 0:

@@ -1,6 +1,7 @@
 """Tests of the Selector: the cut, ranking, pools without signal, and measuring."""
 
 import warnings
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import pools, with_rewards
 
-from sage_select import Constant, Linear, Reader, Selector, log_sage, measure, sage, scores
+from sage_select import (
+    Constant,
+    Linear,
+    PairLogps,
+    Reader,
+    ReferenceStore,
+    Selector,
+    log_sage,
+    measure,
+    sage,
+    scores,
+)
 from sage_select.ranking import top
 from sage_select.selecting.selector import log_ratio_spread
 
@@ -168,7 +180,7 @@ def test_select_measures_the_pool_and_ranks_it(still):
 
 
 def test_select_passes_model_and_pool_to_any_measure():
-    policy, reference = with_rewards([3.0, -3.0], [0.0, 0.0])
+    policy, reference = with_rewards([-1.0, -3.0], [0.0, 0.0])
     decide = selector(reference=reference, measure=lambda model, pool: policy)
     assert list(decide.select("any model", "any pool", step=0)) == [1]
 
@@ -204,11 +216,96 @@ def test_a_score_independent_of_logps_ranks_without_signal():
         assert set(decision) == set(score(policy, reference).topk(10).indices.tolist())
 
 
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+DIFFER = "the reference was measured in {}, the policy in {}"
+
+
+@pytest.fixture(scope="module")
+def in_precision(still):
+    """The same weights in three dtypes, and their log-probs."""
+    models = {dtype: deepcopy(still.model).to(dtype) for dtype in PRECISIONS}
+    return {dtype: (model, measure(model, still.dataset)) for dtype, model in models.items()}
+
+
+def decided(reference, policy, pool) -> tuple[str, str]:
+    """The rule by which half of a pool is selected, and all warnings."""
+    decide = Selector(sage, Constant(0.5), reference, lambda step: 0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if isinstance(policy, torch.nn.Module):
+            rule = decide.select(policy, pool, 0).rule
+        else:
+            rule = decide.rank(policy, reference, 0.0).rule
+    return rule, " ".join(str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("of_reference", PRECISIONS, ids=str)
+@pytest.mark.parametrize("of_policy", PRECISIONS, ids=str)
+def test_equal_weights_in_any_two_precisions_have_no_signal(
+    in_precision, still, of_policy, of_reference
+):
+    pool = still.dataset.take(np.arange(50))
+    policy, reference = in_precision[of_policy][0], in_precision[of_reference][1]
+    rule, warned = decided(reference, policy, pool)
+    assert rule == "hash"
+    assert "are equal up to rounding" in warned
+    differ = DIFFER.format(of_reference, of_policy)
+    assert (differ in warned) is (of_reference != of_policy)
+    # of log-probs from elsewhere the precision is not known, and rounding may rank: never silently
+    rule, warned = decided(PairLogps(*reference), policy, pool)
+    assert rule == "hash" or "precision in which the reference was measured is not known" in warned
+    saved = [field.bfloat16() if field.is_floating_point() else field for field in reference]
+    rule, warned = decided(PairLogps(*saved), policy, pool)
+    assert rule == "hash" or "is not known" in warned
+
+
+def test_autocast_is_a_precision_of_its_own(in_precision, still):
+    pool, model = still.dataset.take(np.arange(50)), in_precision[torch.float32][0]
+    mixed = Reader(mixed_precision=torch.bfloat16)(model, still.dataset)
+    assert mixed.precision == torch.bfloat16
+    rule, warned = decided(mixed, model, pool)
+    assert rule == "hash"
+    assert DIFFER.format(torch.bfloat16, torch.float32) in warned
+
+
+def test_a_store_knows_the_precision_of_its_reference(in_precision, still, tmp_path):
+    model, pool = in_precision[torch.bfloat16][0], still.dataset.take(np.arange(50))
+    store = ReferenceStore(model, still.dataset, folder=tmp_path)
+    store.fill()
+    by_name = ReferenceStore(None, still.dataset, folder=tmp_path, identity=store.identity)
+    for reference in (store, by_name):
+        assert reference.take([0]).precision == torch.bfloat16
+        rule, warned = decided(reference, in_precision[torch.float32][0], pool)
+        assert rule == "hash"
+        assert DIFFER.format(torch.bfloat16, torch.float32) in warned
+
+
+def test_a_signal_ranks_in_any_precision_and_warns_only_if_they_differ():
+    policy, reference = with_rewards(torch.linspace(-1, 1, 100), torch.zeros(100))
+    for dtype in PRECISIONS:
+        sides = reference.measured_in(dtype), policy.measured_in(dtype)
+        assert decided(*sides, None) == ("score", "")
+    rule, warned = decided(
+        reference.measured_in(torch.float16), sides[1].measured_in(torch.float32), None
+    )
+    assert rule == "score"
+    assert DIFFER.format(torch.float16, torch.float32) in warned
+    assert decided(reference, policy, None) == ("score", "")  # unknown, but far above any rounding
+
+
+def test_a_known_precision_or_a_floor_answers_the_warning():
+    policy, reference = with_rewards(torch.linspace(-0.01, 0.01, 100), torch.zeros(100))
+    assert "policy and reference was measured is not known" in decided(reference, policy, None)[1]
+    known = [logps.measured_in(torch.float32) for logps in (reference, policy)]
+    assert decided(*known, None) == ("score", "")
+    decide = Selector(sage, Constant(0.5), reference, lambda step: 0.0, noise_floor=0.3)
+    with pytest.warns(UserWarning, match="are equal up to rounding"):
+        assert decide.rank(policy, reference, 0.0).rule == "hash"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_not_signal_in_any_precision(dtype, still):
     """With equal weights and two batch sizes, the log-ratios consist of rounding alone."""
-    from copy import deepcopy
-
     model = deepcopy(still.model).to(dtype)
     decide = Selector(
         sage, Constant(0.4), measure(model, still.dataset), lambda step: 0.0,

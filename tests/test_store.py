@@ -178,7 +178,8 @@ def test_a_peft_policy_is_measured_without_its_adapters(still, forwards, tmp_pat
     for name, parameter in policy.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
-    reference = ReferenceStore(policy, still.dataset, folder=tmp_path)
+    with pytest.warns(UserWarning, match="adapters are trained already"):
+        reference = ReferenceStore(policy, still.dataset, folder=tmp_path)
     assert reference.identity == base.identity
     assert reference.fill() > 0
     assert base.fill() == 0
@@ -191,6 +192,11 @@ def adapted(still, **options):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(target_modules="all-linear", r=2, **options)
     return peft.get_peft_model(deepcopy(still.model), lora)
+
+
+@pytest.mark.filterwarnings("error:ReferenceStore")
+def test_adapters_that_change_nothing_yet_need_no_warning(still, tmp_path):
+    ReferenceStore(adapted(still), still.dataset, folder=tmp_path)
 
 
 def merged(still):

@@ -68,6 +68,16 @@ def check_adapters_come_off(model: nn.Module) -> None:
             )
 
 
+def adapters_change(model: nn.Module) -> bool:
+    """Return whether the low-rank adapters of a PEFT model change it, as they do once trained."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if bool(local.detach().any()):
+                return True
+    return False
+
+
 _REMEDY = "pass the reference as a separate model, loaded from the weights the policy started from"
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import polars as pl
@@ -11,17 +13,19 @@ import torch
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.models.sequences import as_pair_logps
 from sage_select.pairs import CHOSEN, REFERENCE, REJECTED, PairLogps
+from sage_select.system.files import user_path
 
 
 def has_column(path: str | Path, name: str) -> bool:
     """Return whether a Parquet, CSV or JSON Lines file has a column of this name."""
-    file = Path(path)
-    scans: dict[str, Callable[[Path], pl.LazyFrame]] = {
-        ".parquet": pl.scan_parquet,
-        ".csv": pl.scan_csv,
-    }
-    scan = scans.get(file.suffix, pl.scan_ndjson)  # lazy: only the schema is read
-    return name in scan(file).collect_schema().names()
+    file = user_path(path)
+    with file.open("rb") as opened:  # opened here, since polars expands "*" and "~" in a path
+        if file.suffix == ".parquet":
+            return name in pl.read_parquet_schema(opened)
+        if file.suffix == ".csv":
+            return name in pl.read_csv(opened, n_rows=0).columns
+        first_lines = b"".join(islice(opened, 100))
+    return name in pl.read_ndjson(first_lines).columns
 
 
 def read_reference(
@@ -36,7 +40,9 @@ def read_reference(
 
     If the file has the columns `chosen_tokens` and `rejected_tokens`, they are compared with the
     dataset's token counts. Without them nothing can be checked: the file must have been made with
-    the same tokenizer, chat template and max_length.
+    the same tokenizer, chat template and max_length. Nor does it say in which precision they were
+    measured: name it with `read_reference(...).measured_in(torch.bfloat16)`, or the `Selector` can
+    only warn where they differ from the policy's by rounding.
 
     Args:
         path: The file: one row per pair, with log-probs in nats, summed over each response.
@@ -55,13 +61,13 @@ def read_reference(
             finite.
     """
     as_text = {key: pl.String}  # a CSV key 007 must not be inferred as the number 7
-    readers: dict[str, Callable[[Path], pl.DataFrame]] = {
+    readers: dict[str, Callable[[IO[bytes]], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
         ".csv": partial(pl.read_csv, infer_schema_length=None, schema_overrides=as_text),
         ".jsonl": partial(pl.read_ndjson, infer_schema_length=None),
         ".ndjson": partial(pl.read_ndjson, infer_schema_length=None),
     }
-    file = Path(path)
+    file = user_path(path)
     if file.suffix not in readers:
         raise ValueError(
             f"read_reference: cannot read {file.name}; known endings are {', '.join(readers)}"
@@ -69,7 +75,8 @@ def read_reference(
     if not file.exists():
         raise FileNotFoundError(f"read_reference: no file {file}")
     try:
-        table = readers[file.suffix](file)
+        with file.open("rb") as opened:
+            table = readers[file.suffix](opened)
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"read_reference: {file} cannot be read: {reason}") from error
@@ -79,12 +86,20 @@ def read_reference(
                 f"read_reference: {file} has no column {name!r}; it has {table.columns}"
             )
     counts = [name for name in ("chosen_tokens", "rejected_tokens") if name in table.columns]
+    for name in (chosen, rejected):
+        try:
+            table = table.with_columns(pl.col(name).cast(pl.Float64))
+        except pl.exceptions.PolarsError:
+            raise ValueError(
+                f"read_reference: the column {name!r} of {file} has values of type "
+                f"{table[name].dtype} that are no numbers; log-probs must be numbers, in nats"
+            ) from None
     # keys are compared as text, because a number in the file may be text in the dataset
     measured = table.select(
         *counts,
         pl.col(key).cast(pl.String).alias("key"),
-        pl.col(chosen).cast(pl.Float64).alias("chosen"),
-        pl.col(rejected).cast(pl.Float64).alias("rejected"),
+        pl.col(chosen).alias("chosen"),
+        pl.col(rejected).alias("rejected"),
     ).unique()  # a pair repeated with equal values is harmless
     for name in measured.filter(pl.col("key").is_duplicated())["key"][:1]:
         raise ValueError(

@@ -11,12 +11,12 @@ and write at the same time, a killed one loses only its last few seconds of work
 and trainers share their entries.
 """
 
-import json
 from collections.abc import Collection
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,12 @@ from torch import Tensor, nn
 
 from sage_select.arrays import Float64Array, Int64Array
 from sage_select.data.dataset import PreferenceDataset
-from sage_select.models.fingerprints import check_adapters_come_off, has_adapters, model_digest
+from sage_select.models.fingerprints import (
+    adapters_change,
+    check_adapters_come_off,
+    has_adapters,
+    model_digest,
+)
 from sage_select.models.reader import Reader
 from sage_select.models.sequences import (
     DistinctSequences,
@@ -36,8 +41,14 @@ from sage_select.models.sequences import (
 )
 from sage_select.pairs import PairLogps
 from sage_select.references.eviction import default_store, stored_references
-from sage_select.references.parts import PartWriter, merge_parts, read_parts
-from sage_select.system.files import mark_as_used, partial_path, replace_durably
+from sage_select.references.parts import (
+    PartWriter,
+    merge_parts,
+    read_description,
+    read_parts,
+    write_description,
+)
+from sage_select.system.files import mark_as_used, user_path
 from sage_select.system.heartbeats import monitored
 from sage_select.system.identity import digest
 from sage_select.system.ledger import phase
@@ -64,6 +75,7 @@ class ReferenceStore:
         identity: The name of this reference: a hash of its weights, model settings, precision,
             device, attention and head.
         folder: The folder of its part files.
+        precision: Dtype of the forward pass that measured it; None if unknown.
 
     Example:
         >>> store = ReferenceStore(reference_model, dataset)  # doctest: +SKIP
@@ -85,7 +97,7 @@ class ReferenceStore:
         identity: str | None = None,
         reader: Reader | None = None,
     ) -> None:
-        root = Path(folder) if folder is not None else default_store()
+        root = user_path(folder) if folder is not None else default_store()
         if (model is None) == (identity is None):
             raise ValueError(
                 "ReferenceStore: pass either a model or the identity of a reference in the store; "
@@ -97,6 +109,13 @@ class ReferenceStore:
         if model is not None:
             # hashed now, before training can change the weights of a model that is also the policy
             check_adapters_come_off(model)
+            if has_adapters(model) and adapters_change(model):
+                warn(
+                    "ReferenceStore: the model's adapters are trained already, and the reference "
+                    "is the model without them; if the run shall continue from the adapters, merge "
+                    "them first (merge_and_unload) or pass the reference as a separate model",
+                    stacklevel=2,
+                )
             identity = self._identity_of(model)
         assert identity is not None
         self.identity = identity
@@ -106,6 +125,10 @@ class ReferenceStore:
             raise FileNotFoundError(
                 f"ReferenceStore: {root} has no reference {identity}; it has {available}"
             )
+        # of the model as it is now: as the policy it may be converted later
+        self.precision = _precision_of(
+            read_description(self.folder) if model is None else self.reader.rounding(model)
+        )
         self._logps: Float64Array | None = None  # read on first use, see `_stored_logps`
 
     def __len__(self) -> int:
@@ -189,7 +212,7 @@ class ReferenceStore:
                 )
             self.fill(requested.index)
         logps = torch.from_numpy(self._stored_logps()[positions].T.copy())
-        return as_pair_logps(requested, logps.reshape(-1))
+        return as_pair_logps(requested, logps.reshape(-1)).measured_in(self.precision)
 
     def _identity_of(self, model: nn.Module) -> str:
         return digest([model_digest(model), self._rounding_of(model)])
@@ -272,7 +295,7 @@ class ReferenceStore:
     def _describe(self, model: nn.Module) -> None:
         """Write `reference.json`, which `sage-select store list` shows; nothing depends on it."""
         path = self.folder / "reference.json"
-        if path.exists():
+        if read_description(self.folder):
             mark_as_used(path)
             return
         try:
@@ -287,6 +310,11 @@ class ReferenceStore:
             "model": str(getattr(config, "_name_or_path", "")),
             **self._rounding_of(model),
         }
-        partial = partial_path(path)
-        partial.write_text(json.dumps(description))
-        replace_durably(partial, path)
+        write_description(self.folder, description)
+
+
+def _precision_of(rounding: dict[str, Any]) -> torch.dtype | None:
+    """Return the dtype of the forward pass from `Reader.rounding`; None if it has none."""
+    names = (str(rounding.get(key)).removeprefix("torch.") for key in ("mixed_precision", "dtype"))
+    dtypes = [getattr(torch, name, None) for name in names if name != "None"]
+    return next((dtype for dtype in dtypes if isinstance(dtype, torch.dtype)), None)

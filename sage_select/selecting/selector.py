@@ -1,7 +1,7 @@
 """The Selector: measure, score and rank a pool in one call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 from warnings import warn
@@ -9,12 +9,24 @@ from warnings import warn
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from sage_select.arrays import Float64Array, all_different
+from sage_select.arguments import (
+    fraction,
+    is_number,
+    not_negative,
+    scalar,
+    seed_number,
+    shown,
+    switch,
+    whole_number,
+)
+from sage_select.arrays import Float64Array, Int64Array, all_different
 from sage_select.models.reader import Reader
 from sage_select.models.reader import measure as measure_pool
 from sage_select.models.wrappers import computes_in, unwrapped
 from sage_select.pairs import (
+    HALF,
     NOISE_FLOOR,
     PairLogps,
     Progress,
@@ -22,13 +34,25 @@ from sage_select.pairs import (
     Schedule,
     Score,
     noise_floor,
+    storage_noise,
 )
 from sage_select.ranking import top
+from sage_select.scores import SCORES
+from sage_select.selecting.answers import (
+    check_log_probs,
+    check_token_counts,
+    checked_logps,
+    checked_scores,
+    undisturbed,
+)
 from sage_select.selection import Selection
 from sage_select.system.ledger import phase
 from sage_select.timeline import kept_count
 
 NoSignal = Literal["hash", "score"]
+
+MEASURE = "Selector: measure(model, pool)"
+TAKE = "Selector: reference.take(rows)"
 
 
 @dataclass(frozen=True)
@@ -49,10 +73,14 @@ class Selector:
             policy = reference, so that the score could rank only by length. "hash" keeps the
             planned number of pairs at random, reproducibly; "score" ranks by the score, as the
             paper does. A score that does not depend on log-probs, such as a judge's, always ranks.
-        noise_floor: Spread of the log-ratios, in nats, up to which they count as equal; `select`
-            raises it to the noise floor of the precision it measures in.
+        noise_floor: Spread of the log-ratios, in nats, up to which they count as equal. It is
+            raised to the noise floor of the precision in which policy or reference were measured.
         skip_full: True skips the forward pass if the keep ratio retains the whole pool, so that
             nothing can be dropped; False scores the pool anyway, for the log.
+
+    Raises:
+        TypeError: If a function is none, or a setting is not of its type.
+        ValueError: If a setting is out of range.
 
     Example:
         >>> from functools import partial
@@ -95,20 +123,34 @@ class Selector:
             )
         if self.no_signal not in ("hash", "score"):
             raise ValueError(f"Selector: no_signal must be hash or score, got {self.no_signal!r}")
-        if not hasattr(self.reference, "take"):
+        for name, fix in (
+            ("score", _instead_of_score(self.score)),
+            ("keep", _instead_of_schedule(self.keep)),
+            ("progress", "a function of the step, such as timeline.progress or lambda step: 0.0"),
+            ("measure", "a function (model, pool) -> PairLogps, such as Reader()"),
+        ):
+            if not callable(value := getattr(self, name)):
+                raise TypeError(
+                    f"Selector: {name} must be a function, got {shown(value)}; pass {fix}"
+                )
+        if not callable(getattr(self.reference, "take", None)):
             raise TypeError(
                 "Selector: reference must be a PairLogps or a store with .take(rows), got "
                 f"{type(self.reference).__name__}; use measure(reference_model, dataset)"
             )
+        whole_number(self.multiple, "Selector: multiple")
+        seed_number(self.seed, "Selector: seed")
+        not_negative(self.noise_floor, "Selector: noise_floor")
+        switch(self.skip_full, "Selector: skip_full")
 
     def select(
         self, model: Any, pool: Any, step: int, *, progress: float | None = None
     ) -> Selection:
         """Score a pool with the current policy and keep the best pairs.
 
-        It makes one forward-only pass and leaves the model's mode, its gradients and the state of
-        the random number generators unchanged. Call it after an optimizer step, not between
-        backward pass and step.
+        It makes one forward-only pass and leaves the model's mode and the state of the random
+        number generators unchanged; a `Reader` leaves its gradients unchanged, too. Call it after
+        an optimizer step, not between backward pass and step.
 
         Args:
             model: The current policy, as `measure` takes it.
@@ -118,19 +160,34 @@ class Selector:
 
         Returns:
             The selection, which is equal on all ranks.
+
+        Raises:
+            TypeError: If a function of the selector returned something else than it should.
+            ValueError: If `measure` or the reference answered for other rows or tokens than the
+                pool's, or with log-probs that are not finite or above 0; otherwise as `rank`.
         """
-        progress = self.progress(step) if progress is None else progress
+        step = whole_number(step, "Selector.select: step", least=0)
+        if progress is None:
+            progress = fraction(self.progress(step), f"Selector: progress({step})")
+        else:
+            progress = fraction(progress, "Selector.select: progress")
         ids = getattr(pool, "ids", None)
         index = getattr(pool, "index", None)
+        index = index.numpy(force=True) if isinstance(index, Tensor) else index
         rows = index if isinstance(index, np.ndarray) else None  # a list's `index` is a method
         if self.skip_full and rows is not None and self._count(progress, len(rows)) == len(rows):
             return self._keep_all(rows, ids, progress, step)
         with phase("scoring"):
-            policy = self.measure(model, pool)
-        # in bfloat16, rounding alone gives log-ratios a larger spread than the default floor
-        floor = max(self.noise_floor, noise_floor(self.mixed_precision or _precision(model)))
-        raised = replace(self, noise_floor=floor)
-        return raised.rank(policy, self.reference, progress, step, ids=ids)
+            if isinstance(self.measure, Reader):
+                answer = self.measure(model, pool)
+            else:
+                with undisturbed(model):
+                    answer = self.measure(model, pool)
+        policy = checked_logps(answer, MEASURE, rows)
+        check_token_counts(policy, pool, MEASURE)
+        if policy.precision is None:
+            policy = policy.measured_in(self.mixed_precision or _precision(model))
+        return self._rank(policy, self.reference, progress, step, ids, measured=True)
 
     def rank(
         self,
@@ -143,6 +200,8 @@ class Selector:
     ) -> Selection:
         """Select from log-probs that were measured before, as `select` does after measuring.
 
+        Numbers above 0 are ranked, too, so that rewards can be passed with a reference of zeros.
+
         Args:
             policy: Log-probs of the pool under the policy.
             reference: Log-probs under the reference, looked up by dataset row.
@@ -152,48 +211,69 @@ class Selector:
 
         Raises:
             KeyError: If the reference has no log-probs of a row.
+            TypeError: If the log-probs are no `PairLogps`, or the scores no numbers.
             ValueError: If rows repeat, log-probs are not finite, token counts of policy and
-                reference differ, or the score does not return one value per pair.
+                reference differ, the reference answers for other rows, the score does not return
+                one value per pair, or a keep ratio or progress is not in [0, 1].
         """
-        # detached, since the selection would otherwise keep the graph of the whole pool alive
-        policy = PairLogps(*(field.detach() for field in policy))
-        pool = policy.index.numpy(force=True).astype(np.int64)
+        step = whole_number(step, "Selector.rank: step", least=0)
+        progress = fraction(progress, "Selector.rank: progress")
+        policy = checked_logps(policy, "Selector.rank: the caller", measured=False)
+        return self._rank(policy, reference, progress, step, ids, measured=False)
+
+    def _rank(
+        self,
+        policy: PairLogps,
+        reference: Reference,
+        progress: float,
+        step: int,
+        ids: npt.ArrayLike | None,
+        *,
+        measured: bool,
+    ) -> Selection:
+        """Rank checked log-probs; `measured` refuses those that no model can have."""
+        pool: Int64Array = policy.index.numpy(force=True)
         names = pool if ids is None else np.asarray(ids)
         if len(names) != len(pool) or not all_different(pool):
             raise ValueError(
                 "Selector.rank: a pool must have no row twice and one id per row, got "
                 f"{len(pool)} rows ({len(set(pool.tolist()))} distinct) and {len(names)} ids"
             )
-        pool_reference = reference.take(pool).to(policy.index.device)
-        reference = PairLogps(*(field.detach() for field in pool_reference))
+        answer = reference.take(pool)
+        reference = checked_logps(answer, TAKE, pool, measured=measured).to(policy.index.device)
         _check_comparable(policy, reference)
-        scores = torch.as_tensor(self.score(policy, reference)).double().numpy(force=True)
-        if scores.shape != pool.shape:
-            raise ValueError(
-                f"Selector: the score must return one value per pair, [{len(pool)}], got shape "
-                f"{list(scores.shape)}"
-            )
+        if measured:
+            check_log_probs(policy, MEASURE)
+            check_log_probs(reference, TAKE)
+        score_of = _given_copies(self.score)
+        values = checked_scores(score_of(policy, reference), pool)
         count = self._count(progress, len(pool))
         signal = log_ratio_spread(policy, reference)
+        floor = max(self.noise_floor, *map(_noise, (policy, reference)))
         rule = "score"
         # the hash decides only if pairs are dropped and the score depends on log-probs at all
         if (
             self.no_signal == "hash"
-            and signal <= self.noise_floor
+            and signal <= max(floor, noise_floor(HALF))
             and count < len(pool)
-            and _depends_on_logps(self.score, policy, reference)
+            and _depends_on_logps(score_of, policy, reference)
         ):
-            rule = "hash"
-            warn(
-                f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are equal "
-                f"up to rounding (spread {signal:.2g} nats, floor {self.noise_floor:g}), so the "
-                f"score could rank only by length; {count} pairs are kept at random, by the hash "
-                f"of their ids. {self._remedy(progress)}, or set no_signal='score' "
-                "(selection.no_signal in a configuration) to rank by the score anyway",
-                stacklevel=2,
-            )
+            if signal <= floor:
+                rule = "hash"
+                warn(
+                    f"Selector: at step {step} the log-ratios of all {len(pool)} candidates are "
+                    f"equal up to rounding (spread {signal:.2g} nats, floor {floor:g}), so the "
+                    f"score could rank only by length; {count} pairs are kept at random, by the "
+                    f"hash of their ids. {self._remedy(progress)}, or set no_signal='score' "
+                    "(selection.no_signal in a configuration) to rank by the score anyway",
+                    stacklevel=3,
+                )
+            else:
+                _warn_of_unknown_precision(policy, reference)
+        if count < len(pool):
+            _warn_of_different_precisions(policy, reference)
         # the hash that breaks ties decides alone if all scores are equal
-        ranked_by = scores if rule == "score" else np.zeros_like(scores)
+        ranked_by = values if rule == "score" else np.zeros_like(values)
         # keyed by the step, so that ties do not favour the same pairs in every interval
         best = top(ranked_by, count, ids=names, key=(self.seed, step))
         kept = np.zeros(len(pool), dtype=bool)
@@ -201,7 +281,7 @@ class Selector:
         return Selection(
             indices=pool[best],
             pool=pool,
-            scores=scores,
+            scores=values,
             kept=kept,
             step=step,
             progress=progress,
@@ -218,7 +298,9 @@ class Selector:
         return f"The keep ratio is 1.0, but counts are rounded down to multiples of {self.multiple}"
 
     def _count(self, progress: float, size: int) -> int:
-        return kept_count(self.keep(progress), size, self.multiple)
+        ratio = self.keep(progress)
+        fraction(ratio, f"Selector: the keep ratio of {shown(self.keep)} at progress {progress:g}")
+        return kept_count(ratio, size, self.multiple)
 
     def _keep_all(
         self, index: npt.ArrayLike, ids: npt.ArrayLike | None, progress: float, step: int
@@ -280,11 +362,65 @@ def log_ratio_spread(policy: PairLogps, reference: PairLogps) -> float:
     return float(ratios.std(dim=1, correction=0).max())
 
 
-def _precision(model: Any) -> torch.dtype:
-    """Return the dtype in which a model computes; fp32 for a policy that is not a torch module."""
+def _precision(model: Any) -> torch.dtype | None:
+    """Return the dtype in which a model computes; None for a policy that is not a torch module."""
     if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
-        return torch.float32
+        return None
     return computes_in(unwrapped(model))
+
+
+def _noise(logps: PairLogps) -> float:
+    """Return the noise floor of log-probs, as far as it is known."""
+    measured = NOISE_FLOOR if logps.precision is None else noise_floor(logps.precision)
+    return max(measured, storage_noise(logps))
+
+
+def _warn_of_unknown_precision(policy: PairLogps, reference: PairLogps) -> None:
+    """Warn that the log-ratios may be rounding, if a precision is unknown."""
+    sides = (("policy", policy), ("reference", reference))
+    unknown = [name for name, logps in sides if logps.precision is None]
+    if unknown:
+        names = " and ".join(unknown)
+        warn(
+            f"Selector: the log-ratios spread by no more than {noise_floor(HALF):.1g} nats, which "
+            f"is the rounding of half precision, and the precision in which the {names} was "
+            "measured is not known, so the ranking may be that of rounding. Measure with a Reader "
+            "or a ReferenceStore; or name the precision, as in "
+            "logps.measured_in(torch.float32), or set noise_floor in nats",
+            stacklevel=4,
+        )
+
+
+def _warn_of_different_precisions(policy: PairLogps, reference: PairLogps) -> None:
+    """Warn if the reference was measured in another precision than the policy."""
+    if policy.precision is None or reference.precision is None:
+        return
+    floors = noise_floor(policy.precision), noise_floor(reference.precision)
+    if floors[0] != floors[1]:
+        warn(
+            f"Selector: the reference was measured in {reference.precision}, the policy in "
+            f"{policy.precision}; rounding of {max(floors):.2g} nats and more would look like a "
+            "change in the policy. Load both in one dtype, and measure both with one Reader",
+            stacklevel=4,
+        )
+
+
+def _given_copies(score: Score) -> Score:
+    """Return the score; one of the user's own gets copies, and cannot change the evidence."""
+    function: Any = score
+    while isinstance(function, partial):
+        function = function.func
+    if getattr(function, "__module__", "").partition(".")[0] == "sage_select":
+        return score
+
+    def given_copies(policy: PairLogps, reference: PairLogps) -> Tensor:
+        copies = [
+            PairLogps(*(field.clone() for field in logps)).measured_in(logps.precision)
+            for logps in (policy, reference)
+        ]
+        return score(*copies)
+
+    return given_copies
 
 
 def _depends_on_logps(score: Score, policy: PairLogps, reference: PairLogps) -> bool:
@@ -294,6 +430,21 @@ def _depends_on_logps(score: Score, policy: PairLogps, reference: PairLogps) -> 
     changed = policy._replace(chosen=policy.chosen - shift, rejected=policy.rejected + shift)
     before, after = (torch.as_tensor(score(logps, reference)) for logps in (policy, changed))
     return not torch.equal(before, after)
+
+
+def _instead_of_score(score: Any) -> str:
+    """Return what to pass for a score that is no function."""
+    if isinstance(score, str) and score in SCORES:
+        return f"the function, sage_select.scores.{score}"
+    return f"a function (policy, reference) -> [P]; sage_select.scores has {', '.join(SCORES)}"
+
+
+def _instead_of_schedule(keep: Any) -> str:
+    """Return what to pass for a keep ratio that is no schedule."""
+    ratios = keep if isinstance(keep, tuple | list) else [keep]
+    if all(is_number(scalar(ratio)) for ratio in ratios) and len(ratios) in (1, 2):
+        return f"{'Constant' if len(ratios) == 1 else 'Linear'}({', '.join(map(str, ratios))})"
+    return "a schedule of ratios in [0, 1], such as Constant(0.5) or Linear(1.0, 0.4)"
 
 
 def _check_comparable(policy: PairLogps, reference: PairLogps) -> None:

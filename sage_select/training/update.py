@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
-from sage_select.models.wrappers import gradient_sync, whole
-from sage_select.pairs import PairLogps, Reference
+from sage_select.models.wrappers import check_spread, gradient_sync, whole
+from sage_select.pairs import Loss, PairLogps, Reference
+from sage_select.selecting.answers import check_log_probs, check_token_counts, checked_logps
 from sage_select.system.heartbeats import beat
 from sage_select.system.ledger import phase
 from sage_select.system.processes import Processes
@@ -46,13 +47,16 @@ def update(
         `gradient_norm` before clipping; equal on all ranks.
 
     Raises:
-        FloatingPointError: If the gradient is not finite; the optimizer then makes no step.
+        FloatingPointError: If the gradient or a loss is not finite; the optimizer then makes no
+            step.
+        TypeError: If there are several processes, but the model is neither replicated nor sharded.
 
     Example:
         >>> for rows in loader:  # doctest: +SKIP
         ...     update(model, optimizer, dataset.take(rows), reference)
     """
     training = training or Training()
+    check_spread("update", model)
     processes, passes = Processes.all(), Passes()
     micro_batches = dealt(batch.index, processes, training.micro_batch_size or len(batch))
     for number, micro in enumerate(micro_batches, 1):
@@ -70,10 +74,14 @@ def update(
         raise FloatingPointError(
             f"the gradient has norm {norm}; the rows of the batch are {batch.index.tolist()}"
         )
+    policy, losses = passes.gathered(processes)
+    for row in policy.index[~losses.isfinite()][:1].tolist():  # its gradient can be finite
+        raise FloatingPointError(
+            f"the loss of row {row} is not finite; the rows of the batch are {batch.index.tolist()}"
+        )
     with phase("training"):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    policy, losses = passes.gathered(processes)
     return {
         "loss": losses.mean().item(),
         **preference_metrics(policy, reference.take(policy.index), beta=training.beta),
@@ -93,9 +101,42 @@ def preference_losses(
         pairs: The micro-batch.
         reference: Its reference log-probs, in its order.
         training: Loss, beta and reader.
+
+    Raises:
+        TypeError: If the loss or the reference returned something else than it should.
+        ValueError: If the loss has other values than one per pair, or no gradient; or if the
+            reference has other rows or tokens than the pairs, or log-probs above 0.
     """
+    call = "update: reference.take(rows)"
+    reference = checked_logps(reference, call, pairs.index)
+    check_token_counts(reference, pairs, call)
+    check_log_probs(reference, call)
     policy = training.reader.pair_logps(model, pairs)
-    return policy, training.loss(policy, reference.to(policy.chosen.device), beta=training.beta)
+    losses = training.loss(policy, reference.to(policy.chosen.device), beta=training.beta)
+    return policy, _checked_losses(losses, policy, training.loss)
+
+
+def _checked_losses(losses: Tensor, policy: PairLogps, loss: Loss) -> Tensor:
+    """Return a loss's values if there is one per pair with a gradient, or refuse them."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(
+            f"update: the loss {name} returned {kind}; it must return a floating tensor [P] with "
+            "one loss per pair"
+        )
+    if losses.shape != policy.chosen.shape:
+        raise ValueError(
+            f"update: the loss {name} returned shape {list(losses.shape)} for "
+            f"{len(policy.chosen)} pairs; return one loss per pair, [P], without a mean or a sum "
+            "over pairs"
+        )
+    if policy.chosen.requires_grad and not losses.requires_grad:
+        raise ValueError(
+            f"update: the loss {name} has no gradient; compute it from policy.chosen and "
+            "policy.rejected with torch, without detach(), item(), numpy() or no_grad()"
+        )
+    return losses
 
 
 def add_gradients(
