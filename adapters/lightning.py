@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from warnings import warn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -202,6 +203,16 @@ class SageSelection(Callback):
         metrics = self.loader.metrics().items()
         pl_module.log_dict({f"selection/{name}": float(x) for name, x in metrics}, batch_size=1)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a run that a callback or the module ended early (`trainer.should_stop`)."""
+        if (steps := trainer.global_step) < len(self.loader):
+            warn(
+                f"SageSelection: the run ended after {steps} of {len(self.loader)} updates, since "
+                "trainer.should_stop was set; later pools were not selected, and the schedule is "
+                "not done. Resume from its checkpoint with fit(ckpt_path=...) to train the rest",
+                stacklevel=2,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's state after the optimizer steps taken so far."""
         if self._trainer is None:
@@ -229,6 +240,10 @@ class SageSelection(Callback):
             )
         step = checkpoint["callbacks"][self.state_key]["step"]
         passes = step * trainer.accumulate_grad_batches
+        if step < len(self.loader):  # after a run that ended early, its epoch counts as done
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+            for counts in (epochs["current"], epochs["total"]):
+                counts.update(processed=0, completed=0)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if progress["current"]["ready"] == passes:
             return

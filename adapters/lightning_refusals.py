@@ -4,12 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-)
+from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -24,6 +19,56 @@ from sage_select.training.refusals import Refusal
 AUTOCASTS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The supported precisions of a Trainer, with the autocast dtype of each."""
 
+_RESUMED = (
+    "leave it out; to train in several sessions, save with "
+    "ModelCheckpoint(every_n_train_steps=..., save_last=True), end the process, and resume with "
+    "fit(ckpt_path=...)"
+)
+CALLBACKS: dict[str, tuple[str, str]] = {
+    "BatchSizeFinder": (
+        "changes the run while it trains, but batches and schedule are planned before it starts",
+        "leave it out",
+    ),
+    "GradientAccumulationScheduler": (
+        "changes the run while it trains, but batches and schedule are planned before it starts",
+        "leave it out, and set Trainer(accumulate_grad_batches=...)",
+    ),
+    "LearningRateFinder": (
+        "changes the run while it trains, but batches and schedule are planned before it starts",
+        "leave it out, and find the rate before selection is added",
+    ),
+    "StochasticWeightAveraging": (
+        "replaces the trained weights by an average, and the schedule by its own",
+        "leave it out, and average the weights of saved checkpoints after the run",
+    ),
+    "WeightAveraging": (  # EMAWeightAveraging as well
+        "puts an average in the place of the trained weights, in validation, in checkpoints and "
+        "at the end",
+        "leave it out, and average the weights of saved checkpoints after the run",
+    ),
+    "ModelPruning": (
+        "sets trained weights to zero during the run, so pools would be scored with another policy "
+        "than the updates made",
+        "leave it out, and prune the trained model after the run",
+    ),
+    "BaseFinetuning": (  # BackboneFinetuning as well
+        "freezes and unfreezes weights by epochs, but the whole run is one epoch",
+        "leave it out, and freeze weights with requires_grad_(False) before fit",
+    ),
+    "EarlyStopping": (
+        "would end the run before all selected pairs are trained and the schedule is done",
+        "leave it out, and keep the best weights with ModelCheckpoint(monitor='held_out/loss')",
+    ),
+    "Timer": (
+        "with a duration, as of Trainer(max_time=...), would end the run before all selected pairs "
+        "are trained and the schedule is done",
+        _RESUMED,
+    ),
+}
+"""Callbacks that are refused, with their subclasses: reason and fix, by the name of the class.
+
+By name, since older versions of Lightning do not have all of them."""
+
 
 def refusals_of(
     trainer: Any, pl_module: LightningModule, loader: SelectiveLoader
@@ -31,12 +76,25 @@ def refusals_of(
     """Yield everything about a trainer and a module that is incompatible with selection."""
     yield from _strategy_refusals(trainer)
     yield from _settings_refusals(trainer, loader)
+    yield from _callback_refusals(trainer)
     if not pl_module.automatic_optimization:
         yield Refusal(
             f"{type(pl_module).__name__} steps its optimizers itself "
             "(automatic_optimization=False), so the pairs of an update cannot be determined",
             "return the loss from training_step instead",
         )
+
+
+def _callback_refusals(trainer: Any) -> Iterator[Refusal]:
+    """Refuse callbacks that end the run early, or change weights or batches."""
+    for name, (reason, fix) in CALLBACKS.items():
+        kind = getattr(callbacks, name, ())
+        for callback in trainer.callbacks:
+            if not isinstance(callback, kind):
+                continue
+            if name == "Timer" and callback.time_remaining() is None:
+                continue  # without a duration it only measures
+            yield Refusal(f"{type(callback).__name__} {reason}", fix)
 
 
 def _strategy_refusals(trainer: Any) -> Iterator[Refusal]:
@@ -68,20 +126,20 @@ def _strategy_refusals(trainer: Any) -> Iterator[Refusal]:
                 "parallelism, the meaning of 'auto'), which is not supported",
                 f"use strategy={fsdp2}",
             )
+    passes = trainer.accumulate_grad_batches
+    static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph")
+    if static_graph and passes > 1:
+        yield Refusal(
+            f"{name}(static_graph=True) records its graph in the first backward pass, which "
+            f"accumulate_grad_batches={passes} does not synchronise, so gradients would be lost",
+            "leave static_graph out, or set accumulate_grad_batches=1",
+        )
 
 
 def _settings_refusals(trainer: Any, loader: SelectiveLoader) -> Iterator[Refusal]:
     """Refuse settings that would end the run early, repeat it, or change batches or precision."""
     steps, size = len(loader), loader.timeline.batch_size
     passes, processes = trainer.accumulate_grad_batches, trainer.world_size
-    changing = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
-    for callback in trainer.callbacks:
-        if isinstance(callback, changing):
-            yield Refusal(
-                f"{type(callback).__name__} changes the run while it trains, but batches and "
-                "schedule are planned before it starts",
-                "leave it out",
-            )
     limit = trainer.limit_train_batches
     # Lightning counts batches if it is an int, and takes a share of them if it is a float.
     cut = limit < (steps * passes if isinstance(limit, int) else 1.0)

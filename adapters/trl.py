@@ -26,6 +26,7 @@ from sage_select.data.dataset import PreferenceDataset
 from sage_select.pairs import PairLogps, Reference
 from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.log import SelectionLog
+from sage_select.system.files import user_path
 from sage_select.system.processes import Processes
 from sage_select.system.settings import ConfigError
 from sage_select.training.micro_batches import dealt
@@ -134,7 +135,7 @@ def attach(
         >>> trainer.train()  # doctest: +SKIP
     """
     pairs = pairs_of(trainer)
-    folder = Path(trainer.args.output_dir) / "selection" if log is None else Path(log)
+    folder = Path(trainer.args.output_dir) / "selection" if log is None else user_path(log)
     if isinstance(selection, SageConfig):
         config = _config_of(selection, trainer)
         loader = build_loader(
@@ -210,6 +211,13 @@ class SelectionState(TrainerCallback, ExportableState):  # type: ignore[misc]
                     "and attach again, or resume with resume_from_checkpoint"
                 )
         elif name in state.stateful_callbacks:
+            if args.save_only_model:
+                warn(
+                    "train: save_only_model=True saves no optimizer state, so the resumed run "
+                    "starts with a new optimizer and ends with other weights than an uninterrupted "
+                    "one; leave it out to resume exactly",
+                    stacklevel=2,
+                )
             self.loader.load_state_dict(state.stateful_callbacks[name]["attributes"]["saved"])
         else:
             raise ValueError(

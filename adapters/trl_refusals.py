@@ -154,6 +154,15 @@ def _processes(trainer: Any) -> Checks:
         "use DDP, or FSDP2 with from_pretrained(..., "
         "distributed_config=DistributedConfig(fsdp_size=...))",
     )
+    static = _setting(trainer, "ddp_static_graph") or getattr(
+        getattr(trainer.accelerator, "ddp_handler", None), "static_graph", False
+    )
+    yield (
+        static and args.gradient_accumulation_steps > 1 and Processes.all().size > 1,
+        "ddp_static_graph records the graph in the first backward pass, which "
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps} does not synchronise",
+        "leave ddp_static_graph out, or set gradient_accumulation_steps=1",
+    )
     # The argument as well: on CPUs it becomes DDP, and accelerate reports no FSDP.
     yield (
         trainer.is_fsdp_enabled or _setting(trainer, "fsdp"),
@@ -320,7 +329,7 @@ def check_collator(trainer: Any, pairs: PreferenceDataset) -> None:
     batch = trainer.data_collator([row])
     if "completion_mask" not in batch:  # TRL before 0.29 joins prompt and response later
         return
-    for i, (tokens, start) in enumerate(longest.sequences()):
+    for i, (tokens, start, _) in enumerate(longest.sequences()):
         attended = batch["attention_mask"][i].bool()
         collated = batch["input_ids"][i][attended][: pairs.max_length]
         mask = batch["completion_mask"][i][attended][: pairs.max_length]

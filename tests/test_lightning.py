@@ -11,9 +11,13 @@ import pytest
 import torch
 from conftest import ROOT, launched
 from contract import BATCH, BETA, LEARNING_RATE, STEPS, dataset
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from lightning_worker import (
     SHORT_LAST,
     TRAINING,
@@ -268,10 +272,81 @@ def test_everything_that_does_not_fit_is_reported_at_once(untouched):
         assert fix in str(error.value)
 
 
-@pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 4}), LearningRateFinder()])
-def test_refused_callbacks(untouched, callback):
-    with pytest.raises(ValueError, match=f"{type(callback).__name__} changes the run"):
+REFUSED_CALLBACKS = {
+    "accumulation": (lambda: callbacks.GradientAccumulationScheduler({0: 4}), "changes the run"),
+    "learning rate": (callbacks.LearningRateFinder, "changes the run"),
+    "stochastic averaging": (
+        lambda: callbacks.StochasticWeightAveraging(1e-3),
+        "replaces the trained weights by an average, .* average the weights of saved checkpoints",
+    ),
+    "averaging": (lambda: callbacks.WeightAveraging(), "puts an average in the place of"),
+    "exponential averaging": (
+        lambda: callbacks.EMAWeightAveraging(),
+        "EMAWeightAveraging puts an average in the place of",
+    ),
+    "pruning": (
+        lambda: callbacks.ModelPruning("l1_unstructured", amount=0.5),
+        "sets trained weights to zero .* prune the trained model after the run",
+    ),
+    "unfreezing": (callbacks.BackboneFinetuning, r"freezes .* requires_grad_\(False\) before fit"),
+    "stopping": (
+        lambda: callbacks.EarlyStopping("held_out/loss"),
+        r"would end the run .*ModelCheckpoint\(monitor='held_out/loss'\)",
+    ),
+    "a time limit": (
+        lambda: callbacks.Timer({"hours": 1}),
+        r"Trainer\(max_time=...\), would end the run .* resume with fit\(ckpt_path=...\)",
+    ),
+    "a callback of one's own that averages": (
+        lambda: type("Mine", (callbacks.WeightAveraging,), {})(),
+        "Mine puts an average",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), REFUSED_CALLBACKS.values(), ids=REFUSED_CALLBACKS.keys()
+)
+def test_refused_callbacks(untouched, make, message):
+    try:
+        callback = make()
+    except AttributeError:
+        pytest.skip("this version of Lightning does not have it")
+    with pytest.raises(ValueError, match=message):
         fit(untouched, callback)
+
+
+def test_a_time_limit_of_the_trainer_is_refused_and_a_clock_is_not(untouched):
+    with pytest.raises(ValueError, match="Timer with a duration, as of Trainer"):
+        fit(untouched, max_time="00:01:00:00")
+    batches = loader(8)
+    fit(batches, clock := callbacks.Timer())
+    assert clock.time_elapsed() > 0
+
+
+def test_a_static_graph_that_accumulates_is_refused(untouched):
+    strategy = DDPStrategy(static_graph=True)
+    options = COMPATIBLE | {"accumulate_grad_batches": 2}
+    with pytest.raises(ValueError, match="leave static_graph out, or set accumulate_grad_batches"):
+        SageSelection(untouched).setup(
+            SimpleNamespace(strategy=strategy, **options), LightningModule(), "fit"
+        )
+
+
+@pytest.mark.parametrize("within_an_update", [False, True])
+def test_a_run_that_was_stopped_early_says_so_and_resumes(tmp_path, within_an_update):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop |= batch_idx == 9 + within_an_update
+
+    whole, cut, rest = loader(), loader(), loader()
+    fit(whole)
+    with pytest.warns(UserWarning, match="ended after 5 of 8 updates.*Resume from its checkpoint"):
+        stopped = fit(cut, Stop())
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")  # its only epoch counts as done
+    made = fit(rest, resume=tmp_path / "stopped.ckpt")
+    assert made.global_step == STEPS
+    assert difference(rest.model, whole.model.state_dict()) < 1e-9
 
 
 def splitting() -> ModelParallelStrategy:

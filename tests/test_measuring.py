@@ -128,13 +128,20 @@ def test_mixed_precision_keeps_the_head_in_fp32(pairs):
     assert torch.allclose(exact.chosen, mixed.chosen, rtol=0.1)
 
 
-def test_a_model_that_rescales_its_logits_in_an_unknown_way_is_refused(pairs):
-    model = small_model("llama")
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 0.5), (torch.float32, 1.01), (torch.bfloat16, 0.9), (torch.bfloat16, 1.1)],
+)
+def test_a_model_that_rescales_its_logits_in_an_unknown_way_is_refused(pairs, dtype, scale):
+    model = small_model("llama").to(dtype)
+    with torch.no_grad():  # logits of a trained model's size
+        model.lm_head.weight.mul_(20)
+    measure(model, pairs)
     forward = type(model).forward
 
     def scaled(*args, **kwargs):
         output = forward(model, *args, **kwargs)
-        output.logits = output.logits * 0.5
+        output.logits = output.logits * scale
         return output
 
     model.forward = scaled

@@ -13,7 +13,12 @@ from sage_select.models.batches import Batch, Packing
 from sage_select.models.flops import Shape, shape_of
 from sage_select.models.heads import head_of, of_transformers
 from sage_select.models.known import known
-from sage_select.models.wrappers import computes_in, is_sharded, unwrapped
+from sage_select.models.wrappers import (
+    called_as_written,
+    check_synchronises,
+    computes_in,
+    unwrapped,
+)
 from sage_select.ops.token_logps import Implementation, sequence_logps
 from sage_select.system.ledger import Work, book, recording
 
@@ -22,7 +27,10 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
     """Summed log-prob of each sequence's response, float64 [S], in the model's current mode.
 
     A hook replaces the head inside the model's own forward, where its weight is whole even if it
-    is sharded. It computes log-probs only at positions that predict response tokens.
+    is sharded. It computes log-probs only at positions that predict response tokens. They are the
+    model's output then, so that wrappers see which output the gradients come from:
+    DistributedDataParallel looks for unused parameters and records static graphs from there, and
+    FSDP2 gathers weights for the backward pass.
 
     Args:
         through: The model, or a wrapper of it that synchronises gradients.
@@ -34,6 +42,8 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
             token.
     """
     model = unwrapped(through)
+    if torch.is_grad_enabled():
+        check_synchronises(through)
     head = head_of(model)
     on_device = batch.to(device_of(model))
     shape = on_device.inputs["input_ids"].shape
@@ -60,12 +70,21 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
         )
         return (hidden[:, :0],)  # no positions are left, so the model computes no logits
 
-    with known(model).lock:  # a pass in another thread must not run into this batch's hook
-        hook = head.module.register_forward_pre_hook(score_instead)
+    def leave_instead(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return result[0] if len(result) == 1 else output
+
+    with known(model).lock:  # a pass in another thread must not run into this batch's hooks
+        hooks = (
+            head.module.register_forward_pre_hook(score_instead),
+            # first of the model's hooks, so that FSDP2's sees the log-probs
+            model.register_forward_hook(leave_instead, prepend=True),
+        )
         try:
-            output = call(through, on_device)
+            with called_as_written(through, head.module):
+                output = call(through, on_device)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
     if len(result) != 1:
         raise TypeError(
             f"measure: the forward of {type(model).__name__} called its output head "
@@ -73,11 +92,13 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
         )
     if recording():
         book(_executed(model, batch))
-    if torch.is_grad_enabled() and is_sharded(model):
-        # FSDP2 gathers weights for the backward pass when gradients reach the model's output, so
-        # the result must depend on it
-        return result[0] + 0 * logits_of(output).sum()
-    return result[0]
+    if not torch.is_grad_enabled():
+        return result[0]
+    left: Tensor = output
+    if left.dtype == result[0].dtype:
+        return left
+    # FSDP2's `output_dtype` rounds outputs: keep the value, and the path of the gradient
+    return result[0] + 0 * left.sum()
 
 
 def logits_of(output: Any) -> Tensor:

@@ -15,17 +15,12 @@ class Head(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """Weight [V, H], read on use: a sharded weight is whole only inside the forward pass."""
-        layer: Any = getattr(self.module, "base_layer", self.module)
-        weight: Tensor = layer.weight
-        for adapter in _unmerged(self.module):
-            weight = weight + self.module.get_delta_weight(adapter)  # type: ignore[operator]
-        return weight
+        return _weight(self.module)
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias [V], or None."""
-        bias: Tensor | None = getattr(self.module, "bias", None)
-        return bias
+        """Bias [V], or None; read on use, as the weight."""
+        return _bias(self.module)
 
 
 def of_transformers(model: nn.Module) -> bool:
@@ -60,7 +55,7 @@ def head_of(model: nn.Module) -> Head:
         scale=(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
     )
-    layer = getattr(module, "base_layer", module)
+    layer = base_layer(module)
     if not (isinstance(weight := getattr(layer, "weight", None), Tensor) and weight.dim() == 2):
         raise TypeError(
             f"measure: the output head of {type(model).__name__}, {type(layer).__name__}, has no "
@@ -77,12 +72,82 @@ def head_of(model: nn.Module) -> Head:
     return head
 
 
-def _unmerged(module: nn.Module) -> list[str]:
-    """Names of the active low-rank adapters to add to this layer's weight."""
+def base_layer(module: nn.Module) -> nn.Module:
+    """Return the layer that adapters adapt, which may be several, or the module itself.
+
+    Its weight is a parameter; that of an adapted layer may be computed, which fails outside the
+    forward pass of a sharded model.
+    """
+    layer: nn.Module = _of_single_tokens(module)
+    while isinstance(inner := getattr(layer, "base_layer", None), nn.Module):
+        layer = _of_single_tokens(inner)
+    return layer
+
+
+def _of_single_tokens(module: nn.Module) -> nn.Module:
+    """Return PEFT's layer of trainable tokens inside its wrapper, or the module itself."""
+    layer: nn.Module = getattr(module, "token_adapter", module)
+    return layer
+
+
+def _weight(layer: Any) -> Tensor:
+    """Weight of a layer with its active adapters."""
+    layer = _of_single_tokens(layer)
+    active = _active_adapters(layer)
+    if active and _replaces_rows(layer):
+        replaced: Tensor = layer.get_merged_weights(active)
+        return replaced
+    weight: Tensor = _weight(layer.base_layer) if hasattr(layer, "base_layer") else layer.weight
+    for adapter in active:
+        weight = weight + layer.get_delta_weight(adapter)
+    return weight
+
+
+def _bias(layer: Any) -> Tensor | None:
+    """Bias of a layer with its active adapters."""
+    layer = _of_single_tokens(layer)
+    if not hasattr(layer, "base_layer"):
+        bias: Tensor | None = getattr(layer, "bias", None)
+        return bias
+    active = _active_adapters(layer)
+    if active and _replaces_rows(layer):
+        return None  # PEFT's layer leaves the bias out
+    bias = _bias(layer.base_layer)
+    for adapter in active:
+        added = getattr(layer.lora_B[adapter], "bias", None)  # LoraConfig(lora_bias=True)
+        if added is not None:
+            bias = (0 if bias is None else bias) + added * layer.scaling[adapter]
+    return bias
+
+
+def _replaces_rows(layer: Any) -> bool:
+    """Return whether PEFT trains single tokens of this layer: rows that replace its own."""
+    return hasattr(layer, "get_merged_weights")
+
+
+def _active_adapters(module: nn.Module) -> list[str]:
+    """Names of the active adapters that are not merged into this layer's own weight.
+
+    Raises:
+        TypeError: If the weight and bias of the layer with its adapters are not known. Adapters
+            often do nothing before they are trained, so a comparison with the model's own logits
+            may not notice.
+    """
     layer: Any = module
-    if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
+    if not hasattr(layer, "active_adapters") or not hasattr(layer, "base_layer"):
+        return []  # no layer of PEFT's
+    if layer.disable_adapters or layer.merged:
         return []
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    names: list[str] = list(layer.active_adapters)
+    if _replaces_rows(layer):
+        return [name for name in names if name in layer.token_indices]
+    if not (hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight")):
+        raise TypeError(
+            f"measure: the output head is adapted by {type(layer).__module__}."
+            f"{type(layer).__qualname__}, and only LoRA and trainable tokens are supported there; "
+            "leave lm_head out of its target_modules"
+        )
+    active = [name for name in names if name in layer.lora_A]
     for name in active:
         if layer.use_dora.get(name) or getattr(layer, "lora_variant", {}).get(name) is not None:
             raise TypeError(

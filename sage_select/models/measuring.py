@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 from warnings import warn
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from sage_select.arrays import BoolArray
 from sage_select.models.batches import Batch, lay_out
 from sage_select.models.forward import forward_logps
-from sage_select.models.heads import head_of, text_config
+from sage_select.models.heads import base_layer, head_of, text_config
 from sage_select.models.sequences import DistinctSequences
 from sage_select.models.trials import is_out_of_memory
 from sage_select.ops.token_logps import Implementation
@@ -173,7 +174,8 @@ def check_tokens_fit(model: nn.Module, distinct: DistinctSequences) -> None:
     """Refuse tokens outside the model's vocabulary; warn of sequences beyond its positions."""
     head = head_of(model)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = len(head.weight if embedding is None else embedding.weight)
+    layer: Any = base_layer(head.module if embedding is None else embedding)
+    vocabulary = len(layer.weight)
     if distinct.largest_token >= vocabulary:
         raise ValueError(
             f"measure: token {distinct.largest_token} is outside the model's vocabulary of "

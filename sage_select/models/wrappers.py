@@ -10,6 +10,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sage_select.system.processes import Processes
+
 # by name, so that DeepSpeed need not be installed; their forward is not one pass of the model
 UNSUPPORTED_WRAPPERS = ("DataParallel", "DeepSpeedEngine")
 
@@ -83,14 +85,88 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Wrap forward and backward of a pass: replicas synchronise gradients now, or accumulate them.
 
     Disabled, it is `DistributedDataParallel.no_sync`. Sharded models reduce gradients in every
-    pass, since no process has memory for whole ones.
+    pass, since no process has memory for whole ones. So do replicas with static_graph=True until
+    their graph is recorded; gradients of earlier passes are equal on all ranks by then, so the mean
+    over ranks leaves them as they are.
     """
     replica = uncompiled(model)
-    if isinstance(replica, DistributedDataParallel) and not enabled:
+    if isinstance(replica, DistributedDataParallel) and not enabled and not _records(replica):
         with replica.no_sync():
             yield
     else:
         yield
+
+
+def check_synchronises(model: nn.Module) -> None:
+    """Refuse a pass with gradients whose gradients DistributedDataParallel would lose.
+
+    Raises:
+        RuntimeError: If its static graph would be recorded without synchronisation.
+    """
+    replica = uncompiled(model)
+    if not isinstance(replica, DistributedDataParallel) or replica.require_backward_grad_sync:
+        return
+    if _records(replica):
+        raise RuntimeError(
+            "pair_logps: DistributedDataParallel(static_graph=True) records its graph in its first "
+            "backward pass, which cannot be inside no_sync(); make the passes of the first update "
+            "without no_sync(), or leave out static_graph"
+        )
+
+
+def check_spread(call: str, model: nn.Module) -> None:
+    """Refuse a model whose copies in several processes would drift apart.
+
+    Args:
+        call: The call that the error message names.
+        model: The model to train.
+
+    Raises:
+        TypeError: If there are several processes, but nothing keeps the model in sync.
+    """
+    size = Processes.all().size
+    if size > 1 and not is_spread(model):
+        raise TypeError(
+            f"{call}: torch.distributed has {size} processes, but the model is neither "
+            "replicated nor sharded, so its copies would drift apart; pass shard(model) or "
+            "DistributedDataParallel(model)"
+        )
+
+
+@contextmanager
+def called_as_written(through: nn.Module, head: nn.Module) -> Iterator[None]:
+    """Call a model and the modules that contain its head uncompiled.
+
+    Compiled code ignores hooks that are registered after it was compiled, or calls those of an
+    earlier pass. Other modules, such as the body, stay compiled.
+
+    Args:
+        through: The model, or a wrapper of it; `uncompiled` already.
+        head: The module on which hooks are registered.
+    """
+    compiled: list[Any] = [
+        module
+        for module in through.modules()
+        if module._compiled_call_impl is not None and any(part is head for part in module.modules())
+    ]
+    calls = [module._compiled_call_impl for module in compiled]
+    inner = through.module if isinstance(through, DistributedDataParallel) else None
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        if inner is not None:
+            through.module = uncompiled(inner)
+        yield
+    finally:
+        for module, compiled_call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = compiled_call
+        if inner is not None:
+            through.module = inner
+
+
+def _records(replica: DistributedDataParallel) -> bool:
+    """Return whether the next backward pass records the graph of a replica (static_graph=True)."""
+    return replica.static_graph and not replica._static_graph_delay_allreduce_enqueued
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sage_select.models.wrappers import unwrapped
 from sage_select.system.processes import Processes
-from sage_select.training.checkpoints import load_whole, whole_weights
+from sage_select.training.checkpoints import load_whole, read_best, whole_weights
 from sage_select.training.run_folder import RunFolder
 from sage_select.training.settings import UpdateSettings
 
@@ -65,7 +64,9 @@ def make_ready(model: nn.Module, settings: UpdateSettings) -> None:
     """Apply compilation and activation checkpointing as set, and enter train mode."""
     inner = unwrapped(model)
     if settings.compile_model:
-        inner.base_model.compile()  # type: ignore[union-attr]
+        # the body alone: PEFT's `base_model` would include the head
+        language_model: Any = getattr(inner, "get_base_model", lambda: inner)()
+        language_model.base_model.compile()
     if settings.activation_checkpointing:
         checkpoint_activations(inner)
     model.train()
@@ -90,8 +91,9 @@ def load_best(model: nn.Module, folder: str | Path) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: If the run was never evaluated.
+        SpoiledFile: If the file of the best weights is damaged.
     """
-    best = torch.load(RunFolder.of(folder).best, map_location="cpu", weights_only=True)
+    best = read_best(RunFolder.of(folder))
     load_whole(model, best["model"])
     evaluation: dict[str, float] = best["evaluation"]
     return evaluation
