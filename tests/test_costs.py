@@ -163,7 +163,7 @@ def test_below_the_break_even_selection_is_cheaper():
 def test_needed_by_hand():
     shape = Shape(body=10, head=100, attention=1)
     starts, lengths = np.array([3, 3]), np.array([5, 4])
-    work = shape.needed(starts, lengths, np.array([True, False]))
+    work = shape.needed(starts, lengths, lengths - starts, np.array([True, False]))
     # the first reads p p p r; the second shares p p p, and its only response token is not read
     assert work.tokens == 4 + 0
     assert work.needed == 2 * 10 * 4 + 2 * 100 * 3 + 4 * 10

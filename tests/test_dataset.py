@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from arithmetic import build_tokenizer
 from sage_select import PreferenceDataset, Reader, nca_responses
-from sage_select.data import chunks
+from sage_select.data import cache_files, chunks
 from sage_select.data import dataset as dataset_module
 from sage_select.data.chunks import CHUNK_ROWS
 from sage_select.data.records import BadRecord, checked_pair, shared_start
@@ -225,10 +225,14 @@ BAD_RECORDS = {
         "chosen": user("p") + assistant("a"),
         "rejected": assistant("b"),
     },
-    "chosen has a message with an unknown role": GOOD | {"chosen": {"role": "bot", "content": "a"}},
-    "chosen has a message whose content is not text": GOOD
+    "chosen has a message with the unknown role 'bot'": GOOD
+    | {"chosen": {"role": "bot", "content": "a"}},
+    "chosen has a part of type image, but only text can be measured": GOOD
     | {"chosen": [{"role": "assistant", "content": [{"type": "image", "text": "x"}]}]},
-    "chosen is a list of messages saved as text": GOOD | {"chosen": str(assistant("a"))},
+    "chosen has a message whose content is not text": GOOD
+    | {"chosen": [{"role": "assistant", "content": [{"type": "text", "text": 7}]}]},
+    "chosen is a list of messages saved as text that is not valid JSON": GOOD
+    | {"chosen": str(assistant("a"))},
     "conversations ends with an assistant message": {
         "conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "q"}],
         "chosen": "a",
@@ -526,7 +530,8 @@ def test_unchanged_chunks_are_not_tokenised_again(counted, tokenizer, tmp_path):
     assert read(max_length=63) == [CHUNK_ROWS, CHUNK_ROWS, 11]
     written = {*(tmp_path / "cache").glob("*.arrow")} - before
     min(written, key=lambda file: file.stat().st_size).write_bytes(b"damaged")
-    assert read(max_length=63) == [11]
+    with pytest.warns(UserWarning, match="is spoiled and is made again"):
+        assert read(max_length=63) == [11]
 
 
 def test_a_changed_template_or_vocabulary_tokenises_again(counted, data, tmp_path):
@@ -731,7 +736,7 @@ def test_a_folder_of_exports_reads_back(tokenizer, tmp_path):
 
 def test_tokens_stay_in_memory_if_the_cache_is_not_writable(tokenizer, tmp_path, monkeypatch):
     write(".jsonl", records(), tmp_path / "pairs.jsonl")
-    monkeypatch.setattr(chunks, "replace_durably", refuse)
+    monkeypatch.setattr(cache_files, "replace_durably", refuse)
     with pytest.warns(UserWarning, match="tokens stay in memory"):
         pairs = PreferenceDataset.read(
             tmp_path / "pairs.jsonl", tokenizer=tokenizer, max_length=64, cache=tmp_path / "cache"

@@ -153,9 +153,10 @@ def cost_of(run: Run) -> Cost:
 
     def training_work(pairs: PreferenceDataset) -> Work:
         lengths = pairs.sequence_lengths
-        starts = lengths - np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
+        scored = np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
+        starts = lengths - scored  # turns of a response that are not scored count as prompt
         first = np.arange(len(lengths)) < len(pairs)  # a pair's responses share their prompt
-        return shape.needed(starts, lengths, first) * shape.passes
+        return shape.needed(starts, lengths, scored, first) * shape.passes
 
     # one before the first step, one every `evaluate_every` steps, and one at the end
     evaluations = 1 + -(-timeline.total_steps // training.evaluate_every)

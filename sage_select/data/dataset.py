@@ -6,21 +6,33 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+from warnings import warn
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from sage_select.arguments import shown, whole_number
 from sage_select.arrays import Float64Array, Int64Array, checked_rows
 from sage_select.data.chunks import CHUNK_ROWS, TABLE_VERSION, tokenised
 from sage_select.data.pair_table import PairTable, TokenSequence, join_tables
-from sage_select.data.records import TOKEN_FIELDS
+from sage_select.data.records import RESERVED_OPTIONS, TOKEN_FIELDS, advice
 from sage_select.data.sources import iterate_records, read_records, rename, source_files
 from sage_select.data.token_cache import Manifest, tokens_folder, writable_folder
-from sage_select.data.tokenising import fields_of, table_of_tokens
+from sage_select.data.tokenising import (
+    Remark,
+    SpecialTokens,
+    Tokenising,
+    fields_of,
+    remarks,
+    set_aside_rows,
+    table_of_tokens,
+)
 from sage_select.data.tokenizers import tokenizer_digest
 from sage_select.hashing import hash_order
+from sage_select.system.files import user_path
+from sage_select.system.identity import digest
 
 OnBad = Literal["set_aside", "error"]
 
@@ -66,6 +78,8 @@ class PreferenceDataset:
         cache: str | Path | None = None,
         num_workers: int = 0,
         show_progress: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokens = "allow",
     ) -> "PreferenceDataset":
         """Read a file of pairs, a folder of such files, or a dataset on a hub.
 
@@ -89,33 +103,36 @@ class PreferenceDataset:
             num_workers: Processes that check and tokenise, for chat templates and tokenizers that
                 are slow in Python; a script that uses them needs `if __name__ == "__main__":`.
             show_progress: False to hide the progress bar.
+            chat_template_kwargs: Options of the chat template for all rows, such as
+                `{"enable_thinking": False}`; a row's own `chat_template_kwargs` take precedence.
+            special_tokens: "set_aside" sets rows aside whose texts contain a special token of the
+                tokenizer, such as "<|im_end|>"; "allow" makes it that token, as trainers do.
 
         Raises:
             FileNotFoundError: If there is neither such a file nor such a dataset on a hub.
             ValueError: If the file format is unknown, no pair can be used, or, with
                 `on_bad="error"`, a row cannot be used.
         """
-        _check_options(max_length, on_bad, num_workers)
+        max_length = _check_options(max_length, on_bad, num_workers)
+        tokenising = _tokenising(tokenizer, max_length, chat_template_kwargs, special_tokens)
         records = read_records(
             path,
-            # a prompt of digits stays text, also under another column name
-            text=frozenset((columns or {}).values()),
+            mapped=frozenset((columns or {}).values()),
             split=split,
             subset=subset,
             revision=revision,
         )
-        identity = tokenizer_digest(tokenizer)
-        folder = writable_folder(Path(cache) if cache is not None else tokens_folder())
-        files = source_files(Path(path)) if Path(path).exists() else []
-        manifest = Manifest.of(folder, files, [TABLE_VERSION, identity, max_length, columns])
+        identity = _identity(tokenising)
+        folder = writable_folder(user_path(cache) if cache is not None else tokens_folder())
+        files = source_files(source) if (source := user_path(path)).exists() else []
+        manifest = Manifest.of(folder, files, [TABLE_VERSION, identity, columns])
         # unchanged files are not parsed again: their manifest names the chunks in the cache
         chunks = manifest.read() if manifest is not None else None
         if chunks is None:
             chunks = list(
                 tokenised(
                     records if columns is None else rename(records, columns),
-                    tokenizer,
-                    max_length,
+                    tokenising,
                     identity=identity,
                     cache=folder,
                     num_workers=num_workers,
@@ -138,6 +155,8 @@ class PreferenceDataset:
         cache: str | Path | None = None,
         num_workers: int = 0,
         show_progress: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokens = "allow",
     ) -> "PreferenceDataset":
         """Take pairs from a list of dicts, a polars, pandas or Arrow table, or `datasets.Dataset`.
 
@@ -150,8 +169,12 @@ class PreferenceDataset:
 
         Prompt and response are tokenised together and split where the prompt's tokens end. A plain
         response ends with the tokenizer's end token, a conversational one as its template ends it.
-        Sequences longer than `max_length` are cut at the end. Response tokens are counted after
-        that; log-probs and L (Eq. 8) both use this count.
+        In a response of several turns only the model's own turns are scored. Sequences longer than
+        `max_length` are cut at the end. Response tokens are counted after that; log-probs and L
+        (Eq. 8) both use this count.
+
+        What a chat template leaves out or rewrites is reported in a warning, once for each kind,
+        with the number of rows, an example and what to set.
 
         Args:
             records: The pairs.
@@ -162,20 +185,22 @@ class PreferenceDataset:
             cache: Folder of the tokens, memory-mapped; by default they stay in memory.
             num_workers: Processes that check and tokenise, see `read`.
             show_progress: False to hide the progress bar.
+            chat_template_kwargs: Options of the chat template for all rows, see `read`.
+            special_tokens: "allow" or "set_aside", see `read`.
 
         Raises:
             TypeError: If the records are not one of these types.
             ValueError: If no pair can be used, or, with `on_bad="error"`, a row cannot be used.
         """
-        _check_options(max_length, on_bad, num_workers)
-        rows = iterate_records(records)
+        max_length = _check_options(max_length, on_bad, num_workers)
+        tokenising = _tokenising(tokenizer, max_length, chat_template_kwargs, special_tokens)
+        rows = iterate_records(records, frozenset((columns or {}).values()))
         chunks = tokenised(
             rows if columns is None else rename(rows, columns),
-            tokenizer,
-            max_length,
+            tokenising,
             # the fingerprint serialises the whole vocabulary, and only cache names need it
-            identity=tokenizer_digest(tokenizer) if cache is not None else "",
-            cache=Path(cache) if cache is not None else None,
+            identity=_identity(tokenising) if cache is not None else "",
+            cache=user_path(cache) if cache is not None else None,
             num_workers=num_workers,
             total=len(records) if isinstance(records, Sized) else None,
             show_progress=show_progress,
@@ -210,7 +235,7 @@ class PreferenceDataset:
             >>> PreferenceDataset.from_tokens([row], max_length=8)
             PreferenceDataset(1 of 1 pairs, 0 rows set aside, max_length 8)
         """
-        _check_options(max_length, on_bad, 0)
+        max_length = _check_options(max_length, on_bad, 0)
         rows = iterate_records(records)
         tables = []
         while chunk := list(islice(rows, CHUNK_ROWS)):
@@ -239,16 +264,17 @@ class PreferenceDataset:
         if len(pairs) == 0:
             fields = ", ".join(fields_of(tables[0])) or "none"
             reasons = dict(Counter(set_aside["reason"].to_list()).most_common())
-            # rows that fail for their length alone are fixed by max_length, not by columns
-            all_truncated = all("truncation" in reason for reason in reasons)
+            number, reason = set_aside.row(0)
             raise ValueError(
-                f"PreferenceDataset: none of the {total} rows can be used: {reasons}; "
-                + (
-                    f"raise max_length (data.max_length in a configuration), now {max_length}"
-                    if all_truncated
-                    else f"the first has the fields {fields}; columns={{'prompt': ...}} "
-                    "(data.columns in a configuration) maps fields that have other names"
-                )
+                f"PreferenceDataset: none of the {total} rows can be used: {reasons}; the first is "
+                f"row {number}: {reason}; {advice(list(reasons), fields, max_length)}"
+            )
+        for remark in _joined_remarks(tables):
+            example = f": {remark.note.example!r}" if remark.note.example else ""
+            warn(
+                f"PreferenceDataset: in {remark.num_rows} of {total} rows {remark.note.text}. The "
+                f"first is row {remark.row}{example}",
+                stacklevel=3,
             )
         return cls(np.arange(len(pairs)), set_aside, max_length, pairs)
 
@@ -290,13 +316,16 @@ class PreferenceDataset:
 
     @property
     def chosen_tokens(self) -> Int64Array:
-        """Number of chosen response tokens, after truncation and with the end token, int64 [P]."""
-        return self._pairs.lengths("chosen")[self.index]
+        """Number of scored chosen tokens, after truncation and with the end token, int64 [P]."""
+        return self._scored_tokens("chosen")
 
     @property
     def rejected_tokens(self) -> Int64Array:
-        """Number of rejected response tokens, counted like `chosen_tokens`, int64 [P]."""
-        return self._pairs.lengths("rejected")[self.index]
+        """Number of scored rejected tokens, counted like `chosen_tokens`, int64 [P]."""
+        return self._scored_tokens("rejected")
+
+    def _scored_tokens(self, side: str) -> Int64Array:
+        return (self._pairs.lengths(side) - self._pairs.skipped_tokens(side))[self.index]
 
     @property
     def num_tokens(self) -> Int64Array:
@@ -391,8 +420,9 @@ class PreferenceDataset:
     @property
     def sequence_lengths(self) -> Int64Array:
         """Number of tokens in each sequence, in the order of `sequences()`, int64 [2P]."""
-        prompts = self._pairs.lengths("prompt")[self.index]
-        return np.concatenate([prompts + self.chosen_tokens, prompts + self.rejected_tokens])
+        prompts = self._pairs.lengths("prompt")
+        lengths = [(prompts + self._pairs.lengths(s))[self.index] for s in ("chosen", "rejected")]
+        return np.concatenate(lengths)
 
     def responses(self) -> list[TokenSequence]:
         """Return the P x K sequences of rows with K responses, row by row, best first.
@@ -427,10 +457,59 @@ class PreferenceDataset:
         return "\n".join(lines)
 
 
-def _check_options(max_length: int, on_bad: str, num_workers: int) -> None:
-    if max_length < 2:
-        raise ValueError(f"PreferenceDataset: max_length must be at least 2, got {max_length}")
+def _identity(tokenising: Tokenising) -> str:
+    """Return a fingerprint of everything that decides how records become tokens."""
+    tokenizer, *settings = tokenising
+    return digest([tokenizer_digest(tokenizer), settings])
+
+
+def _joined_remarks(tables: list[pa.Table]) -> list[Remark]:
+    """Return the notes on all rows, each once."""
+    joined: dict[str, Remark] = {}
+    first = 0
+    for table in tables:
+        for remark in remarks(table):
+            earlier = joined.setdefault(
+                remark.note.text, Remark(remark.note, 0, first + remark.row)
+            )
+            num_rows = earlier.num_rows + remark.num_rows
+            joined[remark.note.text] = earlier._replace(num_rows=num_rows)
+        first += set_aside_rows(table)[0]
+    return list(joined.values())
+
+
+def _tokenising(
+    tokenizer: Any,
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    special_tokens: SpecialTokens,
+) -> Tokenising:
+    """Return the settings by which records become tokens, checked."""
+    call = "PreferenceDataset"
+    if not callable(getattr(tokenizer, "apply_chat_template", None)):
+        raise TypeError(
+            f"{call}: tokenizer must be a tokenizer of transformers, got {shown(tokenizer)}; load "
+            "it with AutoTokenizer.from_pretrained"
+        )
+    options = chat_template_kwargs
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"{call}: chat_template_kwargs must be a mapping, got {shown(options)}")
+    for name in RESERVED_OPTIONS & (options or {}).keys():
+        raise ValueError(f"{call}: chat_template_kwargs sets {name}, which is set for every record")
+    if special_tokens not in ("allow", "set_aside"):
+        raise ValueError(
+            f"{call}: special_tokens must be allow or set_aside, got {shown(special_tokens)}"
+        )
+    return Tokenising(
+        tokenizer, max_length, None if options is None else dict(options), special_tokens
+    )
+
+
+def _check_options(max_length: int, on_bad: str, num_workers: int) -> int:
+    """Refuse invalid options, and return the maximum length as an int."""
     if on_bad not in ("set_aside", "error"):
-        raise ValueError(f"PreferenceDataset: on_bad must be set_aside or error, got {on_bad!r}")
-    if num_workers < 0:
-        raise ValueError(f"PreferenceDataset: num_workers must be at least 0, got {num_workers}")
+        raise ValueError(
+            f"PreferenceDataset: on_bad must be set_aside or error, got {shown(on_bad)}"
+        )
+    whole_number(num_workers, "PreferenceDataset: num_workers", least=0, most=1024)
+    return whole_number(max_length, "PreferenceDataset: max_length", least=2)

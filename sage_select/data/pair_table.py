@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,13 +14,34 @@ from sage_select.data.tokenising import PAIR_COLUMNS, set_aside_rows
 
 
 class TokenSequence(NamedTuple):
-    """Prompt and response tokens, and the position at which the response starts."""
+    """Tokens of a prompt and a response, and which of them are scored.
+
+    Attributes:
+        tokens: int32 [T].
+        response_start: Position of the first scored token.
+        skipped: Ranges after it, as (start, end), that are not scored: in a response of several
+            turns, all that the model did not write, such as the user's turns.
+
+    Example:
+        >>> TokenSequence(np.arange(8, dtype=np.int32), 2, ((4, 6),)).scored.tolist()
+        [2, 3, 6, 7]
+    """
 
     tokens: Int32Array
     response_start: int
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def scored(self) -> Int64Array:
+        """Positions of the scored tokens, int64 [n]."""
+        positions = np.arange(self.response_start, len(self.tokens))
+        for start, end in self.skipped:
+            positions = positions[(positions < start) | (positions >= end)]
+        return positions
 
 
 DUPLICATE = "duplicate pair"
+REPEATED_ID = "its pair_id is that of another pair"
 
 
 class PairTable:
@@ -39,6 +60,7 @@ class PairTable:
         sizes = [len(rows) for rows in kept]
         self._starts = np.array([0, *accumulate(sizes)])
         self._lengths: dict[str, Int64Array] = {}
+        self._has_skipped: dict[int, bool] = {}  # by table
         source_rows = [
             t["row"].to_numpy()[k] + f for t, k, f in zip(tables, kept, first, strict=True)
         ]
@@ -117,15 +139,49 @@ class PairTable:
         """Return prompt and one response of pair i."""
         number, row = self._place(i)
         prompt = self._tokens(number, "prompt", row)
-        return TokenSequence(np.concatenate([prompt, self._tokens(number, side, row)]), len(prompt))
+        tokens = np.concatenate([prompt, self._tokens(number, side, row)])
+        skipped = self._skipped(number, row, 0 if side == "chosen" else -1)
+        return _sequence(tokens, len(prompt), skipped)
+
+    def skipped_tokens(self, side: str) -> Int64Array:
+        """Return the number of response tokens on a side that are not scored, int64 [N]."""
+        response = 0 if side == "chosen" else -1
+        counts = [
+            np.zeros(len(kept), np.int64)
+            if not self._skips(number)
+            else np.array(
+                [sum(b - a for a, b in self._skipped(number, int(row), response)) for row in kept]
+            )
+            for number, kept in enumerate(self._kept)
+        ]
+        return np.concatenate([np.arange(0), *counts])
+
+    def _skips(self, number: int) -> bool:
+        """Return whether any token of a table's responses is not scored."""
+        if number not in self._has_skipped:
+            # of a list of lists of lists, the innermost values
+            responses = self._tables[number]["skipped"].combine_chunks().flatten()
+            self._has_skipped[number] = len(responses.flatten()) > 0
+        return self._has_skipped[number]
+
+    def _skipped(self, number: int, row: int, response: int) -> tuple[tuple[int, int], ...]:
+        """Return the ranges of a response that are not scored."""
+        if not self._skips(number):
+            return ()
+        bounds = self._tables[number]["skipped"][row].as_py()[response]
+        return tuple(zip(bounds[::2], bounds[1::2], strict=True))
 
     def responses(self, i: int) -> list[TokenSequence]:
         """Return all responses of row i, best first."""
         number, row = self._place(i)
         prompt = self._tokens(number, "prompt", row)
         between = [
-            TokenSequence(np.concatenate([prompt, np.array(tokens, np.int32)]), len(prompt))
-            for tokens in self._tables[number]["between"][row].as_py()
+            _sequence(
+                np.concatenate([prompt, np.array(tokens, np.int32)]),
+                len(prompt),
+                self._skipped(number, row, response),
+            )
+            for response, tokens in enumerate(self._tables[number]["between"][row].as_py(), 1)
         ]
         return [self.sequence("chosen", i), *between, self.sequence("rejected", i)]
 
@@ -141,6 +197,15 @@ class PairTable:
             self._views[number, side] = (column.values.to_numpy(), column.offsets.to_numpy())
         values, offsets = self._views[number, side]
         return values[offsets[row] : offsets[row + 1]]
+
+
+def _sequence(
+    tokens: Int32Array, start: int, skipped: tuple[tuple[int, int], ...]
+) -> TokenSequence:
+    """Return a sequence whose response begins at `start`, perhaps with a range to skip."""
+    if skipped and skipped[0][0] == start:
+        return TokenSequence(tokens, skipped[0][1], skipped[1:])
+    return TokenSequence(tokens, start, skipped)
 
 
 def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame]:
@@ -161,10 +226,30 @@ def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame]:
         ids = pl.concat([pl.Series("id", pl.from_arrow(table["pair_id"])) for table in used])
         is_first = ids.is_first_distinct().to_numpy()
         starts = np.cumsum([0, *(table.num_rows for table in used)])
+
+        def tokens(place: int) -> list[Any]:
+            number = int(np.searchsorted(starts, place, side="right")) - 1
+            row = place - int(starts[number])
+            return [used[number][side][row].as_py() for side in ("prompt", "chosen", "rejected")]
+
+        repeated = set(ids.filter(~pl.Series(is_first)))
+        first_place = (
+            {
+                ids[place]: place
+                for place in np.flatnonzero(is_first).tolist()
+                if ids[place] in repeated
+            }
+            if repeated
+            else {}
+        )
         for number, table in enumerate(used):
             is_kept = is_first[starts[number] : starts[number + 1]]
-            duplicates = table["row"].to_numpy()[~is_kept]
-            aside += [(first[number] + row, DUPLICATE) for row in duplicates.tolist()]
+            for place in np.flatnonzero(~is_kept).tolist():
+                # a hash of the content cannot repeat with other tokens, but a trainer's id can
+                here = int(starts[number]) + place
+                same = tokens(first_place[ids[here]]) == tokens(here)
+                row = first[number] + table["row"][place].as_py()
+                aside.append((row, DUPLICATE if same else REPEATED_ID))
             kept[number] = np.flatnonzero(is_kept)
     set_aside = pl.DataFrame(
         sorted(aside), schema={"source_row": pl.Int64, "reason": pl.String}, orient="row"

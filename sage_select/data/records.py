@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from sage_select.arguments import is_number
 
 Message = dict[str, Any]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
@@ -20,12 +21,23 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-"""Known roles, as in TRL and ShareGPT, and their names in chat templates."""
-
+"""Known roles, as in TRL and ShareGPT, in lower case, and their names in chat templates."""
 
 PROMPT_ALIASES = ("question", "query", "problem", "context", "user", "input", "text")
 """Names of the prompt in other datasets. If a record has one of these and no prompt, the common
 start of its responses is not taken as the prompt."""
+
+
+class Note(NamedTuple):
+    """Something about a record that its user should know, although the record can be used.
+
+    Attributes:
+        text: What is the case, and what to set; equal for all records with the same problem.
+        example: The part of this record that shows it.
+    """
+
+    text: str
+    example: str = ""
 
 
 class Pair(NamedTuple):
@@ -40,6 +52,8 @@ class Pair(NamedTuple):
     between: tuple[Any, ...] = ()  # the other responses, best first
     scores: tuple[float, ...] | None = None  # of all responses, best first
     tools: Any = None  # passed to the chat template
+    chat_template_kwargs: dict[str, Any] | None = None  # further options of the chat template
+    notes: tuple[Note, ...] = ()
 
     @property
     def responses(self) -> tuple[Any, ...]:
@@ -59,6 +73,9 @@ def checked_pair(row: Any) -> Pair:
     """
     if not isinstance(row, dict):
         raise BadRecord("not a record")
+    for name in MEDIA_FIELDS:
+        if not _is_empty(row.get(name)):
+            raise BadRecord(f"the field {name} is not empty, but only text can be measured")
     row, ranking = _with_our_fields(row)
     prompt = _checked("prompt", row.get("prompt"))
     responses = {name: _checked(name, row.get(name)) for name in ranking.names}
@@ -78,10 +95,31 @@ def checked_pair(row: Any) -> Pair:
         if any(isinstance(row.get(name), str) for name in PROMPT_ALIASES):
             raise BadRecord("prompt is missing; another field may contain it (see columns)")
         prompt, *ranked = _split_common_text(ranked)
+    notes = _unused_fields(row, prompt)
+    if isinstance(prompt, str):
+        ranked, repeated = _without_prompt(prompt, ranked)
+        notes += repeated
+    prompt, ranked, unused = _with_context(row, prompt, ranked)
+    notes += unused
     if ranked[0] == ranked[-1]:
         raise BadRecord("chosen and rejected are identical")
-    tools = _tools(row.get("tools")) if isinstance(prompt, list) else None
-    return Pair(prompt, ranked[0], ranked[-1], tuple(ranked[1:-1]), ranking.scores, tools)
+    options: dict[str, Any] = {}
+    if isinstance(prompt, list):
+        options = {
+            "tools": _json("tools", row.get("tools"), list),
+            "chat_template_kwargs": _template_options(row.get("chat_template_kwargs")),
+        }
+    elif not _is_empty(row.get("tools")):
+        notes.append(_TOOLS_OF_TEXT)
+    return Pair(
+        prompt,
+        ranked[0],
+        ranked[-1],
+        tuple(ranked[1:-1]),
+        ranking.scores,
+        **options,
+        notes=tuple(notes),
+    )
 
 
 def content_id(value: Any) -> str:
@@ -91,10 +129,14 @@ def content_id(value: Any) -> str:
 
 
 def pair_id(pair: Pair) -> str:
-    """Return the stable id of a pair: a hash of its prompt, ordered responses and tools."""
-    # appended only if present: pairs without tools keep the ids they have in existing stores
-    tools = [] if pair.tools is None else [{"tools": pair.tools}]
-    return content_id([pair.prompt, pair.chosen, pair.rejected, *pair.between, *tools])
+    """Return the stable id of a pair: a hash of its prompt, ordered responses and options."""
+    # appended only if present: pairs without options keep the ids they have in existing stores
+    options = [
+        {name: value}
+        for name in ("tools", "chat_template_kwargs")
+        if (value := getattr(pair, name)) is not None
+    ]
+    return content_id([pair.prompt, pair.chosen, pair.rejected, *pair.between, *options])
 
 
 def shared_start(*sequences: Sequence[Any]) -> int:
@@ -159,23 +201,19 @@ def _numbers(name: str, values: Any, count: int) -> list[float]:
     if not isinstance(values, list) or len(values) != count:
         raise BadRecord(f"{name} does not have one number per response")
     for value in values:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if not is_number(value) or not abs(value) <= MAX_NUMBER:  # NaN fails, too
             raise BadRecord(f"{name} does not have one number per response")
     return values
 
 
+MAX_NUMBER = 1e300  # scores and ranks beyond it would overflow
+
+
 def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     """Rewrite a record of LLaMA-Factory or Light-R1: earlier turns, and a message per response."""
-    prompt, system = row["conversations"], row.get("system")
-    if isinstance(prompt, list) and prompt:
-        if _role(prompt[-1]) == "assistant":
-            raise BadRecord("conversations ends with an assistant message")
-        if isinstance(system, str) and system and _role(prompt[0]) != "system":
-            prompt = [{"role": "system", "content": system}, *prompt]
+    prompt = _messages_of_text(row["conversations"])
+    if isinstance(prompt, list) and prompt and _role(prompt[-1]) == "assistant":
+        raise BadRecord("conversations ends with an assistant message")
     return {"prompt": prompt} | {
         name: _as_messages(row.get(name)) for name in ("chosen", "rejected")
     }
@@ -184,40 +222,28 @@ def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
 def _role(message: Any) -> str | None:
     """Return a message's role as chat templates name it, or None if it has no known role."""
     role = message.get("from", message.get("role")) if isinstance(message, dict) else None
-    return ROLES.get(role) if isinstance(role, str) else None
+    return ROLES.get(role.strip().lower()) if isinstance(role, str) else None
 
 
 def _as_messages(response: Any) -> Any:
     """Return a response given as text as a list of one message."""
+    response = _messages_of_text(response)
     is_text = isinstance(response, str)
     return [{"role": "assistant", "content": response}] if is_text else response
 
 
 def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite an Alpaca record: an instruction, optionally with input, system and history."""
+    """Rewrite an Alpaca record: an instruction, optionally with input."""
     fields: dict[str, Any] = {}
     match row.get("output"):
         case [chosen, rejected] if row.get("chosen") is None:
             fields = {"chosen": chosen, "rejected": rejected}
     if row.get("prompt") is not None:
         return fields
-    instruction, system, history = row["instruction"], row.get("system"), row.get("history")
+    instruction = row["instruction"]
     if isinstance(instruction, str) and isinstance(row.get("input"), str) and row["input"]:
         instruction = f"{instruction}\n{row['input']}"
-    if not system and not history:
-        return fields | {"prompt": instruction}
-    # a system prompt or earlier turns only exist in a conversation
-    turns = [{"role": "system", "content": system}] if system else []
-    for exchange in history or []:
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            raise BadRecord("history is not a list of question-answer pairs")
-        turns += [
-            {"role": role, "content": text}
-            for role, text in zip(("user", "assistant"), exchange, strict=True)
-        ]
-    turns.append({"role": "user", "content": instruction})
-    responses = {name: fields.get(name, row.get(name)) for name in ("chosen", "rejected")}
-    return {"prompt": turns} | {name: _as_messages(text) for name, text in responses.items()}
+    return fields | {"prompt": instruction, "input": None}  # the input is used
 
 
 def _completions(row: dict[str, Any]) -> dict[str, Any]:
@@ -259,8 +285,72 @@ TEXT_FIELDS = frozenset(
 TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Token fields of records that a trainer has tokenised."""
 
-FIELDS = TEXT_FIELDS | {"input", "output", "system", "history", "tools", "scores", "ranks"}
+CONTEXT_FIELDS = ("system", "history", "initial_reason_steps")
+"""Fields that become part of the prompt: a system prompt, earlier exchanges as question-answer
+pairs, and the start of a solution that the responses continue (as in Step-DPO)."""
+
+FIELDS = TEXT_FIELDS | {
+    "input",
+    "output",
+    *CONTEXT_FIELDS,
+    "tools",
+    "chat_template_kwargs",
+    "scores",
+    "ranks",
+}
 """All fields that the library reads."""
+
+MEDIA_FIELDS = ("images", "image", "image_path", "videos", "video", "audios", "audio")
+"""Fields with images, video or sound. A record that has one is refused."""
+
+
+def _unused(name: str, fix: str) -> Note:
+    return Note(f"the field {name!r} is not used, although it may be part of the prompt; {fix}")
+
+
+UNUSED_FIELDS = {
+    "input": _unused(
+        "input",
+        "map the other part with columns={'instruction': ...}, and both are joined, or rename it",
+    ),
+    **{
+        name: _unused(name, f"pass columns={{'system': '{name}'}} to use it, or rename it")
+        for name in ("system_prompt", "system_message", "instructions", "persona")
+    },
+    **{
+        name: _unused(
+            name, f"pass columns={{'initial_reason_steps': '{name}'}} to use it, or rename it"
+        )
+        for name in (
+            "prefix",
+            "partial_solution",
+            "partial_response",
+            "solution_prefix",
+            "response_prefix",
+            "previous_steps",
+        )
+    },
+    **{
+        name: _unused(name, "write it into the prompt, or rename it")
+        for name in ("context", "documents", "passage", "background", "chat_history")
+    },
+}
+"""Fields that often hold a part of the prompt, but have no standard meaning."""
+
+
+def _unused_fields(row: Mapping[str, Any], prompt: Any) -> list[Note]:
+    """Return a note on each field that may be a part of the prompt, but is not used."""
+    notes = []
+    for name, note in UNUSED_FIELDS.items():
+        value = row.get(name)
+        if _is_empty(value) or not isinstance(value, str | list | dict):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        turns = [prompt] if isinstance(prompt, str) else [m.get("content") or "" for m in prompt]
+        # many datasets also have the parts from which they have made their prompt
+        if not any(text.strip() in turn for turn in turns):
+            notes.append(note._replace(example=text))
+    return notes
 
 
 # Checks of single fields
@@ -268,6 +358,7 @@ FIELDS = TEXT_FIELDS | {"input", "output", "system", "history", "tools", "scores
 
 def _checked(name: str, value: Any) -> Any:
     """Return a field's text, its messages in the form of chat templates, or None."""
+    value = _messages_of_text(value)
     if isinstance(value, dict) and name != "prompt":
         value = [value]  # a response of one message may be given without a list
     if isinstance(value, list):
@@ -277,59 +368,130 @@ def _checked(name: str, value: Any) -> Any:
     if value is not None:
         _check_text(name, value, f"{name} is not text")
         # a CSV stores a list of messages as text; as plain text it would be trained on wrongly
-        if value.startswith(("[{'", '[{"')) and any(word in value[:12] for word in _MESSAGE_KEYS):
-            raise BadRecord(f"{name} is a list of messages saved as text")
+        start = "".join(value[:64].split())
+        if start.startswith(("[{'", '[{"')) and any(word in start[:12] for word in _MESSAGE_KEYS):
+            raise BadRecord(f"{name} is a list of messages saved as text that is not valid JSON")
     return value
 
 
 _MESSAGE_KEYS = ("role", "content", "from", "value")
 
 
+def _messages_of_text(value: Any) -> Any:
+    """Return messages that are saved as JSON text as messages, and any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    are_messages = messages and all(
+        isinstance(m, dict) and ("role" in m or "from" in m) and m.keys() & {"content", "value"}
+        for m in messages
+    )
+    return messages if are_messages else value
+
+
 def _message(name: str, message: Any) -> Message:
     """Return a message in the form of chat templates, without null fields."""
     if not isinstance(message, dict):
         raise BadRecord(f"{name} has a message without a role")
-    message = _without_nulls(message)
+    message = {key: value for key, value in message.items() if value is not None}
     role = message.pop("from", None) if "role" not in message else message.pop("role")
     if not isinstance(role, str):
         raise BadRecord(f"{name} has a message without a role")
-    if role not in ROLES:
-        raise BadRecord(f"{name} has a message with an unknown role")
+    if role.strip().lower() not in ROLES:
+        raise BadRecord(f"{name} has a message with the unknown role {role[:40]!r}")
     content = message.pop("value", None) if "content" not in message else message.pop("content")
     if isinstance(content, list):
         content = _joined_parts(name, content)
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(name, message["tool_calls"])
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    role = ROLES[role.strip().lower()]
     if content is None and message.get("tool_calls"):
-        return {"role": ROLES[role], **message}
+        return {"role": role, **message}
     _check_text(name, content, f"{name} has a message without text")
-    return {"role": ROLES[role], "content": content, **message}
+    return {"role": role, "content": content, **message}
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return a value without null fields: a table gives each record the fields of all records."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
-    return [_without_nulls(x) for x in value] if isinstance(value, list) else value
+def _tool_calls(name: str, calls: Any) -> list[dict[str, Any]]:
+    """Return a message's tool calls, without null fields outside their arguments."""
+    calls = _json("tool_calls", calls, list) or []
+    if not all(isinstance(call, dict) for call in calls):
+        raise BadRecord(f"{name} has tool calls that are not a list of records")
+
+    def known_fields(call: dict[str, Any]) -> dict[str, Any]:
+        # an argument that is null means something, as opposed to a field that is left out
+        return {
+            key: known_fields(value) if key == "function" and isinstance(value, dict) else value
+            for key, value in call.items()
+            if value is not None
+        }
+
+    return [known_fields(call) for call in calls]
 
 
-def _tools(tools: Any) -> Any:
-    """Return a list of tools, parsed if it is JSON text, or None if there are none."""
-    if isinstance(tools, str) and tools.strip():
+def _json(name: str, value: Any, kind: type) -> Any:
+    """Return a list or mapping, parsed if it is JSON text, or None if it is empty."""
+    if isinstance(value, str) and value.strip():
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            raise BadRecord("tools is not valid JSON") from None
-    return _without_nulls(tools) or None
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRecord(f"{name} is not valid JSON") from None
+    if value and not isinstance(value, kind):
+        raise BadRecord(f"{name} is not a {'list' if kind is list else 'mapping'}")
+    return value or None
+
+
+def _template_options(options: Any) -> dict[str, Any] | None:
+    """Return further options of the chat template, or None if there are none."""
+    options = _json("chat_template_kwargs", options, dict)
+    for name in RESERVED_OPTIONS & (options or {}).keys():
+        raise BadRecord(f"chat_template_kwargs sets {name}, which is set for every record")
+    return options  # type: ignore[no-any-return]
+
+
+RESERVED_OPTIONS = frozenset(
+    [
+        "conversation",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
+)
+"""Options of `apply_chat_template` that the library sets itself."""
 
 
 def _joined_parts(name: str, parts: list[Any]) -> str:
     """Return the text of a message whose content is a list of typed parts."""
     texts = []
     for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if isinstance(kind, str) and any(word in kind for word in ("image", "video", "audio")):
+            raise BadRecord(f"{name} has a part of type {kind}, but only text can be measured")
         text = part.get("text", part.get("value")) if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type", "text") != "text":
+        if not isinstance(text, str) or kind != "text":
             raise BadRecord(f"{name} has a message whose content is not text")
         texts.append(text)
     return "".join(texts)
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a field is missing, null, or has no content."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _check_text(name: str, value: Any, reason: str) -> None:
@@ -354,7 +516,7 @@ def _check_response(name: str, response: Any) -> None:
         raise BadRecord(f"{name} is empty")
 
 
-# Splitting prompt and responses
+# Splitting prompt and responses, and the context beside them
 
 
 def _conversation(prompt: Any, responses: list[list[Message]]) -> list[list[Message]]:
@@ -382,6 +544,80 @@ def _starting_with_assistant(response: list[Message]) -> list[Message]:
     return response
 
 
+def _with_context(
+    row: Mapping[str, Any], prompt: Any, responses: list[Any]
+) -> tuple[Any, list[Any], list[Note]]:
+    """Return prompt and responses with the record's context fields, and notes on unused ones."""
+    system, history, start = (row.get(name) for name in CONTEXT_FIELDS)
+    system = system if isinstance(system, str) and system.strip() else None
+    start = start if isinstance(start, str) and start.strip() else None
+    turns = _exchanges(history)
+    if system is None and start is None and not turns:
+        return prompt, responses, []
+    if isinstance(prompt, str):
+        # a system prompt or earlier turns only exist in a conversation
+        prompt = [{"role": "user", "content": prompt}]
+        responses = [_as_messages(response) for response in responses]
+    notes = []
+    first = prompt[:1] if prompt[0]["role"] == "system" else []
+    rest = prompt[len(first) :]
+    if system is not None and not first:
+        _check_text("system", system, "system is not text")
+        first = [{"role": "system", "content": system}]
+    elif system is not None and first[0].get("content") != system:
+        notes.append(_TWO_SYSTEM_PROMPTS._replace(example=system))
+    if start is not None:
+        _check_text("initial_reason_steps", start, "initial_reason_steps is not text")
+        if rest and rest[-1]["role"] == "assistant":
+            raise BadRecord(
+                "initial_reason_steps is set, but the prompt ends with an assistant message already"
+            )
+        rest = [*rest, {"role": "assistant", "content": start}]
+    return [*first, *turns, *rest], responses, notes
+
+
+_TWO_SYSTEM_PROMPTS = Note(
+    "the field 'system' is not used, because the conversation has a system message of its own; "
+    "leave one of them out"
+)
+
+
+_TOOLS_OF_TEXT = Note(
+    "the field 'tools' is not used, because prompt and responses are text; give them as messages"
+)
+
+
+def _exchanges(history: Any) -> list[Message]:
+    """Return earlier turns that are given as a list of question-answer pairs."""
+    turns = []
+    for exchange in _json("history", history, list) or []:
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise BadRecord("history is not a list of question-answer pairs")
+        for role, text in zip(("user", "assistant"), exchange, strict=True):
+            _check_text("history", text, "history is not a list of question-answer pairs")
+            turns.append({"role": role, "content": text})
+    return turns
+
+
+def _without_prompt(prompt: str, responses: list[str]) -> tuple[list[str], list[Note]]:
+    """Return text responses without the prompt, if all of them repeat it."""
+    if not prompt.strip() or not all(response.startswith(prompt) for response in responses):
+        return responses, []
+    rest = [response[len(prompt) :] for response in responses]
+    # an answer may well begin with the one word that was its prompt, but not with a whole question
+    if len(prompt.split()) < 3 and "\n" not in prompt.strip():
+        return responses, [_REPEATED_PROMPT._replace(example=responses[0])]
+    if not all(text.strip() for text in rest):
+        raise BadRecord("a response only repeats the prompt")
+    return rest, []
+
+
+_REPEATED_PROMPT = Note(
+    "all responses begin with their prompt, which is short and so may not be a repetition; if it "
+    "is one, the prompt is scored as an answer: take it off the responses"
+)
+
+
 def _split_common_text(responses: list[str]) -> list[str]:
     """Return the common start of responses as the prompt, and the rest of each response."""
     shared = _check_split(shared_start(*responses), responses)
@@ -398,3 +634,46 @@ def _check_split(shared: int, responses: Sequence[Sequence[Any]]) -> int:
     if shared in map(len, responses):
         raise BadRecord("one response is a prefix of another")
     return shared
+
+
+# Advice
+
+
+def advice(reasons: Sequence[str], fields: str, max_length: int) -> str:
+    """Return what to do about records of which none can be used, by their reasons.
+
+    Args:
+        reasons: The reasons, the most frequent first.
+        fields: The fields of the first record.
+        max_length: The maximum number of tokens.
+    """
+    fixes = []
+    for reason in reasons:
+        for words, fix in _ADVICE:
+            if any(word in reason for word in words):
+                fixes.append(fix.format(fields=fields, max_length=max_length))
+                break
+    return "; ".join(dict.fromkeys(fixes)) or "fix the rows"
+
+
+_ADVICE: list[tuple[tuple[str, ...], str]] = [
+    (
+        ("truncation",),
+        "raise max_length (data.max_length in a configuration), now {max_length}",
+    ),
+    (
+        ("chat template",),
+        "change the messages, or set a chat template that takes them (tokenizer.chat_template, "
+        "model.chat_template in a configuration)",
+    ),
+    (("unknown role",), f"rename the roles; known are {', '.join(ROLES)}"),
+    (
+        ("only text can be measured",),
+        "leave out the rows with images, video or sound, or describe these in the prompt",
+    ),
+    (
+        ("is missing", "not a record", "not a pair", "not start with the same prompt", "a prefix"),
+        "the first has the fields {fields}; columns={{'prompt': ...}} (data.columns in a "
+        "configuration) maps fields that have other names",
+    ),
+]

@@ -1,25 +1,31 @@
 """Tokenise a chunk of records into a table of tokens and annotations."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 import pyarrow as pa
-from jinja2 import TemplateError
 
 from sage_select.data.annotations import annotation_series
 from sage_select.data.records import (
     TOKEN_FIELDS,
     BadRecord,
+    Note,
     Pair,
     checked_pair,
     content_id,
     pair_id,
     shared_start,
 )
+from sage_select.data.rendering import Range, Rendered, rendered_conversation, rendered_text
 
 ENCODE_BATCH_CHARS = 1 << 22  # characters of text passed to the tokenizer in one call
+
+SpecialTokens = Literal["allow", "set_aside"]
+
+EXAMPLE_CHARS = 120  # of the text that shows what a note is about
 
 PAIR_COLUMNS = ("pair_id", "prompt_id", "source_row", "truncated")
 
@@ -36,21 +42,73 @@ def set_aside_rows(table: pa.Table) -> tuple[int, list[tuple[int, str]]]:
     return metadata["count"], [(row, reason) for row, reason in metadata["set_aside"]]
 
 
+class Remark(NamedTuple):
+    """A note on records, with the number of rows that it is about, and the first of them."""
+
+    note: Note
+    num_rows: int
+    row: int
+
+
+def remarks(table: pa.Table) -> list[Remark]:
+    """Return the notes on a chunk's records."""
+    metadata = json.loads(table.schema.metadata[b"records"])
+    return [Remark(Note(*note), count, row) for note, count, row in metadata.get("notes", ())]
+
+
 _LIST = pa.list_(pa.int32())
 
 
-def make_table(rows: list[Any], tokenizer: Any, max_length: int) -> pa.Table:
+class Tokenising(NamedTuple):
+    """Everything that decides how records become tokens.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        max_length: Maximum number of tokens in prompt and response together.
+        chat_template_kwargs: Options of the chat template for all records, or None.
+        special_tokens: "set_aside" refuses texts that contain special tokens of the tokenizer.
+    """
+
+    tokenizer: Any
+    max_length: int
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    special_tokens: SpecialTokens = "allow"
+
+
+def make_table(rows: list[Any], tokenising: Tokenising) -> pa.Table:
     """Check, render and tokenise records into a table as described in `tokenised`."""
     reasons: dict[int, str] = {}
     pairs: dict[int, Pair] = {}
+    refused = _special_tokens(tokenising)
     for number, row in enumerate(rows):
         try:
             pairs[number] = checked_pair(row)
+            _check_special_tokens(pairs[number], refused)
         except BadRecord as bad:
             reasons[number] = str(bad)
-    tokens = _tokenise(pairs, tokenizer, max_length, reasons)
+    notes: dict[int, list[Note]] = {}
+    tokens = _tokenise(pairs, tokenising, reasons, notes)
     names = {n: (pair_id(pairs[n]), content_id(pairs[n].prompt)) for n in tokens}
-    return _token_table(rows, tokens, names, {n: pairs[n].scores for n in tokens}, reasons)
+    scores = {n: pairs[n].scores for n in tokens}
+    return _token_table(rows, tokens, names, scores, reasons, notes)
+
+
+def _special_tokens(tokenising: Tokenising) -> list[str]:
+    """Return the special tokens that texts must not contain; none by default."""
+    if tokenising.special_tokens == "allow":
+        return []
+    return [token for token in tokenising.tokenizer.all_special_tokens if token.strip()]
+
+
+def _check_special_tokens(pair: Pair, refused: list[str]) -> None:
+    """Refuse a text that would become a control token, as if the template had written it."""
+    if not refused:
+        return
+    for part in (pair.prompt, *pair.responses):
+        texts = [part] if isinstance(part, str) else [str(m.get("content", "")) for m in part]
+        for token in refused:
+            if any(token in text for text in texts):
+                raise BadRecord(f"a text contains the special token {token}")
 
 
 def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
@@ -63,10 +121,10 @@ def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
     tokens: dict[int, _Tokens] = {}
     names: dict[int, tuple[str, str]] = {}
     for number, row in enumerate(rows):
-        prompt, chosen, rejected = (list(row[name]) for name in TOKEN_FIELDS)
-        sequences = [prompt + chosen, prompt + rejected]
         try:
-            tokens[number] = _cut(len(prompt), *sequences, max_length=max_length)
+            prompt, chosen, rejected = (_checked_tokens(name, row) for name in TOKEN_FIELDS)
+            sequences = [prompt + chosen, prompt + rejected]
+            tokens[number] = _cut(len(prompt), sequences, max_length=max_length)
         except BadRecord as bad:
             reasons[number] = str(bad)
             continue
@@ -75,7 +133,18 @@ def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
         except BadRecord:  # the text is gone or incomplete: tokens identify the pair
             pair = Pair(prompt, chosen, rejected)
         names[number] = (str(row.get("pair_id") or pair_id(pair)), content_id(pair.prompt))
-    return _token_table(rows, tokens, names, dict.fromkeys(tokens), reasons)
+    return _token_table(rows, tokens, names, dict.fromkeys(tokens), reasons, {})
+
+
+def _checked_tokens(name: str, row: Mapping[str, Any]) -> list[int]:
+    """Return a field's tokens, or refuse what is not a list of token ids."""
+    tokens = row.get(name)
+    if not isinstance(tokens, list | tuple) or not all(
+        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 31
+        for token in tokens
+    ):
+        raise BadRecord(f"{name} is not a list of token ids")
+    return list(tokens)
 
 
 def _token_table(
@@ -84,6 +153,7 @@ def _token_table(
     names: dict[int, tuple[str, str]],
     scores: Mapping[int, tuple[float, ...] | None],
     reasons: dict[int, str],
+    notes: Mapping[int, list[Note]],
 ) -> pa.Table:
     columns = {
         "pair_id": pa.array([names[n][0] for n in tokens], pa.string()),
@@ -94,6 +164,7 @@ def _token_table(
         "chosen": pa.array([t.responses[0] for t in tokens.values()], _LIST),
         "rejected": pa.array([t.responses[-1] for t in tokens.values()], _LIST),
         "between": pa.array([t.responses[1:-1] for t in tokens.values()], pa.list_(_LIST)),
+        "skipped": pa.array([t.skipped for t in tokens.values()], pa.list_(_LIST)),
         "scores": pa.array([scores[n] for n in tokens], pa.list_(pa.float64())),
     }
     for series in annotation_series([rows[number] for number in tokens]):
@@ -102,21 +173,38 @@ def _token_table(
     metadata = {
         "count": len(rows),
         "set_aside": sorted(reasons.items()),
+        "notes": _counted({n: notes[n] for n in tokens if n in notes}),
         "fields": [str(name) for name in first],
     }
     return pa.table(columns).replace_schema_metadata({b"records": json.dumps(metadata).encode()})
 
 
+def _counted(notes: Mapping[int, list[Note]]) -> list[Remark]:
+    """Return each note once, with its first example."""
+    counts = Counter(text for row in notes.values() for text in {note.text for note in row})
+    first: dict[str, Remark] = {}
+    for number, row in notes.items():
+        for note in row:
+            short = note._replace(example=note.example[:EXAMPLE_CHARS])
+            first.setdefault(note.text, Remark(short, counts[note.text], number))
+    return list(first.values())
+
+
 class _Tokens(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]
+    skipped: list[list[int]]  # of each response, see `PairTable`
     truncated: bool  # True if a response was cut
 
 
 def _tokenise(
-    pairs: dict[int, Pair], tokenizer: Any, max_length: int, reasons: dict[int, str]
+    pairs: dict[int, Pair],
+    tokenising: Tokenising,
+    reasons: dict[int, str],
+    notes: dict[int, list[Note]],
 ) -> dict[int, _Tokens]:
-    """Return the tokens of each usable pair, and add the reasons of the others to `reasons`."""
+    """Return the tokens of each usable pair; add reasons of the others, and notes."""
+    tokenizer = tokenising.tokenizer
     tokens: dict[int, _Tokens] = {}
     for conversational in (False, True):
         group = {n: p for n, p in pairs.items() if isinstance(p.prompt, list) is conversational}
@@ -124,18 +212,27 @@ def _tokenise(
             continue
         # a chat template writes special tokens and the end of a response itself
         end = None if conversational else _end_token(tokenizer)
-        render = _rendered_conversation if conversational else _rendered_text
-        texts: dict[int, list[str]] = {}
+        rendered: dict[int, Rendered] = {}
         for n, pair in group.items():
             try:
-                texts[n] = render(pair, tokenizer)
+                rendered[n] = (
+                    rendered_conversation(pair, tokenizer, tokenising.chat_template_kwargs)
+                    if conversational
+                    else rendered_text(pair)
+                )
             except BadRecord as bad:
                 reasons[n] = str(bad)
+        texts = {n: _texts_to_encode(r) for n, r in rendered.items()}
         for n, encoded in _encoded(texts, tokenizer, add_special_tokens=not conversational):
             try:
                 if encoded is None:
                     raise BadRecord("the tokenizer cannot encode the text")
-                tokens[n] = _split_and_cut(*encoded, end=end, max_length=max_length)
+                if not conversational:
+                    prompt, *sequences = (_with_one_start(ids, tokenizer) for ids in encoded)
+                    ended = zip(sequences, rendered[n].sequences, strict=True)
+                    encoded = [prompt, *(_ended(ids, text, end, tokenizer) for ids, text in ended)]
+                tokens[n] = _split_and_cut(rendered[n], encoded, tokenising.max_length)
+                notes[n] = [*group[n].notes, *rendered[n].notes]
             except BadRecord as bad:
                 reasons[n] = str(bad)
     return dict(sorted(tokens.items()))
@@ -151,40 +248,18 @@ def _end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _rendered_text(pair: Pair, tokenizer: Any) -> list[str]:
-    """Return the text of the prompt, then of the prompt with each response."""
-    del tokenizer  # plain text needs no rendering; both renderers have the same signature
-    return [pair.prompt, *(pair.prompt + response for response in pair.responses)]
+def _texts_to_encode(rendered: Rendered) -> list[str]:
+    """Return the prompt, the sequences, and each sequence up to each bound of the model's turns."""
+    bounds = [
+        text[:bound]
+        for text, turns in zip(rendered.sequences, rendered.turns, strict=True)
+        for bound in _bounds(turns)
+    ]
+    return [rendered.prompt, *rendered.sequences, *bounds]
 
 
-def _rendered_conversation(pair: Pair, tokenizer: Any) -> list[str]:
-    """Return these texts for a conversation, rendered by the tokenizer's chat template."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "PreferenceDataset: the pairs are conversations, but the tokenizer has no chat "
-            "template; use the instruction-tuned model's tokenizer, or set "
-            "tokenizer.chat_template (model.chat_template in a configuration)"
-        )
-    open_ended = pair.prompt[-1]["role"] == "assistant"  # the response continues this message
-    options = {"tokenize": False} | ({} if pair.tools is None else {"tools": pair.tools})
-    try:
-        texts = [
-            tokenizer.apply_chat_template(
-                pair.prompt,
-                add_generation_prompt=not open_ended,
-                continue_final_message=open_ended,
-                **options,
-            ),
-            *(
-                tokenizer.apply_chat_template(pair.prompt + response, **options)
-                for response in pair.responses
-            ),
-        ]
-        for text in texts:
-            text.encode()  # a lone surrogate raises here, not in the tokenizer
-        return texts
-    except (TemplateError, KeyError, TypeError, ValueError) as error:
-        raise BadRecord("the chat template cannot render the messages") from error
+def _bounds(turns: list[Range] | None) -> list[int]:
+    return [bound for turn in turns or () for bound in turn]
 
 
 def _encoded(
@@ -226,24 +301,68 @@ def _encoded_batch(
         yield n, [next(encoded) for _ in row]
 
 
-def _split_and_cut(
-    prompt: list[int], *sequences: list[int], end: int | None, max_length: int
-) -> _Tokens:
-    """Split sequences where the prompt's tokens end, add the end token, cut to length."""
+def _with_one_start(tokens: list[int], tokenizer: Any) -> list[int]:
+    """Return the tokens of a text with one start token, if text and tokenizer both write one."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    return tokens[1:] if start is not None and tokens[:2] == [start, start] else tokens
+
+
+def _ended(tokens: list[int], text: str, end: int | None, tokenizer: Any) -> list[int]:
+    """Return the tokens of a text with the end token, unless its last word is the end token."""
+    if end is None or tokens[-1:] == [end] or text.rstrip().endswith(tokenizer.eos_token):
+        return tokens
+    return [*tokens, end]
+
+
+def _split_and_cut(rendered: Rendered, encoded: list[list[int]], max_length: int) -> _Tokens:
+    """Split sequences where the prompt's tokens end, find the model's turns, cut to length."""
+    count = len(rendered.sequences)
+    prompt, sequences, bounds = encoded[0], encoded[1 : count + 1], iter(encoded[count + 1 :])
     # a tokenizer may merge the prompt's last letters into the response's first token: the tokens
     # that all sequences share are the context, the rest is the response
     start = shared_start(prompt, *sequences)
+    if start == 0 and prompt:
+        raise BadRecord("the prompt's tokens merge with the responses', so no token is the context")
+    skipped = []
+    for sequence, turns in zip(sequences, rendered.turns, strict=True):
+        places = [shared_start(next(bounds), sequence) for _ in _bounds(turns)]
+        # between the turns, and before the first one
+        skipped.append([start, *places[:-1]] if places else [])
+        if places:  # what follows the last turn is neither scored nor the context of anything
+            del sequence[places[-1] :]
+    if sequences[0] == sequences[-1] and rendered.notes:
+        raise BadRecord(
+            "the responses are identical after the chat template, which leaves out a part of them"
+        )
+    return _cut(start, sequences, skipped, max_length=max_length)
+
+
+def _cut(
+    start: int,
+    sequences: list[list[int]],
+    skipped: list[list[int]] | None = None,
+    *,
+    max_length: int,
+) -> _Tokens:
+    """Split sequences into prompt and responses, and cut these to length."""
     if start == 0:
         raise BadRecord("the prompt is empty, so the first response token has no context")
-    ended = [row if end is None or row[-1] == end else [*row, end] for row in sequences]
-    return _cut(start, *ended, max_length=max_length)
-
-
-def _cut(start: int, *sequences: list[int], max_length: int) -> _Tokens:
-    """Split sequences into prompt and responses, and cut these to length."""
-    responses = [row[start:max_length] for row in sequences]
+    responses, cut_ranges = [], []
+    for sequence, ranges in zip(sequences, skipped or [[]] * len(sequences), strict=True):
+        bounds = [min(bound, max_length) for bound in ranges]
+        # without the empty ranges, and without one at the end, where nothing follows
+        pairs = [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
+        end = min(len(sequence), max_length)
+        if pairs and pairs[-1][1] == end:
+            end = pairs.pop()[0]
+        responses.append(sequence[start:end])
+        cut_ranges.append([bound for pair in pairs for bound in pair])
+    truncated = max(map(len, sequences)) > max_length
     if not all(responses):
-        raise BadRecord("a response has no tokens left after truncation")
-    if responses[0] == responses[-1]:
-        raise BadRecord("the responses are identical after truncation")
-    return _Tokens(sequences[0][:start], responses, max(map(len, sequences)) > max_length)
+        raise BadRecord(
+            "a response has no tokens left after truncation" if truncated else "a response is empty"
+        )
+    if responses[0] == responses[-1] and cut_ranges[0] == cut_ranges[-1]:
+        when = "after truncation" if truncated else "as tokens"
+        raise BadRecord(f"the responses are identical {when}")
+    return _Tokens(sequences[0][:start], responses, cut_ranges, truncated)

@@ -20,7 +20,7 @@ from sage_select.data.pair_table import TokenSequence
 
 
 class Batch(NamedTuple):
-    """S sequences for one forward pass, and their n response tokens.
+    """S sequences for one forward pass, and their n scored tokens.
 
     The last token of a sequence predicts nothing and is left out of the inputs.
     """
@@ -40,7 +40,18 @@ class Batch(NamedTuple):
 
 
 def lay_out(sequences: Sequence[TokenSequence], *, packed: bool) -> Batch:
-    """Return a batch of these sequences, packed or padded."""
+    """Return a batch of these sequences, packed or padded.
+
+    Raises:
+        ValueError: If a sequence has no prompt, or no response.
+    """
+    for s in sequences:
+        # the first token has no context: position -1 would be a token of another sequence
+        if not 1 <= s.response_start < len(s.tokens):
+            raise ValueError(
+                f"measure: a sequence of {len(s.tokens)} tokens has its response at position "
+                f"{s.response_start}; prompt and response must each have at least one token"
+            )
     return pack(sequences) if packed else pad(sequences)
 
 
@@ -53,10 +64,7 @@ def pad(sequences: Sequence[TokenSequence]) -> Batch:
         input_ids[i, :length] = s.tokens[:-1]
         attention_mask[i, :length] = 1
     starts = np.arange(len(sequences)) * max(lengths)
-    predicts = [
-        start + np.arange(s.response_start - 1, length)
-        for start, length, s in zip(starts, lengths, sequences, strict=True)
-    ]
+    predicts = [start + s.scored - 1 for start, s in zip(starts, sequences, strict=True)]
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask),
@@ -84,7 +92,7 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
             positions.append(start + np.arange(len(response)))
             row_positions[i] = np.concatenate([prompt, used + np.arange(len(response))])
             used += len(response)
-    predicts = [at[s.response_start - 1 :] for at, s in zip(row_positions, sequences, strict=True)]
+    predicts = [at[s.scored - 1] for at, s in zip(row_positions, sequences, strict=True)]
     # gathered in the order of the row, so that nothing is gathered if no prompt is shared
     in_row_order = [row_positions[i] for group in groups.values() for i in group]
     inputs = {
@@ -100,8 +108,8 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
 
 
 def _targets(sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
-    """Response tokens of all sequences, and their cumulative counts."""
-    responses = [s.tokens[s.response_start :] for s in sequences]
+    """Scored tokens of all sequences, and their cumulative counts."""
+    responses = [s.tokens[s.scored] for s in sequences]
     bounds = np.cumsum([0, *map(len, responses)])
     return torch.from_numpy(np.concatenate(responses).astype(np.int64)), torch.from_numpy(bounds)
 

@@ -49,21 +49,22 @@ class Shape:
         """
         return 2 * self.body * tokens + 2 * self.head * scored + 4 * self.attention * squares
 
-    def needed(self, starts: Int64Array, lengths: Int64Array, first: BoolArray) -> Work:
+    def needed(
+        self, starts: Int64Array, lengths: Int64Array, scored: Int64Array, first: BoolArray
+    ) -> Work:
         """Work that a forward pass over sequences needs, however they are batched.
 
         Args:
             starts: [S], tokens of each prompt.
             lengths: [S], tokens of each sequence.
+            scored: [S], scored tokens of each sequence.
             first: [S], False if a sequence before it has the same prompt.
         """
         inputs = lengths - 1  # a sequence's last token predicts nothing
         shared = np.where(first, 0, starts)  # counted with the first sequence of the prompt
         tokens = int((inputs - shared).sum())
         squares = float((_squares(inputs) - _squares(shared)).sum())
-        return Work(
-            needed=self.forward(tokens, int((lengths - starts).sum()), squares), tokens=tokens
-        )
+        return Work(needed=self.forward(tokens, int(scored.sum()), squares), tokens=tokens)
 
     def executed(self, tokens: int, scored: int, lengths: Int64Array) -> Work:
         """Work of a batch with this many tokens in the model, in sequences of these lengths."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sage_select.arguments import shown, switch, whole_number
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.data.pair_table import TokenSequence
 from sage_select.models.attention import packed_attention, packs
@@ -64,6 +65,7 @@ class Reader:
         True
 
     Raises:
+        TypeError: If max_batch_tokens is not a whole number, or show_progress not a bool or None.
         ValueError: If an option has an invalid value.
     """
 
@@ -85,11 +87,10 @@ class Reader:
                 "Reader: mixed_precision must be None or a floating dtype such as torch.bfloat16, "
                 f"got {dtype!r}"
             )
-        if not isinstance(self.max_batch_tokens, int) or self.max_batch_tokens < 1:
-            raise ValueError(
-                "Reader: max_batch_tokens must be an integer of at least 1, got "
-                f"{self.max_batch_tokens!r}"
-            )
+        tokens = whole_number(self.max_batch_tokens, "Reader: max_batch_tokens")
+        # the dataclass is frozen, so its own __setattr__ would refuse
+        object.__setattr__(self, "max_batch_tokens", tokens)
+        switch(self.show_progress, "Reader: show_progress", optional=True)
 
     def __call__(
         self, model: nn.Module, pool: PreferenceDataset, *, processes: Processes | None = None
@@ -104,6 +105,15 @@ class Reader:
         Returns:
             As in `measure`.
         """
+        if not isinstance(pool, PreferenceDataset):
+            raise TypeError(
+                f"measure: pool must be a PreferenceDataset, got {shown(pool)}; make one with "
+                "PreferenceDataset.from_records, and pass dataset.take(rows) for a part of it"
+            )
+        if not (processes is None or isinstance(processes, Processes)):
+            raise TypeError(
+                f"measure: processes must be a Processes or None, got {shown(processes)}"
+            )
         processes = Processes.all() if processes is None else processes
         distinct = distinct_sequences(pool)
         logps = torch.zeros(len(distinct), dtype=torch.float64)
@@ -115,7 +125,8 @@ class Reader:
             self.measure_sequences(model, distinct, keep, processes=processes)
             # each log-prob is zero on all ranks but one, so the sum changes no bit
             logps = processes.all_reduce(logps.to(processes.device)).cpu()
-        return as_pair_logps(pool, logps[distinct.of_pairs])
+        precision = self.mixed_precision or computes_in(unwrapped(model))
+        return as_pair_logps(pool, logps[distinct.of_pairs]).measured_in(precision)
 
     def measure_sequences(
         self,
@@ -318,7 +329,8 @@ def measure(
         for any number of processes.
 
     Raises:
-        TypeError: If the model has no output head, or it cannot be used.
+        TypeError: If the model has no output head, or it cannot be used, or the pool is not a
+            PreferenceDataset.
         ValueError: If a token is outside the model's vocabulary, the model changes its logits in a
             way that is not supported, cannot be packed and layout is "packed", or a log-prob is
             not finite.
@@ -349,7 +361,8 @@ def _book_needed(model: nn.Module, sequences: Sequence[TokenSequence]) -> None:
     prompts = [s.tokens[: s.response_start].tobytes() for s in sequences]
     starts = np.array([s.response_start for s in sequences])
     lengths = np.array([len(s.tokens) for s in sequences])
+    scored = np.array([len(s.scored) for s in sequences])
     first = np.array([prompts.index(prompt) == i for i, prompt in enumerate(prompts)])
     shape = known_shape(model)
-    needed = shape.needed(starts, lengths, first)
+    needed = shape.needed(starts, lengths, scored, first)
     book(needed * shape.passes if torch.is_grad_enabled() else needed)

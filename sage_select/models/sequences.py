@@ -25,16 +25,21 @@ strings of one size."""
 class SequenceKeys(NamedTuple):
     """Hashes that identify the 2P sequences of P pairs, all chosen and then all rejected."""
 
-    sequences: Keys  # [2P], of the tokens and the start of the response
+    sequences: Keys  # [2P], of the tokens and of which of them are scored
     prompts: Keys  # [2P], of the tokens before the response
     starts: Int64Array  # [2P], start of the response
+    scored: Int64Array  # [2P], number of scored tokens
     largest_token: int
 
     def at(self, rows: Int64Array) -> "SequenceKeys":
         """Return the keys of some pairs, by their positions."""
         places = np.concatenate([rows, rows + len(self.starts) // 2])
         return SequenceKeys(
-            self.sequences[places], self.prompts[places], self.starts[places], self.largest_token
+            self.sequences[places],
+            self.prompts[places],
+            self.starts[places],
+            self.scored[places],
+            self.largest_token,
         )
 
 
@@ -48,9 +53,10 @@ class DistinctSequences:
 
     Attributes:
         pairs: The pairs.
-        keys: [D], hash of each sequence's tokens and the start of its response.
+        keys: [D], hash of each sequence's tokens and of which of them are scored.
         prompts: int64 [D], number of the sequence's prompt.
         starts: int64 [D], tokens of the prompt.
+        scored: int64 [D], scored tokens.
         lengths: int64 [D], tokens of the sequence; descending within a prompt.
         largest_token: Largest token id in any of them.
         of_pairs: int64 [2P], index of each pair's sequence, all chosen and then all rejected.
@@ -60,6 +66,7 @@ class DistinctSequences:
     keys: Keys
     prompts: Int64Array
     starts: Int64Array
+    scored: Int64Array
     lengths: Int64Array
     largest_token: int
     of_pairs: Int64Array
@@ -89,9 +96,10 @@ class DistinctSequences:
         prompts = self.prompts[list(places)]
         return np.concatenate([[True], prompts[1:] != prompts[:-1]])[: len(prompts)]
 
-    def needed(self, places: Int64Array) -> tuple[Int64Array, Int64Array, BoolArray]:
-        """Arguments of `Shape.needed` for these sequences: starts, lengths, first of a prompt."""
-        return self.starts[places], self.lengths[places], self.first_of_prompt(places)
+    def needed(self, places: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array, BoolArray]:
+        """Arguments of `Shape.needed` for these sequences."""
+        first = self.first_of_prompt(places)
+        return self.starts[places], self.lengths[places], self.scored[places], first
 
     def batches(
         self, max_tokens: int, *, packed: bool, among: Sequence[int] | None = None
@@ -128,22 +136,26 @@ class DistinctSequences:
 
 def sequence_keys(pairs: PreferenceDataset) -> SequenceKeys:
     """Hash all chosen sequences and then all rejected ones."""
-    hashes, prompts, starts, largest = [], [], [], 0
+    hashes, prompts, starts, scored, largest = [], [], [], [], 0
     for start in range(0, 2 * len(pairs), HASHED_AT_ONCE):
         places = np.arange(start, min(start + HASHED_AT_ONCE, 2 * len(pairs)))
-        for tokens, begin in pairs.sequences_at(places):
+        for tokens, begin, skipped in pairs.sequences_at(places):
             largest = max(largest, int(tokens.max()))
             # the same tokens with a longer prompt are a different response
             salt = begin.to_bytes(16, "little")
             key = hashlib.blake2b(tokens[:begin].tobytes(), digest_size=16, salt=salt)
             prompts.append(key.digest())
             key.update(tokens[begin:].tobytes())
+            if skipped:
+                key.update(np.array(skipped, np.int64).tobytes())
             hashes.append(key.digest())
             starts.append(begin)
+            scored.append(len(tokens) - begin - sum(end - start for start, end in skipped))
     return SequenceKeys(
         np.frombuffer(b"".join(hashes), dtype="S16"),
         np.frombuffer(b"".join(prompts), dtype="S16"),
         np.array(starts, dtype=np.int64),
+        np.array(scored, dtype=np.int64),
         largest,
     )
 
@@ -157,7 +169,7 @@ def distinct_sequences(
         pairs: The pairs.
         keys: Their keys, if they are already computed.
     """
-    sequences, prompts, starts, largest = sequence_keys(pairs) if keys is None else keys
+    sequences, prompts, starts, scored, largest = sequence_keys(pairs) if keys is None else keys
     distinct, first, of_pairs = np.unique(sequences, return_index=True, return_inverse=True)
     lengths = pairs.sequence_lengths[first]
     _, prompt = np.unique(prompts[first], return_inverse=True)
@@ -172,6 +184,7 @@ def distinct_sequences(
         distinct[order],
         prompt[order],
         starts[first][order],
+        scored[first][order],
         lengths[order],
         largest,
         rank[of_pairs],
@@ -187,8 +200,13 @@ def as_pair_logps(pairs: PreferenceDataset, logps: Tensor) -> PairLogps:
         logps: [2P], in nats, all chosen and then all rejected.
 
     Raises:
-        ValueError: If a log-prob is not finite.
+        ValueError: If there are not two log-probs per pair, or one is not finite.
     """
+    if logps.shape != (2 * len(pairs),):
+        raise ValueError(
+            f"as_pair_logps: {len(pairs)} pairs need log-probs of shape [{2 * len(pairs)}], all "
+            f"chosen and then all rejected, got {list(logps.shape)}"
+        )
     chosen, rejected = logps[: len(pairs)], logps[len(pairs) :]
     bad = ~(chosen.isfinite() & rejected.isfinite())
     if bool(bad.any()):
