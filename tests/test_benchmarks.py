@@ -100,3 +100,14 @@ def test_the_benchmark_of_the_engine_against_trl():
 def test_the_benchmark_of_the_engine_on_real_lengths(data, kind):
     output = example("benchmarks/engine.py", *TINY, "--lengths", kind, "--pairs", 2, "--no-trl")
     assert f"2 pairs, {kind}" in output
+
+
+@pytest.mark.slow
+def test_the_comparison_with_the_tokens_of_trl():
+    """It fails if a row is silently wrong here, or differs although TRL is right."""
+    trl = pytest.importorskip("trl")
+    if int(trl.__version__.split(".")[0]) < 1:
+        pytest.skip("TRL ships chat templates since 1.0")
+    output = example("benchmarks/trl_tokens.py", "--templates", "qwen3", "gptoss", "phi3", "glm4moe",
+                     "idefics3", "nemotron_3_nano")  # fmt: skip
+    assert "6 templates x 15 shapes" in output
