@@ -108,6 +108,6 @@ def test_the_comparison_with_the_tokens_of_trl():
     trl = pytest.importorskip("trl")
     if int(trl.__version__.split(".")[0]) < 1:
         pytest.skip("TRL ships chat templates since 1.0")
-    output = example("benchmarks/trl_tokens.py", "--templates", "qwen3", "gptoss", "phi3", "glm4moe",
-                     "idefics3", "nemotron_3_nano")  # fmt: skip
+    names = ("qwen3", "gptoss", "phi3", "glm4moe", "idefics3", "nemotron_3_nano")
+    output = example("benchmarks/trl_tokens.py", "--templates", *names)
     assert "6 templates x 15 shapes" in output
