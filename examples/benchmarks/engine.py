@@ -201,7 +201,7 @@ def largest_difference(
     logps = torch.cat([ours.chosen, ours.rejected]).tolist()
     our_logps = {
         (tokens.astype(np.int64).tobytes(), len(tokens) - start): logp
-        for (tokens, start), logp in zip(dataset.sequences(), logps, strict=True)
+        for (tokens, start, _), logp in zip(dataset.sequences(), logps, strict=True)
     }
     theirs = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)).tolist()
     inputs, masks = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
