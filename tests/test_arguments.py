@@ -93,7 +93,7 @@ KINDS = {"beta": "positive", "eps": "not negative", "seed": "seed"}
 for function in (*SCORES.values(), *LOSSES.values(), log_sage):
     ARGUMENTS += [
         (name, KINDS[name], lambda x, f=function, name=name: f(*PAIRS, **{name: x}))
-        for name in set(signature(function).parameters) & set(KINDS)
+        for name in signature(function).parameters if name in KINDS
     ]
 
 

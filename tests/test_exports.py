@@ -1,16 +1,22 @@
 """Exports read back as the pairs that were scored, or are refused."""
 
 import json
+import random
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sage_select import PreferenceDataset
+from sage_select.app.jobs import _write_table
 from sage_select.data.exports import ENDINGS, FORMATS, write_pairs
 from sage_select.data.records import checked_pair
 from sage_select.data.sources import read_records
+from sage_select.references.logp_tables import has_column, read_reference
+from sage_select.system.files import SpoiledFile, checksum_path
 
 END = "{{ '<|im_end|>\n' }}"
 HEAD = "{% if tools %}<|im_start|>tools {{ tools | tojson }}" + END + "{% endif %}"
@@ -452,7 +458,9 @@ def test_paths_are_literal(folder, format, tokenizer, tmp_path, monkeypatch):
         exported(rows, path, format)
         assert len(read(path, tokenizer)) == len(rows)
     written = {path.name for path in (tmp_path / folder).iterdir()}
-    assert written - {"dataset_info.json"} == {f"kept[0]{ending}" for ending in ENDINGS}
+    files = {f"kept[0]{ending}" for ending in ENDINGS}
+    checksums = {checksum_path(Path(file)).name for file in files}
+    assert written - {"dataset_info.json"} == files | checksums
     assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
@@ -472,3 +480,53 @@ def test_a_source_that_has_changed_is_refused(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=changed):
             write_pairs(path, message, np.array([2, 0]), ids=[ids[2], ids[0]])
     assert path.read_bytes() == before
+
+
+def flip(path: Path, seed: int) -> None:
+    """Flip a bit of a file."""
+    content, draw = bytearray(path.read_bytes()), random.Random(seed)
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_export_that_has_changed_is_not_read(ending, seed, tokenizer, tmp_path):
+    rows, _ = SHAPES["text"]
+    path = tmp_path / f"kept{ending}"
+    exported(rows, path, "same")
+    content = path.read_bytes()
+    flip(path, seed)
+    with pytest.raises(SpoiledFile, match=rf"kept\{ending} is spoiled.*delete .*\.crc32"):
+        read(path, tokenizer)
+    path.write_bytes(content)
+    assert len(read(path, tokenizer)) == len(rows)
+    path.write_bytes(content + b"\n" * (ending == ".jsonl"))
+    checksum_path(path).unlink()  # changed on purpose
+    assert len(read(path, tokenizer)) == len(rows)
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+def test_a_table_of_log_probs_that_has_changed_is_not_read(ending, tokenizer, tmp_path):
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(30)]
+    pairs = PreferenceDataset.from_records(rows, tokenizer=tokenizer, max_length=20)
+    logps = -np.arange(1.0, 31.0) / 7
+    table = pl.DataFrame({"pair_id": pairs.ids, "ref_chosen_logps": logps,
+                          "ref_rejected_logps": logps * 2})  # fmt: skip
+    path = tmp_path / f"scores{ending}"
+    _write_table(table, path)
+    assert read_reference(path, pairs).chosen.tolist() == logps.tolist()
+    content = path.read_bytes()
+    for seed in range(20):
+        flip(path, seed)
+        for use in (lambda: read_reference(path, pairs), lambda: has_column(path, "pair_id")):
+            with pytest.raises(SpoiledFile, match=r"read_reference: .*scores.* is spoiled"):
+                use()
+        checksum_path(path).rename(tmp_path / "aside")  # a table of another program has none
+        try:  # what can be parsed cannot be told from a good table
+            has_column(path, "pair_id")
+            read_reference(path, pairs)
+        except ValueError as error:
+            assert f"scores{ending}" in str(error)
+        (tmp_path / "aside").rename(checksum_path(path))
+        path.write_bytes(content)

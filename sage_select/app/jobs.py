@@ -277,7 +277,7 @@ def _write_selection(run: Run, selection: Selection, out: Path, format: str, int
 
 def _write_table(table: pl.DataFrame, path: Path) -> None:
     # opened here: polars expands "*" and "~" in a path, and leaves half a file on a full disk
-    with written_whole(path) as partial, partial.open("wb") as file:
+    with written_whole(path, checked=True) as partial, partial.open("wb") as file:
         table.write_parquet(file) if path.suffix == ".parquet" else table.write_csv(file)
 
 

@@ -132,7 +132,7 @@ def write_pairs(
     """Write selected records of a source in the given order and format.
 
     The file is read back: every record must give the pair that was scored, in all that decides its
-    tokens.
+    tokens. Its checksum is written beside it, and compared when the library reads the file.
 
     Args:
         path: A `.jsonl`, `.json` or `.parquet` file. For LLaMA-Factory, an entry for it is added to
@@ -175,7 +175,7 @@ def write_pairs(
         _complete_options(selected)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = _with_entry(path, selected) if format == "llamafactory" else None
-    with written_whole(path) as partial:
+    with written_whole(path, checked=True) as partial:
         _write_checked(partial, path.suffix, selected, pairs, format, columns)
     if entries is not None:
         with written_whole(_index(path)) as partial:

@@ -305,6 +305,8 @@ def _turns(
         # the conversation up to this turn: text after it may repeat the name of its tool
         cut = template.render(_joined(prompt, marked[: message + 1]))
         marks = [m for m in mark.finditer(cut) if texts[int(m[1])][0] == message]
+        if not marks:
+            return None
         first, last = ranges[0][0], ranges[len(marks) - 1][1]
         if message == 0 and text.startswith(lead):
             start = len(lead)
@@ -407,8 +409,8 @@ def _lost(pair: Pair, tools: Any, rendered: Rendered, tokenizer: Any) -> list[No
         pair.responses, rendered.sequences, rendered.turns, strict=True
     ):
         own = turns or [(shared_start(rendered.prompt, text), len(text))]
-        scored = _Search("".join(text[start:end] for start, end in own))
-        calls = _Search("".join(text[start:end] for start, end in own))
+        own_text = "".join(text[start:end] for start, end in own)
+        scored, calls = _Search(own_text), _Search(own_text)
         between = _Search("".join(text[one[1] : other[0]] for one, other in pairwise(own)))
         for message in response:
             own_words = message["role"] == "assistant"
@@ -428,7 +430,7 @@ def _lost(pair: Pair, tools: Any, rendered: Rendered, tokenizer: Any) -> list[No
                     notes.setdefault("repr", Note(_PYTHON_ARGUMENTS, repr(arguments)))
         context = text[: own[0][0]]
         last = response[-1].get("content") or ""
-        if not text[-1:].isspace() and _compact(last) and _compact(text).endswith(_compact(last)):
+        if last.strip() and text.endswith(last.strip()):
             notes["end"] = Note(_NO_END, text[-20:])
     search = _Search(context)
     for message in pair.prompt:
@@ -446,24 +448,31 @@ def _lost(pair: Pair, tools: Any, rendered: Rendered, tokenizer: Any) -> list[No
 
 
 class _Search:
-    """A text in which parts are looked for in their order, whatever white space is between them."""
+    """A text in which parts are looked for in their order, whatever white space is in them."""
 
     def __init__(self, text: str) -> None:
-        self._text = _compact(text)
+        self._text = text
         self._place = 0
+        self._is_compact = False
 
     def has(self, part: str, *, anywhere: bool = False) -> bool:
         """Return whether a part comes after those found before, or anywhere."""
+        if not self._is_compact:
+            if self._finds(part.strip(), anywhere):
+                return True
+            # templates change white space: without it, texts take longer to compare
+            self._place = len(_compact(self._text[: self._place]))
+            self._text, self._is_compact = _compact(self._text), True
         # as it is, or as templates write it into JSON
-        for form in (str, _in_json, _in_ascii_json):
-            compact = _compact(form(part))
-            place = self._text.find(compact, self._place)
-            if place >= 0:
-                self._place = place + len(compact)
-                return True
-            if anywhere and compact in self._text:
-                return True
-        return False
+        return any(
+            self._finds(_compact(form(part)), anywhere) for form in (str, _in_json, _in_ascii_json)
+        )
+
+    def _finds(self, part: str, anywhere: bool) -> bool:
+        place = self._text.find(part, self._place)
+        if place >= 0:
+            self._place = place + len(part)
+        return place >= 0 or (anywhere and part in self._text)
 
 
 def _in_json(text: str) -> str:
@@ -475,6 +484,7 @@ def _in_ascii_json(text: str) -> str:
 
 
 def _compact(text: str) -> str:
+    """Return a text without white space, of which templates change the amount."""
     return "".join(text.split())
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from sage_select.data.records import FIELDS
-from sage_select.system.files import user_path
+from sage_select.system.files import check_unchanged, user_path
 
 BATCH_ROWS = 1024  # rows converted from a table at a time
 
@@ -181,6 +181,7 @@ _POLARS_PANIC: Any = getattr(pl.exceptions, "PanicException", pl.exceptions.Pola
 def file_records(path: Path, mapped: frozenset[str], ending: str = "") -> Iterator[Any]:
     """Yield the records of one file; its ending names the format unless another one is given."""
     ending = ending or _ending(path)
+    check_unchanged(path, "PreferenceDataset.read")
     try:
         if ending in (".jsonl", ".ndjson"):
             yield from _json_lines(path)

@@ -1,6 +1,7 @@
 """Reference log-probs computed by other programs, read from a table with one row per pair."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,19 +14,32 @@ import torch
 from sage_select.data.dataset import PreferenceDataset
 from sage_select.models.sequences import as_pair_logps
 from sage_select.pairs import CHOSEN, REFERENCE, REJECTED, PairLogps
-from sage_select.system.files import user_path
+from sage_select.system.files import check_unchanged, user_path
 
 
 def has_column(path: str | Path, name: str) -> bool:
     """Return whether a Parquet, CSV or JSON Lines file has a column of this name."""
     file = user_path(path)
-    with file.open("rb") as opened:  # opened here, since polars expands "*" and "~" in a path
+    check_unchanged(file, "read_reference")
+    # opened here, since polars expands "*" and "~" in a path
+    with file.open("rb") as opened, _errors_of_parsers(file):
         if file.suffix == ".parquet":
             return name in pl.read_parquet_schema(opened)
         if file.suffix == ".csv":
             return name in pl.read_csv(opened, n_rows=0).columns
         first_lines = b"".join(islice(opened, 100))
-    return name in pl.read_ndjson(first_lines).columns
+        return name in pl.read_ndjson(first_lines).columns
+
+
+@contextmanager
+def _errors_of_parsers(file: Path) -> Iterator[None]:
+    """Name the file in errors of parsers, which are of any class for spoiled content."""
+    try:
+        yield
+    # the panic of a parser is no Exception
+    except (Exception, pl.exceptions.PanicException) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"read_reference: {file} cannot be read: {reason}") from error
 
 
 def read_reference(
@@ -56,6 +70,7 @@ def read_reference(
 
     Raises:
         FileNotFoundError: If there is no such file.
+        SpoiledFile: If the file was written by `sage-select score` and has changed since.
         ValueError: If the file cannot be read, lacks a column or a pair, has different values for
             one pair or other token counts than the dataset, or if a log-prob is above 0 or not
             finite.
@@ -74,12 +89,9 @@ def read_reference(
         )
     if not file.exists():
         raise FileNotFoundError(f"read_reference: no file {file}")
-    try:
-        with file.open("rb") as opened:
-            table = readers[file.suffix](opened)
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"read_reference: {file} cannot be read: {reason}") from error
+    check_unchanged(file, "read_reference")
+    with file.open("rb") as opened, _errors_of_parsers(file):
+        table = readers[file.suffix](opened)
     for name in (key, chosen, rejected):
         if name not in table.columns:
             raise ValueError(

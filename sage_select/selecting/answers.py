@@ -101,6 +101,31 @@ def check_log_probs(logps: PairLogps, call: str) -> None:
         )
 
 
+def checked_reference(answer: Any, pairs: Any, call: str) -> PairLogps:
+    """Return a reference's log-probs of some pairs, in their order, or refuse them.
+
+    Args:
+        answer: What the reference returned for the rows of the pairs.
+        pairs: The pairs.
+        call: The call that returned it, for the error messages.
+
+    Raises:
+        TypeError: As `checked_logps`.
+        ValueError: If it has other rows or tokens than the pairs, or log-probs that are above 0 or
+            not finite.
+    """
+    logps = checked_logps(answer, call, pairs.index)
+    check_token_counts(logps, pairs, call)
+    check_log_probs(logps, call)
+    finite = logps.chosen.isfinite() & logps.rejected.isfinite()
+    for row in logps.index[~finite][:1].tolist():
+        raise ValueError(
+            f"{call} returned log-probs of row {row} that are not finite; check the reference's "
+            "weights for NaN, and its precision for overflow"
+        )
+    return logps
+
+
 def checked_scores(answer: Any, rows: Int64Array) -> Float64Array:
     """Return a score's answer as float64 [P], or refuse it.
 

@@ -99,6 +99,25 @@ def check_content(path: Path) -> None:
     _compare(path, content_checksum)
 
 
+def check_unchanged(path: Path, call: str) -> None:
+    """Compare a file that users may change with its checksum, if it has one.
+
+    Args:
+        path: The file, such as an exported table.
+        call: The caller, for the error message.
+
+    Raises:
+        SpoiledFile: If the content is not what was written; it says what to do.
+    """
+    try:
+        check_content(path)
+    except SpoiledFile as error:
+        raise SpoiledFile(
+            f"{call}: {error}; make it again or, if you have changed it yourself, delete "
+            f"{checksum_path(path)}"
+        ) from None
+
+
 def read_checked(path: Path) -> bytes:
     """Return the content of a file that `written_whole` has written, compared with its checksum.
 

@@ -18,6 +18,7 @@ from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
 from sage_select.models.wrappers import check_spread, unwrapped
 from sage_select.pairs import Reference
+from sage_select.selecting.answers import checked_reference
 from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.selector import check_same_precision
 from sage_select.system.files import check_content
@@ -35,7 +36,7 @@ from sage_select.training.checkpoints import (
 from sage_select.training.run_folder import RunFolder
 from sage_select.training.settings import Training
 from sage_select.training.sharding import make_ready
-from sage_select.training.update import optimizer_of, update
+from sage_select.training.update import checked_losses, optimizer_of, update
 
 
 class Loader(Protocol):
@@ -208,8 +209,19 @@ class _Run:
         with Ledger() as spent, phase("evaluation"):
             policy = training.reader(self.model, held_out)
         self.spend(spent, int(self.loader.metrics().get("interval", 0)))
-        reference_logps = reference.take(held_out.index)
+        call = "train: evaluation"
+        reference_logps = checked_reference(
+            reference.take(held_out.index), held_out, f"{call}: reference.take(rows)"
+        )
         losses = training.loss(policy, reference_logps, beta=training.beta)
+        losses = checked_losses(losses, policy, training.loss, call=call)
+        for row in policy.index[~losses.isfinite()][:1].tolist():
+            # no reason to end a run: the updates, which use other pairs, are not affected
+            warn(
+                f"{call}: the loss of row {row} is not finite at step {self.loader.step}, so the "
+                "mean is not either; with best_by: loss these weights cannot be the best",
+                stacklevel=3,
+            )
         evaluation = {
             "step": self.loader.step,
             "loss": losses.mean().item(),

@@ -13,12 +13,14 @@ from sage_select.data.dataset import PreferenceDataset
 from sage_select.metrics import preference_metrics
 from sage_select.models.wrappers import check_spread, gradient_sync, whole
 from sage_select.pairs import Loss, PairLogps, Reference
-from sage_select.selecting.answers import check_log_probs, check_token_counts, checked_logps
+from sage_select.selecting.answers import checked_logps, checked_reference
 from sage_select.system.heartbeats import beat
 from sage_select.system.ledger import phase
 from sage_select.system.processes import Processes
 from sage_select.training.micro_batches import MicroBatch, dealt
 from sage_select.training.settings import Training
+
+TAKE = "update: reference.take(rows)"  # the call, in error messages
 
 
 def update(
@@ -82,9 +84,11 @@ def update(
     with phase("training"):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    # a reference may answer in another order
+    logps = checked_logps(reference.take(policy.index), TAKE, policy.index.numpy(force=True))
     return {
         "loss": losses.mean().item(),
-        **preference_metrics(policy, reference.take(policy.index), beta=training.beta),
+        **preference_metrics(policy, logps, beta=training.beta),
         "gradient_norm": norm,
     }
 
@@ -107,33 +111,35 @@ def preference_losses(
         ValueError: If the loss has other values than one per pair, or no gradient; or if the
             reference has other rows or tokens than the pairs, or log-probs above 0.
     """
-    call = "update: reference.take(rows)"
-    reference = checked_logps(reference, call, pairs.index)
-    check_token_counts(reference, pairs, call)
-    check_log_probs(reference, call)
+    reference = checked_reference(reference, pairs, TAKE)
     policy = training.reader.pair_logps(model, pairs)
     losses = training.loss(policy, reference.to(policy.chosen.device), beta=training.beta)
-    return policy, _checked_losses(losses, policy, training.loss)
+    return policy, checked_losses(losses, policy, training.loss)
 
 
-def _checked_losses(losses: Tensor, policy: PairLogps, loss: Loss) -> Tensor:
-    """Return a loss's values if there is one per pair with a gradient, or refuse them."""
+def checked_losses(
+    losses: Tensor, policy: PairLogps, loss: Loss, *, call: str = "update"
+) -> Tensor:
+    """Return a loss's values, or refuse them.
+
+    There must be one per pair, with a gradient if the policy's log-probs have one.
+    """
     name = getattr(loss, "__name__", type(loss).__name__)
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(
-            f"update: the loss {name} returned {kind}; it must return a floating tensor [P] with "
+            f"{call}: the loss {name} returned {kind}; it must return a floating tensor [P] with "
             "one loss per pair"
         )
     if losses.shape != policy.chosen.shape:
         raise ValueError(
-            f"update: the loss {name} returned shape {list(losses.shape)} for "
+            f"{call}: the loss {name} returned shape {list(losses.shape)} for "
             f"{len(policy.chosen)} pairs; return one loss per pair, [P], without a mean or a sum "
             "over pairs"
         )
     if policy.chosen.requires_grad and not losses.requires_grad:
         raise ValueError(
-            f"update: the loss {name} has no gradient; compute it from policy.chosen and "
+            f"{call}: the loss {name} has no gradient; compute it from policy.chosen and "
             "policy.rejected with torch, without detach(), item(), numpy() or no_grad()"
         )
     return losses
