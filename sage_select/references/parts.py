@@ -5,6 +5,7 @@ import json
 import re
 import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,15 @@ from sage_select.arrays import Float64Array
 from sage_select.models.sequences import Keys
 from sage_select.system.files import (
     mark_as_used,
-    named_on_failure,
-    partial_path,
     read_checked,
-    replace_durably,
     written_whole,
 )
 
 WRITE_EVERY = 5.0  # seconds between parts: the most work that a kill can lose
 MERGE_ABOVE = 32  # more parts than this are merged into one
 ABANDONED_AFTER = 24 * 3600.0  # seconds after which the writer of an unfinished part is dead
+
+WRITE_ATTEMPTS = 20  # of a file whose folder other processes evict at the same time
 
 # The names of this library's files; others, such as copies, are the user's
 PART = re.compile(r"part-[0-9a-f]{32}\.arrow")
@@ -92,15 +92,29 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
         writer.write_table(pa.table([column, pa.array(logps)], schema=_PART_SCHEMA))
     content = sink.getvalue().to_pybytes()
     path = folder / f"part-{_checksum(content)}.arrow"
-    folder.mkdir(parents=True, exist_ok=True)  # another process may have evicted the reference
-    partial = partial_path(path)
-    try:
-        with named_on_failure(path):
+
+    def write() -> None:
+        with written_whole(path) as partial:
             partial.write_bytes(content)
-            replace_durably(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    _write_into(folder, write)
     return path
+
+
+def _write_into(folder: Path, write: Callable[[], None]) -> None:
+    """Write a file into the folder of a reference, which another process may evict meanwhile.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    for attempt in range(1, WRITE_ATTEMPTS + 1):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write()
+            return
+        except FileNotFoundError:
+            if attempt == WRITE_ATTEMPTS:
+                raise
 
 
 def _read_part(path: Path) -> tuple[Keys, Float64Array] | None:
@@ -196,5 +210,9 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Write `reference.json` with its checksum beside it."""
-    with written_whole(folder / "reference.json", checked=True) as partial:
-        partial.write_text(json.dumps(description))
+
+    def write() -> None:
+        with written_whole(folder / "reference.json", checked=True) as partial:
+            partial.write_text(json.dumps(description))
+
+    _write_into(folder, write)
