@@ -26,6 +26,7 @@ from sage_select.models.reader import Reader
 from sage_select.models.wrappers import is_sharded
 from sage_select.pairs import PairLogps
 from sage_select.references.store import ReferenceStore
+from sage_select.selecting.answers import checked_logps
 from sage_select.selecting.loader import SelectiveLoader
 from sage_select.selecting.selector import check_same_precision
 from sage_select.system.processes import Processes
@@ -401,7 +402,8 @@ class PreferenceModule(LightningModule):
         others: dict[str, float],
         **options: Any,
     ) -> None:
-        reference_logps = self.loader.selector.reference.take(policy.index.numpy())
+        answer = self.loader.selector.reference.take(policy.index.numpy())
+        reference_logps = checked_logps(answer, "PreferenceModule: reference", policy.index.numpy())
         metrics = preference_metrics(policy, reference_logps, beta=self.settings.beta) | others
         size = len(policy.index)
         self.log(f"{prefix}loss", losses.mean().item(), prog_bar=True, batch_size=size, **options)

@@ -1,5 +1,6 @@
 """Answers of users' functions are held against what they were asked for, and odd calls refused."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,11 +21,14 @@ from sage_select import (
     ShuffledLoader,
     Timeline,
     Training,
+    fit,
+    measure,
     nca,
     plan_pools,
     sage,
     update,
 )
+from sage_select.metrics import preference_metrics
 from sage_select.models.sequences import as_pair_logps
 from sage_select.references.logp_tables import read_reference
 
@@ -534,6 +538,86 @@ def test_a_reference_that_answers_wrongly_makes_no_update(world, change, words):
     with pytest.raises((ValueError, TypeError), match=r"update: reference\.take") as error:
         update(world.model, optimizer, world.dataset.take([3, 1]), reference)
     assert words in str(error.value)
+
+
+def evaluated(world, *, loss=nca, change=lambda logps: logps):
+    """Evaluate twice and train in between; loss and reference are others for held-out pairs."""
+    held_out = world.dataset.take([1, 8, 3])
+
+    def honest_in_training(policy, reference, *, beta):
+        held = 8 in policy.index.tolist()
+        return loss(policy, reference, beta=beta) if held else nca(policy, reference, beta=beta)
+
+    class Changing:
+        def take(self, rows):
+            logps = world.selector.reference.take(rows)
+            return change(logps) if 8 in logps.index.tolist() else logps
+
+    return fit(
+        world.model,
+        ShuffledLoader(world.dataset.take([0, 2, 4, 5]), batch_size=4),
+        world.dataset,
+        Changing(),
+        Training(loss=honest_in_training, learning_rate=1e-3),
+        held_out=held_out,
+        show_progress=False,
+    )
+
+
+# of the right shape
+ALLOWED_WITHOUT_GRADIENT = ("NaN", "infinite", "detached", "of the reference")
+
+
+@pytest.mark.parametrize("name", [n for n in WRONG_LOSSES if n not in ALLOWED_WITHOUT_GRADIENT])
+def test_a_loss_that_answers_wrongly_about_held_out_pairs_is_refused(world, name):
+    loss, kind, words = WRONG_LOSSES[name]
+    with pytest.raises(kind, match="train: evaluation: the loss") as error:
+        evaluated(world, loss=loss)
+    assert words.replace("for 4 pairs", "").replace("[4, 1]", "[3, 1]").replace("[3] ", "[2] ") in (
+        str(error.value)
+    )
+
+
+@pytest.mark.parametrize("name", ["NaN", "infinite"])
+def test_a_held_out_loss_that_is_not_finite_is_named_and_does_not_end_the_run(world, name):
+    with pytest.warns(UserWarning, match="train: evaluation: the loss of row 1 is not finite"):
+        history = evaluated(world, loss=WRONG_LOSSES[name][0])
+    assert len(history.evaluations) == 2
+    assert len(history.steps) == 1
+
+
+WRONG_REFERENCES = [
+    (lambda x: x._replace(index=x.index + 1), "that were not asked for"),
+    (lambda x: x._replace(chosen=-x.chosen), "above 0"),
+    (lambda x: x._replace(chosen=x.chosen * torch.nan), "of row 1 that are not finite"),
+    (lambda x: x._replace(rejected=x.rejected - torch.inf), "of row 1 that are not finite"),
+    (lambda x: x._replace(chosen_tokens=x.chosen_tokens + 1), "chosen_tokens for row 1"),
+    (lambda x: x.chosen, "returned Tensor"),
+    (lambda x: None, "returned NoneType"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG_REFERENCES)
+def test_a_reference_that_answers_wrongly_about_held_out_pairs_is_refused(world, change, words):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"train: evaluation: reference\.take"
+    ) as error:
+        evaluated(world, change=change)
+    assert words in str(error.value)
+
+
+def test_the_order_of_a_reference_does_not_change_metrics(world):
+    expected, other = (evaluated(deepcopy(world), change=c) for c in (lambda x: x, shuffled))
+    assert other.evaluations == expected.evaluations
+    with torch.no_grad():  # otherwise all margins are 0
+        for parameter in world.model.parameters():
+            parameter *= 1.1
+    batch, reference = world.dataset.take(range(24)), world.selector.reference
+    true = reference.take(batch.index)
+    accuracy = preference_metrics(measure(world.model, batch), true)["accuracy"]
+    optimizer = torch.optim.SGD(world.model.parameters(), lr=1e-9)
+    metrics = update(world.model, optimizer, batch, Answering(reference, shuffled))
+    assert metrics["accuracy"] == accuracy
 
 
 # Log-probs of sequences and of tables

@@ -199,7 +199,6 @@ BAD_RECORDS = {
     "chosen has a message without a role": GOOD | {"chosen": [{"content": "a"}]},
     "chosen has a message without text": GOOD | {"chosen": [{"role": "assistant"}]},
     "chosen does not end with an assistant message": GOOD | {"chosen": user("a")},
-    "prompt is a list of messages but the responses are text": GOOD | {"prompt": user("p")},
     "not a record": None,
     "chosen is not valid Unicode": GOOD | {"chosen": "cut \ud83d"},
     r"prompt is missing; another field may contain it \(see columns\)": {

@@ -417,6 +417,17 @@ def test_damaged_costs_are_not_counted(damage, tmp_path):
     assert read_costs(path)["training"].tokens == whole
 
 
+@pytest.mark.parametrize("copied", [1, 2])
+def test_copied_costs_are_not_counted(copied, tmp_path):
+    path = tmp_path / "costs.jsonl"
+    for interval in range(3):
+        append_costs(path, Ledger(training=Work(tokens=5, seconds=0.25)), interval=interval)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines + lines[-copied:]))
+    with pytest.warns(UserWarning, match=f"{copied} damaged or incomplete lines of .*costs"):
+        assert read_costs(path)["training"].tokens == 15
+
+
 def test_costs_of_older_versions_are_counted(tmp_path):
     (tmp_path / "costs.jsonl").write_text('{"interval": 0, "phase": "scoring", "tokens": 7}\n')
     assert read_costs(tmp_path / "costs.jsonl") == {"scoring": Work(tokens=7)}

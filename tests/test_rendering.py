@@ -140,7 +140,7 @@ OWN_WORDS: dict[str, tuple[str | None, dict[str, Any], list[str]]] = {
         PLAIN,
         {
             "prompt": [user("a")],
-            "chosen": [assistant("a"), user("<a>a"), assistant("a")],
+            "chosen": [assistant("a"), user("a> a"), assistant("a")],
             "rejected": [assistant("u"), user("u"), assistant("u")],
         },
         ["<u>a<end><a>", "a<end>", "a<end>"],
@@ -190,6 +190,43 @@ OWN_WORDS: dict[str, tuple[str | None, dict[str, Any], list[str]]] = {
             "rejected": [assistant("5", thinking="hm")],
         },
         ["<u>Q?<end><a>", "<think>two, two</think>4<end>"],
+    ),
+    "a turn whose reasoning a later one hides": (
+        LATEST_THOUGHTS,
+        {
+            "prompt": [user("Q?")],
+            "chosen": [assistant("<think>a</think>B"), user("u"), assistant("<think>c</think>D")],
+            "rejected": [assistant("No")],
+        },
+        ["<u>Q?<end><a>", "B<end>", "<think>c</think>D<end>"],
+    ),
+    "turns without a generation prompt": (
+        template(opening=""),
+        {
+            "prompt": [user("Q?")],
+            "chosen": [assistant("Yes"), user("u"), call("f", {"x": 1}), tool("T"), assistant("D")],
+            "rejected": [assistant("No")],
+        },
+        ["<u>Q?<end>", "<a>Yes<end>", '<a><call>f {"x": 1}</call><end>', "<a>D<end>"],
+    ),
+    "a start that the responses repeat": (
+        PLAIN,
+        {
+            "prompt": [user("Q?"), assistant("I say ")],
+            "chosen": [assistant("I say Yes")],
+            "rejected": [assistant("I say No")],
+        },
+        ["<u>Q?<end><a>I say ", "Yes<end>"],
+    ),
+    "a history that the prompt repeats": (
+        PLAIN,
+        {"history": [["Hi", "Ho"]], "prompt": [user("Hi"), assistant("Ho"), user("Q?")], **TURNS},
+        ["<u>Hi<end><a>Ho<end><u>Q?<end><a>", "Yes<end>"],
+    ),
+    "a history of messages, and answers as text": (
+        PLAIN,
+        {"history": [user("Hi"), assistant("Ho")], "prompt": [user("Q?")], **TEXTS},
+        ["<u>Hi<end><a>Ho<end><u>Q?<end><a>", "Yes<end>"],
     ),
     "a template that takes content parts alone": (
         PARTS,
@@ -426,6 +463,40 @@ WARNINGS: dict[str, tuple[str | None, dict[str, Any], str]] = {
         {"prompt": [user("Q?")], **TURNS},
         "writes nothing after a response",
     ),
+    "a list of arguments as Python writes it": (
+        PRINTED_ARGUMENTS.replace("c.function.arguments }}", "c.function.arguments.x }}"),
+        {
+            "prompt": [user("Q?")],
+            "chosen": [call("f", {"x": ["a", None]})],
+            "rejected": [call("f", {"x": ["b", None]})],
+        },
+        "writes arguments of tool calls as Python's repr",
+    ),
+    "an option with a misspelt name": (
+        SWITCH,
+        {"prompt": [user("Q?")], **TURNS, "chat_template_kwargs": {"quite": True}},
+        "has an option that the chat template does not read",
+    ),
+    "a special token in a message": (
+        PLAIN,
+        {"prompt": [user("Q?<end><a>Say yes")], **TURNS},
+        "a message contains a special token",
+    ),
+    "a prompt with the place of an image": (
+        None,
+        {"prompt": "<image> What is it?", **TEXTS},
+        "has the place of an image",
+    ),
+    "a system prompt that is not text": (
+        None,
+        {"prompt": "Q?", "system": ["Be brief."], **TEXTS},
+        "the field 'system' is not used, because it is not text",
+    ),
+    "a question that one response repeats": (
+        None,
+        {"prompt": "What is it?", "chosen": "Human: What is it? A cat", "rejected": "A dog"},
+        "responses begin with their prompt",
+    ),
     "input beside a prompt": (
         None,
         {"prompt": "Add", "input": "1+1", **TEXTS},
@@ -454,7 +525,7 @@ WARNINGS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "a short text that is repeated": (
         None,
         {"prompt": "Hello", "chosen": "Hello there", "rejected": "Hello you"},
-        "all responses begin with their prompt",
+        "responses begin with their prompt",
     ),
 }
 
@@ -476,7 +547,7 @@ def test_what_is_lost_or_unused_is_warned_about_once(name, tmp_path):
 def test_what_is_right_is_not_warned_about(name):
     chat_template, row, _ = OWN_WORDS[name]
     if chat_template is LATEST_THOUGHTS:
-        pytest.skip("the prompt is rewritten")
+        pytest.skip("the template hides earlier reasoning")
     _, told = read([row], byte_tokenizer(chat_template))
     assert told == []
 
@@ -542,6 +613,23 @@ def test_refusals_name_the_cause_and_fitting_advice(name):
         read([row], byte_tokenizer(chat_template))
     assert words in str(error.value)
     assert misleading not in str(error.value)
+
+
+NO_IMAGES = [None, [], [None], {"bytes": None, "path": None}, "[]", float("nan")]
+
+
+@pytest.mark.parametrize("value", NO_IMAGES)
+def test_a_record_without_images_may_have_their_field(value):
+    dataset, told = read([{"images": value, "prompt": "Q?", **TEXTS}], byte_tokenizer())
+    assert len(dataset) == 1
+    assert told == []
+
+
+def test_duplicates_that_differ_in_an_unknown_field_are_warned_about():
+    rows = [{"prompt": "Q?", **TEXTS, "situation": s, "source_id": s} for s in ("at sea", "ashore")]
+    _, told = read(rows, byte_tokenizer())
+    assert len(told) == 1
+    assert "differ from an earlier one in the field 'situation'" in told[0]
 
 
 def test_special_tokens_in_texts_can_be_refused():

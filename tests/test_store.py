@@ -1,6 +1,7 @@
 """Tests of the reference store: nothing is measured twice, and every change is measured."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sage_select.models.fingerprints import model_digest
 from sage_select.references import parts as parts_on_disk
 from sage_select.references.eviction import evict, stored_references
 from sage_select.references.logp_tables import read_reference
+from sage_select.system import files
 
 TESTS = Path(__file__).parent
 
@@ -377,6 +379,42 @@ def test_a_reference_evicted_during_fill_can_be_filled_again(still, tmp_path, mo
     assert 0 < len(reference.missing()) < len(still.dataset)
     assert reference.fill() > 0
     assert len(reference.missing()) == 0
+
+
+@pytest.mark.parametrize("times", [1, 5])
+@pytest.mark.parametrize("file", ["part-", "reference.json"])
+def test_a_file_is_written_although_its_folder_is_evicted_meanwhile(
+    file, times, still, tmp_path, monkeypatch
+):
+    """The folder disappears between the moment it is made and the moment it is written to."""
+    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    real, evictions = parts_on_disk.partial_path, []
+    module = parts_on_disk if file == "part-" else files
+
+    def evict_first(path):
+        if path.name.startswith(file) and len(evictions) < times:
+            evictions.append(path)
+            shutil.rmtree(path.parent)
+        return real(path)
+
+    monkeypatch.setattr(module, "partial_path", evict_first)
+    reference.fill()
+    assert len(evictions) == times
+    assert len(reference.missing()) == 0
+
+
+def test_log_probs_that_disappear_are_named(still, tmp_path, monkeypatch):
+    reference = ReferenceStore(still.model, still.dataset, folder=tmp_path)
+    write = parts_on_disk._write_part
+
+    def write_then_evict(folder, keys, logps):
+        path = write(folder, keys, logps)
+        evict(tmp_path, identity=reference.identity)
+        return path
+
+    monkeypatch.setattr(parts_on_disk, "_write_part", write_then_evict)
+    with pytest.raises(ValueError, match=r"2 of 2 pairs were measured, .* disappeared from"):
+        reference.take([0, 1])
 
 
 def test_eviction_leaves_other_files_alone(tmp_path):

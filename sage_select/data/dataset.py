@@ -239,10 +239,11 @@ class PreferenceDataset:
         rows = iterate_records(records)
         tables = []
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            if missing := [name for name in TOKEN_FIELDS if name not in chunk[0]]:
+            first = chunk[0] if isinstance(chunk[0], dict) else {}
+            if missing := [name for name in TOKEN_FIELDS if name not in first]:
                 raise ValueError(
                     f"PreferenceDataset.from_tokens: the records have no {', '.join(missing)}; "
-                    "they have " + ", ".join(chunk[0])
+                    "they have " + (", ".join(first) or "none")
                 )
             tables.append(table_of_tokens(chunk, max_length))
         return cls._from_tables(tables, max_length, on_bad, "the records")
@@ -251,7 +252,7 @@ class PreferenceDataset:
     def _from_tables(
         cls, tables: list[pa.Table], max_length: int, on_bad: OnBad, source: str
     ) -> "PreferenceDataset":
-        pairs, set_aside = join_tables(tables)
+        pairs, set_aside, duplicates = join_tables(tables)
         total = len(pairs) + set_aside.height
         if set_aside.height and on_bad == "error":
             number, reason = set_aside.row(0)
@@ -269,7 +270,7 @@ class PreferenceDataset:
                 f"PreferenceDataset: none of the {total} rows can be used: {reasons}; the first is "
                 f"row {number}: {reason}; {advice(list(reasons), fields, max_length)}"
             )
-        for remark in _joined_remarks(tables):
+        for remark in (*_joined_remarks(tables), *duplicates):
             example = f": {remark.note.example!r}" if remark.note.example else ""
             warn(
                 f"PreferenceDataset: in {remark.num_rows} of {total} rows {remark.note.text}. The "

@@ -1,5 +1,6 @@
 """The usable pairs of a dataset, stored in columns that can be memory-mapped."""
 
+import re
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import pyarrow as pa
 
 from sage_select.arrays import Int32Array, Int64Array
 from sage_select.data.annotations import JSON_PREFIX, VALUE_PREFIX, concatenated
-from sage_select.data.tokenising import PAIR_COLUMNS, set_aside_rows
+from sage_select.data.records import FIELDS, Note
+from sage_select.data.tokenising import PAIR_COLUMNS, Remark, set_aside_rows
 
 
 class TokenSequence(NamedTuple):
@@ -145,16 +147,16 @@ class PairTable:
 
     def skipped_tokens(self, side: str) -> Int64Array:
         """Return the number of response tokens on a side that are not scored, int64 [N]."""
-        response = 0 if side == "chosen" else -1
-        counts = [
-            np.zeros(len(kept), np.int64)
-            if not self._skips(number)
-            else np.array(
-                [sum(b - a for a, b in self._skipped(number, int(row), response)) for row in kept]
-            )
-            for number, kept in enumerate(self._kept)
-        ]
-        return np.concatenate([np.arange(0), *counts])
+        key = f"skipped {side}"
+        if key not in self._lengths:
+            response = 0 if side == "chosen" else -1
+            counts = [np.zeros(len(kept), np.int64) for kept in self._kept]
+            for number, kept in enumerate(self._kept):
+                for i, row in enumerate(kept.tolist() if self._skips(number) else ()):
+                    ranges = self._skipped(number, row, response)
+                    counts[number][i] = sum(end - start for start, end in ranges)
+            self._lengths[key] = np.concatenate(counts)
+        return self._lengths[key]
 
     def _skips(self, number: int) -> bool:
         """Return whether any token of a table's responses is not scored."""
@@ -208,9 +210,14 @@ def _sequence(
     return TokenSequence(tokens, start, skipped)
 
 
-def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame]:
-    """Join tables to one, without duplicate pairs; also return the rows that are set aside."""
+def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame, list[Remark]]:
+    """Join tables to one, without duplicate pairs.
+
+    Returns:
+        The usable pairs, the rows that are set aside with their reasons, and notes on these.
+    """
     aside: list[tuple[int, str]] = []
+    differing: dict[str, list[int]] = {}  # rows of duplicates, by the column in which they differ
     used: list[pa.Table] = []
     first: list[int] = []
     total = 0
@@ -227,31 +234,73 @@ def join_tables(tables: list[pa.Table]) -> tuple[PairTable, pl.DataFrame]:
         is_first = ids.is_first_distinct().to_numpy()
         starts = np.cumsum([0, *(table.num_rows for table in used)])
 
-        def tokens(place: int) -> list[Any]:
+        def value(place: int, name: str) -> Any:
             number = int(np.searchsorted(starts, place, side="right")) - 1
+            table = used[number]
             row = place - int(starts[number])
-            return [used[number][side][row].as_py() for side in ("prompt", "chosen", "rejected")]
+            return table[name][row].as_py() if name in table.column_names else None
 
         repeated = set(ids.filter(~pl.Series(is_first)))
-        first_place = (
-            {
-                ids[place]: place
-                for place in np.flatnonzero(is_first).tolist()
-                if ids[place] in repeated
-            }
-            if repeated
-            else {}
-        )
+        first_place = {
+            ids[place]: place
+            for place in (np.flatnonzero(is_first).tolist() if repeated else ())
+            if ids[place] in repeated
+        }
         for number, table in enumerate(used):
             is_kept = is_first[starts[number] : starts[number + 1]]
-            for place in np.flatnonzero(~is_kept).tolist():
+            for row in np.flatnonzero(~is_kept).tolist():
+                here = int(starts[number]) + row
+                earlier = first_place[ids[here]]
+                source_row = first[number] + table["row"][row].as_py()
                 # a hash of the content cannot repeat with other tokens, but a trainer's id can
-                here = int(starts[number]) + place
-                same = tokens(first_place[ids[here]]) == tokens(here)
-                row = first[number] + table["row"][place].as_py()
-                aside.append((row, DUPLICATE if same else REPEATED_ID))
+                same = all(value(earlier, side) == value(here, side) for side in _TOKENS)
+                aside.append((source_row, DUPLICATE if same else REPEATED_ID))
+                for name in _possible_context(table) if same and len(aside) < COMPARED else ():
+                    if value(earlier, name) != value(here, name):
+                        differing.setdefault(name, []).append(source_row)
             kept[number] = np.flatnonzero(is_kept)
     set_aside = pl.DataFrame(
         sorted(aside), schema={"source_row": pl.Int64, "reason": pl.String}, orient="row"
     )
-    return PairTable(used, kept, first), set_aside
+    remarks = [
+        Remark(_differing(name.partition(".")[2]), len(rows), rows[0])
+        for name, rows in differing.items()
+    ]
+    return PairTable(used, kept, first), set_aside, remarks
+
+
+COMPARED = 10_000  # duplicates that are compared with the pair that they repeat
+_TOKENS = ("prompt", "chosen", "rejected")
+_LABEL = re.compile(
+    r"id|uuid|idx|index|hash|source|origin|url|date|time|split|subset|set|dataset|model|score|margin"
+    r"|label|tag|rank|judge|rating|critique|feedback|comment|category|type|lang|language|user|name"
+    r"|author|file|path|reason|rationale|explanation|metadata|meta|info|version|annotator"
+)
+"""Words in the names of fields that describe a pair, and are no part of its prompt."""
+
+
+def _possible_context(table: pa.Table) -> list[str]:
+    """Return the columns of texts, lists and records that may be a part of the prompt."""
+    return [
+        name
+        for name in table.column_names
+        if name.startswith((VALUE_PREFIX, JSON_PREFIX))
+        and (pa.types.is_nested(kind := table.schema.field(name).type) or _is_text(kind))
+        and not any(_LABEL.fullmatch(w.rstrip("s")) for w in _words(name.partition(".")[2]))
+        and name.partition(".")[2] not in FIELDS
+    ]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", name.lower())
+
+
+def _differing(name: str) -> Note:
+    return Note(
+        f"a pair is set aside as a duplicate, although the rows differ from an earlier one in the "
+        f"field {name!r}, which is not used; if it is part of the prompt, write it into the prompt"
+    )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -73,9 +74,7 @@ def checked_pair(row: Any) -> Pair:
     """
     if not isinstance(row, dict):
         raise BadRecord("not a record")
-    for name in MEDIA_FIELDS:
-        if not _is_empty(row.get(name)):
-            raise BadRecord(f"the field {name} is not empty, but only text can be measured")
+    _check_media("the field", row)
     row, ranking = _with_our_fields(row)
     prompt = _checked("prompt", row.get("prompt"))
     responses = {name: _checked(name, row.get(name)) for name in ranking.names}
@@ -87,7 +86,7 @@ def checked_pair(row: Any) -> Pair:
     if isinstance(ranked[0], list):
         prompt, *ranked = _conversation(prompt, ranked)
     elif isinstance(prompt, list):
-        raise BadRecord("prompt is a list of messages but the responses are text")
+        ranked = [_as_messages(response) for response in ranked]
     elif prompt is None:
         # a null prompt: other rows of the table have one, so this one must not be guessed
         if "prompt" in row:
@@ -96,11 +95,9 @@ def checked_pair(row: Any) -> Pair:
             raise BadRecord("prompt is missing; another field may contain it (see columns)")
         prompt, *ranked = _split_common_text(ranked)
     notes = _unused_fields(row, prompt)
-    if isinstance(prompt, str):
-        ranked, repeated = _without_prompt(prompt, ranked)
-        notes += repeated
     prompt, ranked, unused = _with_context(row, prompt, ranked)
-    notes += unused
+    ranked, repeated = _without_repetition(prompt, ranked)
+    notes += unused + repeated + _placeholders(prompt)
     if ranked[0] == ranked[-1]:
         raise BadRecord("chosen and rejected are identical")
     options: dict[str, Any] = {}
@@ -109,8 +106,16 @@ def checked_pair(row: Any) -> Pair:
             "tools": _json("tools", row.get("tools"), list),
             "chat_template_kwargs": _template_options(row.get("chat_template_kwargs")),
         }
-    elif not _is_empty(row.get("tools")):
-        notes.append(_TOOLS_OF_TEXT)
+    else:
+        options = {}
+        notes += [
+            Note(
+                f"the field {name!r} is not used, because prompt and responses are text; give "
+                "them as messages"
+            )
+            for name in ("tools", "chat_template_kwargs")
+            if not _is_empty(row.get(name))
+        ]
     return Pair(
         prompt,
         ranked[0],
@@ -179,7 +184,7 @@ def _with_our_fields(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
 
 def _ranked(row: dict[str, Any]) -> tuple[dict[str, Any], _Ranking]:
     """Return the record with one field per response, and their order."""
-    responses, scores, ranks = row["responses"], row.get("scores"), row.get("ranks")
+    responses, scores, ranks = (_parsed(row.get(n)) for n in ("responses", "scores", "ranks"))
     if not isinstance(responses, list) or len(responses) < 2:
         raise BadRecord("responses is not a list of two or more")
     if scores is None and ranks is not None:
@@ -248,7 +253,7 @@ def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
 
 def _completions(row: dict[str, Any]) -> dict[str, Any]:
     """Rewrite an UltraFeedback record: a list of completions with responses and scores."""
-    completions = row["completions"]
+    completions = _parsed(row["completions"])
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         raise BadRecord("completions is not a list of records")
     return {
@@ -300,8 +305,24 @@ FIELDS = TEXT_FIELDS | {
 }
 """All fields that the library reads."""
 
-MEDIA_FIELDS = ("images", "image", "image_path", "videos", "video", "audios", "audio")
-"""Fields with images, video or sound. A record that has one is refused."""
+_MEDIA = re.compile(
+    r"(^|_)(images?|img|imgs|pictures?|photos?|pixel|videos?|audios?|speech)(_|$)", re.IGNORECASE
+)
+_NO_MEDIA = re.compile(
+    r"caption|descri|text|prompt|count|num|size|width|height|_id$", re.IGNORECASE
+)
+
+
+def _check_media(where: str, record: Mapping[Any, Any]) -> None:
+    """Refuse a record or a message with an image, a video or sound."""
+    for name, value in record.items():
+        if (
+            _MEDIA.search(str(name))
+            and not _NO_MEDIA.search(str(name))
+            and isinstance(value, str | bytes | list | dict)
+            and not _is_empty(value)
+        ):
+            raise BadRecord(f"{where} {name} is not empty, but only text can be measured")
 
 
 def _unused(name: str, fix: str) -> Note:
@@ -315,7 +336,7 @@ UNUSED_FIELDS = {
     ),
     **{
         name: _unused(name, f"pass columns={{'system': '{name}'}} to use it, or rename it")
-        for name in ("system_prompt", "system_message", "instructions", "persona")
+        for name in ("system_prompt", "sys_prompt", "system_message", "instructions", "persona")
     },
     **{
         name: _unused(
@@ -332,7 +353,28 @@ UNUSED_FIELDS = {
     },
     **{
         name: _unused(name, "write it into the prompt, or rename it")
-        for name in ("context", "documents", "passage", "background", "chat_history")
+        for name in (
+            "context",
+            "document",
+            "documents",
+            "passage",
+            "passages",
+            "background",
+            "evidence",
+            "knowledge",
+            "preamble",
+            "instruction",
+            "question",
+            "query",
+            "problem",
+            "chat_history",
+            "dialogue_history",
+            "conversation_history",
+        )
+    },
+    **{
+        name: _unused(name, f"pass chat_template_kwargs={{'{name}': ...}} to use it, or rename it")
+        for name in ("enable_thinking", "reasoning_effort")
     },
 }
 """Fields that often hold a part of the prompt, but have no standard meaning."""
@@ -341,15 +383,16 @@ UNUSED_FIELDS = {
 def _unused_fields(row: Mapping[str, Any], prompt: Any) -> list[Note]:
     """Return a note on each field that may be a part of the prompt, but is not used."""
     notes = []
+    turns = [prompt] if isinstance(prompt, str) else [m.get("content") or "" for m in prompt]
+    asked = ""
     for name, note in UNUSED_FIELDS.items():
-        value = row.get(name)
-        if _is_empty(value) or not isinstance(value, str | list | dict):
+        if (value := row.get(name)) is None or _is_empty(value):
             continue
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        turns = [prompt] if isinstance(prompt, str) else [m.get("content") or "" for m in prompt]
+        asked = asked or "".join("".join(turns).split())
+        parts = value if isinstance(value, list) else [value]
         # many datasets also have the parts from which they have made their prompt
-        if not any(text.strip() in turn for turn in turns):
-            notes.append(note._replace(example=text))
+        if not all("".join(str(part).split()) in asked for part in parts):
+            notes.append(note._replace(example=str(value)))
     return notes
 
 
@@ -368,13 +411,16 @@ def _checked(name: str, value: Any) -> Any:
     if value is not None:
         _check_text(name, value, f"{name} is not text")
         # a CSV stores a list of messages as text; as plain text it would be trained on wrongly
-        start = "".join(value[:64].split())
-        if start.startswith(("[{'", '[{"')) and any(word in start[:12] for word in _MESSAGE_KEYS):
+        if _SAVED_MESSAGES.match(value) and not _is_json(value):
             raise BadRecord(f"{name} is a list of messages saved as text that is not valid JSON")
     return value
 
 
-_MESSAGE_KEYS = ("role", "content", "from", "value")
+_SAVED_MESSAGES = re.compile(
+    r"""\s*(array\()?\s*\[?\s*\{(?=.{0,300}['"](role|from)['"]\s*:)(?=.{0,300}['"](content|value)['"]\s*:)""",
+    re.DOTALL,
+)
+"""Messages as Python writes them, or numpy."""
 
 
 def _messages_of_text(value: Any) -> Any:
@@ -385,6 +431,8 @@ def _messages_of_text(value: Any) -> Any:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         return value
+    if isinstance(parsed, dict) and _role(parsed) is None:
+        return value  # an answer in JSON may have fields of these names
     messages = parsed if isinstance(parsed, list) else [parsed]
     are_messages = messages and all(
         isinstance(m, dict) and ("role" in m or "from" in m) and m.keys() & {"content", "value"}
@@ -393,11 +441,20 @@ def _messages_of_text(value: Any) -> Any:
     return messages if are_messages else value
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _message(name: str, message: Any) -> Message:
     """Return a message in the form of chat templates, without null fields."""
     if not isinstance(message, dict):
         raise BadRecord(f"{name} has a message without a role")
     message = {key: value for key, value in message.items() if value is not None}
+    _check_media(f"{name} has a message whose field", message)
     role = message.pop("from", None) if "role" not in message else message.pop("role")
     if not isinstance(role, str):
         raise BadRecord(f"{name} has a message without a role")
@@ -490,8 +547,24 @@ def _joined_parts(name: str, parts: list[Any]) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a field is missing, null, or has no content."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    """Return whether a field is missing or null, or has no content, also in a table or as text."""
+    if isinstance(value, dict):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "[]", "{}", "null", "none", "nan")
+    return value is None or value != value  # NaN, of a CSV
+
+
+def _parsed(value: Any) -> Any:
+    """Return a list that is saved as JSON text as a list, and any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _check_text(name: str, value: Any, reason: str) -> None:
@@ -549,22 +622,28 @@ def _with_context(
 ) -> tuple[Any, list[Any], list[Note]]:
     """Return prompt and responses with the record's context fields, and notes on unused ones."""
     system, history, start = (row.get(name) for name in CONTEXT_FIELDS)
-    system = system if isinstance(system, str) and system.strip() else None
-    start = start if isinstance(start, str) and start.strip() else None
+    notes = [
+        Note(f"the field {name!r} is not used, because it is not text; make it text")
+        for name, value in (("system", system), ("initial_reason_steps", start))
+        if not isinstance(value, str) and not _is_empty(value)
+    ]
+    system = system if isinstance(system, str) and not _is_empty(system) else None
+    start = start if isinstance(start, str) and not _is_empty(start) else None
     turns = _exchanges(history)
+    if isinstance(prompt, str) and system and prompt.startswith(system.strip()):
+        system = None  # the prompt has it already
     if system is None and start is None and not turns:
-        return prompt, responses, []
+        return prompt, responses, notes
     if isinstance(prompt, str):
         # a system prompt or earlier turns only exist in a conversation
         prompt = [{"role": "user", "content": prompt}]
         responses = [_as_messages(response) for response in responses]
-    notes = []
     first = prompt[:1] if prompt[0]["role"] == "system" else []
     rest = prompt[len(first) :]
     if system is not None and not first:
         _check_text("system", system, "system is not text")
         first = [{"role": "system", "content": system}]
-    elif system is not None and first[0].get("content") != system:
+    elif system is not None and str(first[0].get("content")).strip() != system.strip():
         notes.append(_TWO_SYSTEM_PROMPTS._replace(example=system))
     if start is not None:
         _check_text("initial_reason_steps", start, "initial_reason_steps is not text")
@@ -573,6 +652,8 @@ def _with_context(
                 "initial_reason_steps is set, but the prompt ends with an assistant message already"
             )
         rest = [*rest, {"role": "assistant", "content": start}]
+    if rest[: len(turns)] == turns:
+        turns = []  # the prompt has them already
     return [*first, *turns, *rest], responses, notes
 
 
@@ -582,15 +663,13 @@ _TWO_SYSTEM_PROMPTS = Note(
 )
 
 
-_TOOLS_OF_TEXT = Note(
-    "the field 'tools' is not used, because prompt and responses are text; give them as messages"
-)
-
-
 def _exchanges(history: Any) -> list[Message]:
     """Return earlier turns that are given as a list of question-answer pairs."""
+    exchanges = [] if _is_empty(history) else _json("history", history, list) or []
+    if all(isinstance(exchange, dict) for exchange in exchanges):
+        return [_message("history", message) for message in exchanges]
     turns = []
-    for exchange in _json("history", history, list) or []:
+    for exchange in exchanges:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise BadRecord("history is not a list of question-answer pairs")
         for role, text in zip(("user", "assistant"), exchange, strict=True):
@@ -599,22 +678,55 @@ def _exchanges(history: Any) -> list[Message]:
     return turns
 
 
-def _without_prompt(prompt: str, responses: list[str]) -> tuple[list[str], list[Note]]:
-    """Return text responses without the prompt, if all of them repeat it."""
-    if not prompt.strip() or not all(response.startswith(prompt) for response in responses):
-        return responses, []
-    rest = [response[len(prompt) :] for response in responses]
+def _without_repetition(prompt: Any, responses: list[Any]) -> tuple[list[Any], list[Note]]:
+    """Return responses without the prompt, or its start of a response, if all repeat it."""
+    if isinstance(prompt, str):
+        asked, answers = prompt, responses
+    else:
+        asked = prompt[-1].get("content") or ""
+        answers = [response[0].get("content") or "" for response in responses]
+    asked = asked.strip()
+    repeated = [bool(asked) and answer.lstrip().startswith(asked) for answer in answers]
+    is_start = isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
     # an answer may well begin with the one word that was its prompt, but not with a whole question
-    if len(prompt.split()) < 3 and "\n" not in prompt.strip():
-        return responses, [_REPEATED_PROMPT._replace(example=responses[0])]
-    if not all(text.strip() for text in rest):
-        raise BadRecord("a response only repeats the prompt")
-    return rest, []
+    is_long = len(asked.split()) >= 3 or "\n" in asked
+    if all(repeated) and (is_start or (is_long and isinstance(prompt, str))):
+        rest = [answer.lstrip()[len(asked) :] for answer in answers]
+        if not all(text.strip() for text in rest):
+            raise BadRecord("a response only repeats the prompt")
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if last[-1:].isspace():
+            rest = [text.lstrip() for text in rest]
+        if isinstance(prompt, str):
+            return rest, []
+        return [
+            [{**response[0], "content": text}, *response[1:]]
+            for response, text in zip(responses, rest, strict=True)
+        ], []
+    near = [is_long and asked in answer[: len(asked) + 40] for answer in answers]
+    if all(repeated) or any(near):
+        return responses, [_REPEATED_PROMPT._replace(example=answers[0])]
+    return responses, []
 
 
 _REPEATED_PROMPT = Note(
-    "all responses begin with their prompt, which is short and so may not be a repetition; if it "
-    "is one, the prompt is scored as an answer: take it off the responses"
+    "responses begin with their prompt; if it is not meant as a part of the answer, the prompt is "
+    "scored as one: take it off the responses"
+)
+
+
+def _placeholders(prompt: Any) -> list[Note]:
+    """Return a note if a text has the place of an image, of which the record has none."""
+    texts = [prompt] if isinstance(prompt, str) else [m.get("content") or "" for m in prompt]
+    for place in ("<image>", "<video>", "<audio>"):
+        if any(place in text for text in texts):
+            return [_PLACEHOLDER._replace(example=place)]
+    return []
+
+
+_PLACEHOLDER = Note(
+    "a prompt has the place of an image, video or sound, but only its text is measured; leave such "
+    "rows out, or describe what is there"
 )
 
 

@@ -1,6 +1,7 @@
 """Tokenise a chunk of records into a table of tokens and annotations."""
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from sage_select.data.annotations import annotation_series
+from sage_select.data.left_out import Range
 from sage_select.data.records import (
     TOKEN_FIELDS,
     BadRecord,
@@ -19,7 +21,7 @@ from sage_select.data.records import (
     pair_id,
     shared_start,
 )
-from sage_select.data.rendering import Range, Rendered, rendered_conversation, rendered_text
+from sage_select.data.rendering import Rendered, Renderer, rendered_text
 
 ENCODE_BATCH_CHARS = 1 << 22  # characters of text passed to the tokenizer in one call
 
@@ -79,36 +81,46 @@ def make_table(rows: list[Any], tokenising: Tokenising) -> pa.Table:
     """Check, render and tokenise records into a table as described in `tokenised`."""
     reasons: dict[int, str] = {}
     pairs: dict[int, Pair] = {}
-    refused = _special_tokens(tokenising)
+    notes: dict[int, list[Note]] = {}
+    special = [token for token in tokenising.tokenizer.all_special_tokens if token.strip()]
     for number, row in enumerate(rows):
         try:
-            pairs[number] = checked_pair(row)
-            _check_special_tokens(pairs[number], refused)
+            pair = checked_pair(row)
+            notes[number] = [*pair.notes, *_special_tokens(pair, special, tokenising)]
+            pairs[number] = pair
         except BadRecord as bad:
             reasons[number] = str(bad)
-    notes: dict[int, list[Note]] = {}
     tokens = _tokenise(pairs, tokenising, reasons, notes)
     names = {n: (pair_id(pairs[n]), content_id(pairs[n].prompt)) for n in tokens}
     scores = {n: pairs[n].scores for n in tokens}
     return _token_table(rows, tokens, names, scores, reasons, notes)
 
 
-def _special_tokens(tokenising: Tokenising) -> list[str]:
-    """Return the special tokens that texts must not contain; none by default."""
-    if tokenising.special_tokens == "allow":
-        return []
-    return [token for token in tokenising.tokenizer.all_special_tokens if token.strip()]
+def _special_tokens(pair: Pair, special: list[str], tokenising: Tokenising) -> list[Note]:
+    """Return a note if a text becomes a control token, as if the template had written it.
 
-
-def _check_special_tokens(pair: Pair, refused: list[str]) -> None:
-    """Refuse a text that would become a control token, as if the template had written it."""
-    if not refused:
-        return
-    for part in (pair.prompt, *pair.responses):
-        texts = [part] if isinstance(part, str) else [str(m.get("content", "")) for m in part]
-        for token in refused:
-            if any(token in text for text in texts):
+    Raises:
+        BadRecord: If such texts are refused.
+    """
+    refused = tokenising.special_tokens == "set_aside"
+    if isinstance(pair.prompt, str) and not refused:
+        return []  # a text may have been rendered before
+    texts = [
+        part if isinstance(part, str) else str(part) for part in (pair.prompt, *pair.responses)
+    ]
+    for token in special:
+        if any(token in text for text in texts):
+            if refused:
                 raise BadRecord(f"a text contains the special token {token}")
+            return [_SPECIAL_TOKEN._replace(example=token)]
+    return []
+
+
+_SPECIAL_TOKEN = Note(
+    "a message contains a special token, which becomes that token as if the chat template had "
+    "written it; pass special_tokens='set_aside' (data.special_tokens in a configuration) to leave "
+    "such rows out"
+)
 
 
 def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
@@ -122,6 +134,8 @@ def table_of_tokens(rows: list[dict[str, Any]], max_length: int) -> pa.Table:
     names: dict[int, tuple[str, str]] = {}
     for number, row in enumerate(rows):
         try:
+            if not isinstance(row, dict):
+                raise BadRecord("not a record")
             prompt, chosen, rejected = (_checked_tokens(name, row) for name in TOKEN_FIELDS)
             sequences = [prompt + chosen, prompt + rejected]
             tokens[number] = _cut(len(prompt), sequences, max_length=max_length)
@@ -212,17 +226,15 @@ def _tokenise(
             continue
         # a chat template writes special tokens and the end of a response itself
         end = None if conversational else _end_token(tokenizer)
+        renderer = Renderer(tokenizer, tokenising.chat_template_kwargs)
+        render = renderer.rendered if conversational else rendered_text
         rendered: dict[int, Rendered] = {}
         for n, pair in group.items():
             try:
-                rendered[n] = (
-                    rendered_conversation(pair, tokenizer, tokenising.chat_template_kwargs)
-                    if conversational
-                    else rendered_text(pair)
-                )
+                rendered[n] = render(pair)
             except BadRecord as bad:
                 reasons[n] = str(bad)
-        texts = {n: _texts_to_encode(r) for n, r in rendered.items()}
+        texts = {n: _texts_to_encode(r, tokenizer) for n, r in rendered.items()}
         for n, encoded in _encoded(texts, tokenizer, add_special_tokens=not conversational):
             try:
                 if encoded is None:
@@ -231,8 +243,8 @@ def _tokenise(
                     prompt, *sequences = (_with_one_start(ids, tokenizer) for ids in encoded)
                     ended = zip(sequences, rendered[n].sequences, strict=True)
                     encoded = [prompt, *(_ended(ids, text, end, tokenizer) for ids, text in ended)]
-                tokens[n] = _split_and_cut(rendered[n], encoded, tokenising.max_length)
-                notes[n] = [*group[n].notes, *rendered[n].notes]
+                tokens[n] = _split_and_cut(rendered[n], encoded, tokenising)
+                notes[n] += rendered[n].notes
             except BadRecord as bad:
                 reasons[n] = str(bad)
     return dict(sorted(tokens.items()))
@@ -248,18 +260,42 @@ def _end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _texts_to_encode(rendered: Rendered) -> list[str]:
-    """Return the prompt, the sequences, and each sequence up to each bound of the model's turns."""
-    bounds = [
-        text[:bound]
-        for text, turns in zip(rendered.sequences, rendered.turns, strict=True)
-        for bound in _bounds(turns)
-    ]
-    return [rendered.prompt, *rendered.sequences, *bounds]
+def _texts_to_encode(rendered: Rendered, tokenizer: Any) -> list[str]:
+    """Return the prompt, the sequences, and unless the tokenizer tells where each token ends, each
+    sequence up to each bound of the model's turns."""
+    texts = [rendered.prompt, *rendered.sequences]
+    if not tokenizer.is_fast:
+        for text, turns in zip(rendered.sequences, rendered.turns, strict=True):
+            texts += [text[:bound] for bound in _bounds(turns)]
+    return texts
 
 
 def _bounds(turns: list[Range] | None) -> list[int]:
     return [bound for turn in turns or () for bound in turn]
+
+
+def _token_bounds(
+    text: str,
+    turns: list[Range] | None,
+    tokens: list[int],
+    starts: Iterator[list[int]],
+    tokenizer: Any,
+) -> list[int]:
+    """Return the bounds of the model's turns in tokens: of one across a bound, the place before."""
+    bounds = _bounds(turns)
+    if not bounds:
+        return []
+    if not tokenizer.is_fast:
+        return [shared_start(next(starts), tokens) for _ in bounds]
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ends = [end for _, end in encoded["offset_mapping"]]
+    return [bisect_right(ends, bound) for bound in bounds]
 
 
 def _encoded(
@@ -314,18 +350,18 @@ def _ended(tokens: list[int], text: str, end: int | None, tokenizer: Any) -> lis
     return [*tokens, end]
 
 
-def _split_and_cut(rendered: Rendered, encoded: list[list[int]], max_length: int) -> _Tokens:
+def _split_and_cut(rendered: Rendered, encoded: list[list[int]], tokenising: Tokenising) -> _Tokens:
     """Split sequences where the prompt's tokens end, find the model's turns, cut to length."""
     count = len(rendered.sequences)
-    prompt, sequences, bounds = encoded[0], encoded[1 : count + 1], iter(encoded[count + 1 :])
+    prompt, sequences, starts = encoded[0], encoded[1 : count + 1], iter(encoded[count + 1 :])
     # a tokenizer may merge the prompt's last letters into the response's first token: the tokens
     # that all sequences share are the context, the rest is the response
     start = shared_start(prompt, *sequences)
-    if start == 0 and prompt:
+    if start == 0 and prompt and not any(rendered.turns):
         raise BadRecord("the prompt's tokens merge with the responses', so no token is the context")
     skipped = []
-    for sequence, turns in zip(sequences, rendered.turns, strict=True):
-        places = [shared_start(next(bounds), sequence) for _ in _bounds(turns)]
+    for text, turns, sequence in zip(rendered.sequences, rendered.turns, sequences, strict=True):
+        places = _token_bounds(text, turns, sequence, starts, tokenising.tokenizer)
         # between the turns, and before the first one
         skipped.append([start, *places[:-1]] if places else [])
         if places:  # what follows the last turn is neither scored nor the context of anything
@@ -334,7 +370,7 @@ def _split_and_cut(rendered: Rendered, encoded: list[list[int]], max_length: int
         raise BadRecord(
             "the responses are identical after the chat template, which leaves out a part of them"
         )
-    return _cut(start, sequences, skipped, max_length=max_length)
+    return _cut(start, sequences, skipped, max_length=tokenising.max_length)
 
 
 def _cut(

@@ -20,7 +20,10 @@ from sage_select.arrays import Float64Array
 from sage_select.models.sequences import Keys
 from sage_select.system.files import (
     mark_as_used,
+    named_on_failure,
+    partial_path,
     read_checked,
+    replace_durably,
     written_whole,
 )
 
@@ -94,8 +97,13 @@ def _write_part(folder: Path, keys: Keys, logps: Float64Array) -> Path:
     path = folder / f"part-{_checksum(content)}.arrow"
 
     def write() -> None:
-        with written_whole(path) as partial:
-            partial.write_bytes(content)
+        partial = partial_path(path)
+        try:
+            with named_on_failure(path):
+                partial.write_bytes(content)
+                replace_durably(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     _write_into(folder, write)
     return path

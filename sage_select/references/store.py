@@ -198,8 +198,8 @@ class ReferenceStore:
 
         Raises:
             KeyError: If a row is not in the dataset.
-            ValueError: As for `fill`, if a stored log-prob is not finite, or if rows are missing
-                and there are several processes.
+            ValueError: As for `fill`, or if rows are missing and there are several processes, or if
+                another process deletes them as soon as they are measured.
         """
         requested = self.dataset.take(rows)
         positions = self._positions(requested.index)
@@ -211,6 +211,12 @@ class ReferenceStore:
                     "them together; call fill() in all processes first"
                 )
             self.fill(requested.index)
+            if missing := int(np.isnan(self._stored_logps()[positions]).any(axis=1).sum()):
+                raise ValueError(
+                    f"ReferenceStore: {missing} of {len(requested)} pairs were measured, but their "
+                    f"log-probs have disappeared from {self.folder}; another process evicts "
+                    "references, or the disk is failing: stop it, and start again"
+                )
         logps = torch.from_numpy(self._stored_logps()[positions].T.copy())
         return as_pair_logps(requested, logps.reshape(-1)).measured_in(self.precision)
 

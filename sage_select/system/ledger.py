@@ -117,15 +117,20 @@ def append_costs(path: Path, ledger: Ledger, interval: int | None = None) -> Non
 def read_costs(path: Path) -> Ledger:
     """Sum a file of costs; steps repeated after a resume count again, as they cost again.
 
-    A line that a killed run left incomplete, or that was damaged, is not counted; a warning says
-    how many there are. Lines of older versions have no checksum and are counted as they are.
+    A line that a killed run left incomplete, or that was damaged or copied, is not counted; a
+    warning says how many there are. Lines of older versions have no checksum and are counted as
+    they are.
     """
-    ledger, bad = Ledger(), 0
+    ledger, bad, seen = Ledger(), 0, set[bytes]()
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line.decode())
-            if record.pop("crc32", None) not in (None, _checksum(record)):
+            checksum = record.pop("crc32", None)
+            if checksum not in (None, _checksum(record)):
                 raise ValueError("the checksum differs")
+            if checksum is not None and line in seen:  # no phase takes the same time twice
+                raise ValueError("the line is a copy")
+            seen.add(line)
             del record["interval"]
             ledger.add(record.pop("phase"), Work(**record))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
