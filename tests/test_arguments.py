@@ -93,7 +93,8 @@ KINDS = {"beta": "positive", "eps": "not negative", "seed": "seed"}
 for function in (*SCORES.values(), *LOSSES.values(), log_sage):
     ARGUMENTS += [
         (name, KINDS[name], lambda x, f=function, name=name: f(*PAIRS, **{name: x}))
-        for name in signature(function).parameters if name in KINDS
+        for name in signature(function).parameters
+        if name in KINDS
     ]
 
 
