@@ -106,7 +106,7 @@ class PreferenceDataset:
             chat_template_kwargs: Options of the chat template for all rows, such as
                 `{"enable_thinking": False}`; a row's own `chat_template_kwargs` take precedence.
             special_tokens: "set_aside" sets rows aside whose texts contain a special token of the
-                tokenizer, such as "<|im_end|>"; "allow" makes it that token, as trainers do.
+                tokenizer, such as `<|im_end|>`; "allow" makes it that token, as trainers do.
 
         Raises:
             FileNotFoundError: If there is neither such a file nor such a dataset on a hub.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sage_select.models.attention import attention_for
 from sage_select.models.batches import Batch, Packing
@@ -71,7 +72,12 @@ def forward_logps(through: nn.Module, batch: Batch, impl: Implementation = "auto
         return (hidden[:, :0],)  # no positions are left, so the model computes no logits
 
     def leave_instead(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return result[0] if len(result) == 1 else output
+        if len(result) != 1:
+            return output
+        if isinstance(head.module, FSDPModule):
+            # a head that is sharded by itself is gathered when gradients reach its own output
+            return result[0] + 0 * logits_of(output).sum()
+        return result[0]
 
     with known(model).lock:  # a pass in another thread must not run into this batch's hooks
         hooks = (
