@@ -16,7 +16,8 @@ from sage_select import PreferenceDataset, Reader, nca_responses
 from sage_select.data import cache_files, chunks
 from sage_select.data import dataset as dataset_module
 from sage_select.data.chunks import CHUNK_ROWS
-from sage_select.data.records import BadRecord, checked_pair, shared_start
+from sage_select.data.reasons import BadRecord
+from sage_select.data.records import checked_pair, shared_start
 from sage_select.losses import response_weights
 
 CHAT = (

@@ -16,8 +16,9 @@ import pyarrow as pa
 from sage_select.arguments import shown, whole_number
 from sage_select.arrays import Float64Array, Int64Array, checked_rows
 from sage_select.data.chunks import CHUNK_ROWS, TABLE_VERSION, tokenised
+from sage_select.data.messages import RESERVED_OPTIONS
 from sage_select.data.pair_table import PairTable, TokenSequence, join_tables
-from sage_select.data.records import RESERVED_OPTIONS, TOKEN_FIELDS, advice
+from sage_select.data.records import TOKEN_FIELDS, advice
 from sage_select.data.sources import iterate_records, read_records, rename, source_files
 from sage_select.data.token_cache import Manifest, tokens_folder, writable_folder
 from sage_select.data.tokenising import (

@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from sage_select.arrays import Int64Array
-from sage_select.data.records import BadRecord, Message, Pair, checked_pair, pair_id, shared_start
+from sage_select.data.messages import Message
+from sage_select.data.reasons import BadRecord
+from sage_select.data.records import Pair, checked_pair, pair_id, shared_start
 from sage_select.data.sources import BATCH_ROWS, file_records, rename
 from sage_select.system.files import user_path, written_whole
 

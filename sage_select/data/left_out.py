@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation, as notes for the user."""
+"""Notes on the texts that a chat template leaves out of a conversation."""
 
 import json
 import re
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sage_select.data.message_forms import THINK, arguments_of, function_of, texts_of
-from sage_select.data.records import Note, Pair
+from sage_select.data.reasons import Note
+from sage_select.data.records import Pair
 
 Range = tuple[int, int]
 """Start and end of a part of a text, in characters."""
@@ -60,9 +61,8 @@ def left_out(
         for kind, part in texts_of(message):
             # by design, many templates do not repeat the reasoning of earlier turns
             if kind != "reasoning" and not context.has(part, anywhere=True):
-                _add(
-                    notes, Note(_lost(kind, f"{message['role']} messages in prompts", source), part)
-                )
+                where = f"{message['role']} messages in prompts"
+                _add(notes, Note(_lost(kind, where, source), part))
     for part in _texts_of_tools(options.get("tools") or ()):
         if not context.has(part, anywhere=True):
             _add(notes, _LOST_TOOLS._replace(example=part))
@@ -82,9 +82,8 @@ def _texts_of_tools(tools: Any) -> Iterator[str]:
         yield str(tool.get("name", ""))
         yield str(tool.get("description") or "")
         parameters = tool.get("parameters")
-        yield from (
-            (parameters or {}).get("properties") or () if isinstance(parameters, dict) else ()
-        )
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        yield from properties if isinstance(properties, dict) else ()
 
 
 def _as_python(values: Iterator[Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from sage_select.data.records import Message
+from sage_select.data.messages import Message
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which messages have reasoning apart from their content."""

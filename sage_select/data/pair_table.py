@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from sage_select.arrays import Int32Array, Int64Array
 from sage_select.data.annotations import JSON_PREFIX, VALUE_PREFIX, concatenated
-from sage_select.data.records import FIELDS, Note
+from sage_select.data.reasons import Note
+from sage_select.data.records import FIELDS
 from sage_select.data.tokenising import PAIR_COLUMNS, Remark, set_aside_rows
 
 

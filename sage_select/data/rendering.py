@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from sage_select.data.left_out import PARTS_AS_DATA, SETTING, Range, left_out
 from sage_select.data.message_forms import REASONING_FIELDS, THINK, Form, forms_of
-from sage_select.data.records import BadRecord, Message, Note, Pair, shared_start
+from sage_select.data.messages import Message
+from sage_select.data.reasons import BadRecord, Note
+from sage_select.data.records import Pair, shared_start
 
 
 class Rendered(NamedTuple):

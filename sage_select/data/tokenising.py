@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from sage_select.data.annotations import annotation_series
 from sage_select.data.left_out import Range
+from sage_select.data.reasons import BadRecord, Note
 from sage_select.data.records import (
     TOKEN_FIELDS,
-    BadRecord,
-    Note,
     Pair,
     checked_pair,
     content_id,
