@@ -492,6 +492,20 @@ WARNINGS: dict[str, tuple[str | None, dict[str, Any], str]] = {
         {"prompt": "Q?", "system": ["Be brief."], **TEXTS},
         "the field 'system' is not used, because it is not text",
     ),
+    "a prompt that is not in the conversations": (
+        PLAIN,
+        {
+            "prompt": "What now?",
+            "chosen": [user("Q?"), assistant("Yes")],
+            "rejected": [user("Q?"), assistant("No")],
+        },
+        "the field 'prompt' is not used",
+    ),
+    "conversations beside a prompt": (
+        None,
+        {"prompt": "Q?", "conversations": [{"from": "human", "value": "Hi"}], **TEXTS},
+        "the field 'conversations' is not used",
+    ),
     "a question that one response repeats": (
         None,
         {"prompt": "What is it?", "chosen": "Human: What is it? A cat", "rejected": "A dog"},

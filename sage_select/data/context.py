@@ -56,6 +56,7 @@ UNUSED_FIELDS = {
             "evidence",
             "knowledge",
             "preamble",
+            "conversations",
             "instruction",
             "question",
             "query",
@@ -83,10 +84,25 @@ def unused_fields(row: Mapping[str, Any], prompt: Any) -> list[Note]:
             continue
         asked = asked or "".join("".join(turns).split())
         parts = value if isinstance(value, list) else [value]
+        parts = [p.get("value", p.get("content")) if isinstance(p, dict) else p for p in parts]
         # many datasets also have the parts from which they have made their prompt
         if not all("".join(str(part).split()) in asked for part in parts):
             notes.append(note._replace(example=str(value)))
     return notes
+
+
+def other_prompt(text: Any, prompt: list[Message]) -> list[Note]:
+    """Return a note if a prompt given as text is not in the conversations beside it."""
+    asked = "".join("".join(str(m.get("content")) for m in prompt).split())
+    if isinstance(text, str) and "".join(text.split()) not in asked:
+        return [_OTHER_PROMPT._replace(example=text)]
+    return []
+
+
+_OTHER_PROMPT = Note(
+    "the field 'prompt' is not used, because the responses are whole conversations, which begin "
+    "otherwise; leave it out, or write it into them"
+)
 
 
 def with_context(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sage_select.arguments import is_number
 from sage_select.data.context import (
     CONTEXT_FIELDS,
+    other_prompt,
     placeholders,
     unused_fields,
     with_context,
@@ -65,7 +66,7 @@ def checked_pair(row: Any) -> Pair:
         raise BadRecord("not a record")
     check_media("the field", row)
     row, ranking = _with_our_fields(row)
-    prompt = checked_field("prompt", row.get("prompt"))
+    prompt = given_prompt = checked_field("prompt", row.get("prompt"))
     responses = {name: checked_field(name, row.get(name)) for name in ranking.names}
     for name, response in responses.items():
         check_response(name, response)
@@ -84,6 +85,8 @@ def checked_pair(row: Any) -> Pair:
             raise BadRecord("prompt is missing; another field may contain it (see columns)")
         prompt, *ranked = _split_common_text(ranked)
     notes = unused_fields(row, prompt)
+    if isinstance(prompt, list):
+        notes += other_prompt(given_prompt, prompt)
     prompt, ranked, unused = with_context(row, prompt, ranked)
     ranked, repeated = without_repetition(prompt, ranked)
     notes += unused + repeated + placeholders(prompt)
