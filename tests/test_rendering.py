@@ -629,6 +629,15 @@ def test_refusals_name_the_cause_and_fitting_advice(name):
     assert misleading not in str(error.value)
 
 
+def test_the_form_that_loses_least_is_taken_for_every_row():
+    options = {"chat_template_kwargs": {"unknown": 1}}  # a loss in every form
+    rows = [{"prompt": [user(text)], **TURNS, **options} for text in ("Q?", "R?")]
+    tokenizer = byte_tokenizer(PARTS)
+    dataset, _ = read(rows, tokenizer)
+    texts = [scored(s, tokenizer) for s in dataset.sequences()[:2]]
+    assert texts == [[f"<u>{text}<end><a>", "Yes<end>"] for text in ("Q?", "R?")]
+
+
 NO_IMAGES = [None, [], [None], {"bytes": None, "path": None}, "[]", float("nan")]
 
 

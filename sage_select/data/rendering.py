@@ -9,7 +9,7 @@ as content parts, it gets that form; whatever is still left out becomes a note.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.options = options or {}
-        self._best_forms: dict[frozenset[str], int] = {}  # by what the first form leaves out
+        self._best_forms: dict[Hashable, int] = {}  # by fields, and what the first form loses
 
     @cached_property
     def _source(self) -> str:
@@ -94,7 +94,7 @@ class Renderer:
         untried = list(range(len(forms)))
         failure: BadRecord | None = None
         best: tuple[Rendered, list[Note], int] | None = None
-        first_lost: frozenset[str] = frozenset()
+        kind: Hashable = None
         while untried:
             number = untried.pop(0)
             try:
@@ -107,14 +107,16 @@ class Renderer:
             if PARTS_AS_DATA in lost:  # this template takes no parts
                 continue
             if best is None:
-                first_lost = frozenset(note.text for note in lost)
+                # the fields decide which forms there are
+                fields = frozenset(name for message in messages for name in message)
+                kind = (len(forms), fields, frozenset(note.text for note in lost))
                 # rows that lose the same do so in the same form: it need not be searched again
-                if first_lost in self._best_forms:
-                    untried = [n for n in untried if n == self._best_forms[first_lost]]
+                if kind in self._best_forms:
+                    untried = [n for n in untried if n == self._best_forms[kind]]
             if best is None or len(lost) < len(best[1]):
                 best = rendered, lost, number
         if best is not None:
-            rendered, lost, self._best_forms[first_lost] = best
+            rendered, lost, self._best_forms[kind] = best
             return rendered._replace(notes=(*rendered.notes, *lost))
         assert failure is not None
         if any("tool_calls" in message for message in messages):
@@ -393,12 +395,6 @@ def _after_opening(text: str, before: int, first: int, opening: str) -> int:
         marks = [m.end() for m in re.finditer(r"[>\n\]]", opening) if m.end() < len(opening)]
         opening = opening[: marks[-1]] if marks else ""
     return first
-
-
-def _difference(one: str, other: str) -> str:
-    """Return where a text first differs from another."""
-    start = shared_start(one, other)
-    return one[start : start + 80]
 
 
 OTHER_OPENING = Note(
